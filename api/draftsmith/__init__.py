@@ -1,0 +1,1 @@
+"""Drafters made out of your own language model, and lossless decoding with them."""

@@ -1,0 +1,1 @@
+"""The command line: recipe in, bundle out, stage by stage."""

@@ -1,0 +1,1 @@
+"""Sparse drafters: SparseGPT and its baselines."""

@@ -1,0 +1,1 @@
+"""Int8 drafters: SmoothQuant and W8A8."""

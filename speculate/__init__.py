@@ -1,0 +1,1 @@
+"""The runtime: engines, drafters, verification and the decode loop."""

@@ -1,0 +1,5 @@
+"""The error that a user of a bundle can mend. (`speculate` imports no other folder, so it has its own.)"""
+
+
+class BundleError(ValueError):
+    """A bundle, prompt or setting that cannot be used as given; the message says what was found and wanted."""

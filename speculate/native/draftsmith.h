@@ -1,11 +1,108 @@
+/* Draftsmith's native core: laws, acceptance rules and training-free drafting. This page is the interface.
+ *
+ * Data       Matrices are row-major and dense. Token ids are int32 in [0, vocab). A law is a row of `vocab`
+ *            probabilities: finite, not negative, summing to one.
+ * Ownership  Every pointer is borrowed for the call. Only a ds_suffix is owned, by whoever created it.
+ * Threads    Functions share no state. A ds_suffix may be read (draft) by many threads or changed (append) by
+ *            one. ds_error_message belongs to the calling thread.
+ * Errors     A negative return value is a ds_status; outputs are then unspecified, handles unchanged.
+ * Numbers    All arithmetic is in double, each sum in one fixed order, and no result depends on libm: equal
+ *            inputs give equal bits on every machine.
+ */
 #ifndef DRAFTSMITH_H
 #define DRAFTSMITH_H
+
 #include <stdint.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
+
 #define DS_API __attribute__((visibility("default")))
-DS_API const char* ds_version(void);
+
+enum ds_status {
+  DS_OK = 0,
+  DS_ERROR_ARGUMENT = -1, /* an input that the function's contract excludes */
+  DS_ERROR_MEMORY = -2,   /* an allocation failed, or a handle reached its limit of tokens */
+};
+
+DS_API const char *ds_version(void);
+
+/* This thread's last failure in one line of English, valid until its next one. */
+DS_API const char *ds_error_message(void);
+
+/* ---- Laws --------------------------------------------------------------------------------------------- */
+
+/* The index of the first largest of `vocab` floats; an error if one is NaN. */
+DS_API int32_t ds_argmax(const float *row, int32_t vocab);
+
+/* Turn logits [n_rows, vocab] into laws [n_rows, vocab], in Hugging Face's order and with its rules for ties:
+ *   temperature  divides the logits; 0 gives all mass to the first largest logit and ignores what follows
+ *   top_k        keeps the k largest logits and all that equal the k-th; 0 turns it off
+ *   top_p        drops the least likely tokens while what is dropped has mass <= 1 - top_p (so the token that
+ *                crosses is kept); among equals the lower index goes first; 1 turns it off
+ * A logit of -inf has no mass. NaN, +inf and a row of nothing but -inf are errors. */
+DS_API int32_t ds_laws_from_logits(const float *logits, int32_t n_rows, int32_t vocab, double temperature,
+                                   int32_t top_k, double top_p, double *laws);
+
+/* Check that rows are laws whose sums are within `tolerance` of one, and divide each by its sum, in place. */
+DS_API int32_t ds_normalize_laws(int32_t n_rows, int32_t vocab, double tolerance, double *laws);
+
+/* out[i] = uniform number `counter + i` (mod 2^64) of the stream, in [0, 1): a multiple of 2^-53.
+ * Philox4x64-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3") with the key (seed,
+ * stream); number c is word c % 4 of block c / 4. Each can be had alone, in any order, by any thread. */
+DS_API void ds_uniforms(uint64_t seed, uint64_t stream, uint64_t counter, int32_t n, double *out);
+
+/* ---- Verification ------------------------------------------------------------------------------------- */
+
+enum ds_rule {
+  DS_RULE_TOKEN = 0, /* each token on its own: Leviathan et al., arXiv 2211.17192, algorithm 1 */
+  DS_RULE_BLOCK = 1, /* the draft as a whole: Sun et al., arXiv 2403.10444, algorithm 2; never accepts less */
+  DS_RULE_EXACT = 2, /* sample the target, accept while the draft says the same; any draft whatever */
+};
+
+/* Verify a drafted chain, losslessly: draft[0..n_accepted), next_token are distributed as the target's own.
+ *   p         [n_draft + 1, vocab] the target's laws; row i is that of the token that follows draft[0..i)
+ *   q         [n_draft, vocab]     the laws that the draft was sampled from, or NULL for a draft that was not
+ *                                  sampled (the same as one-hot rows); DS_RULE_EXACT ignores it
+ *   uniforms  [n_draft + 2]        independent, in [0, 1); each has one use, whatever the rule:
+ *     uniforms[i], i < n_draft     whether draft[i] is accepted (under DS_RULE_EXACT: the sample at node i)
+ *     uniforms[n_draft]            the token after a draft that was accepted whole, from p's last row
+ *     uniforms[n_draft + 1]        the token that replaces a rejected one, from the residual law
+ * A token without mass under p is never accepted and never drawn. One with mass under p but not under q cannot
+ * have been drafted; it is accepted. Where the residual has no mass but for rounding (< 1e-12), p stands in.
+ * Tokens are drawn by inverse CDF in the order of their ids. The rows of p and q are trusted to be laws, as
+ * ds_laws_from_logits and ds_normalize_laws leave them; others give an error or some token, never a crash. */
+DS_API int32_t ds_verify_chain(int32_t rule, int32_t n_draft, int32_t vocab, const double *p, const double *q,
+                               const int32_t *draft, const double *uniforms, int32_t *n_accepted,
+                               int32_t *next_token);
+
+/* The same at temperature 0, from logits [n_draft + 1, vocab]: accept while draft[i] is the first argmax. */
+DS_API int32_t ds_verify_greedy(int32_t n_draft, int32_t vocab, const float *logits, const int32_t *draft,
+                                int32_t *n_accepted, int32_t *next_token);
+
+/* ---- Drafting from the text itself ---------------------------------------------------------------------- */
+
+/* An index of the committed tokens that finds where the last few occurred before. It holds 120 bytes a token,
+ * up to twice that just after it grew. Appending is amortized O(1), drafting O((n_tail + 1) * max_match). */
+typedef struct ds_suffix ds_suffix;
+
+enum { DS_SUFFIX_MAX_MATCH = 64, DS_SUFFIX_MAX_TOKENS = 1 << 28 };
+
+DS_API ds_suffix *ds_suffix_create(void); /* NULL if memory ran out */
+DS_API void ds_suffix_free(ds_suffix *suffix);
+DS_API int32_t ds_suffix_append(ds_suffix *suffix, const int32_t *tokens, int32_t n_tokens);
+
+/* Let S be the committed tokens followed by tail[0..n_tail), which is not committed. Take the largest L in
+ * [min_match, max_match] for which the last L tokens of S also end at an earlier place in S (the two may
+ * overlap), and of those places the most recent. The draft is what follows there; past the end of S it goes
+ * on with what it has drafted itself, so periodic text continues. Writes max_draft tokens and returns that
+ * number, or returns 0 if no L will do. *match_length is L, or 0.
+ * 1 <= min_match <= max_match <= DS_SUFFIX_MAX_MATCH. */
+DS_API int32_t ds_suffix_draft(const ds_suffix *suffix, const int32_t *tail, int32_t n_tail,
+                               int32_t min_match, int32_t max_match, int32_t max_draft, int32_t *draft,
+                               int32_t *match_length);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,24 @@
+/* The calling thread's last error, in words; and the version. */
+#include "error.h"
+#include "draftsmith.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+
+#ifndef DS_VERSION
+#define DS_VERSION "unknown"
+#endif
+
+static _Thread_local char message[256];
+
+int32_t ds_fail(int32_t status, const char *format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(message, sizeof message, format, arguments);
+  va_end(arguments);
+  return status;
+}
+
+const char *ds_error_message(void) { return message; }
+
+const char *ds_version(void) { return DS_VERSION; }

@@ -1,2 +1,0 @@
-#include "draftsmith.h"
-const char* ds_version(void) { return "0.1.0"; }

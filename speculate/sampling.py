@@ -1,0 +1,48 @@
+"""From logits to laws, and the uniforms that sample them. Native (`native/sampling.c`, `native/random.c`)."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .binding import check, lib, view
+from .errors import BundleError
+
+
+def laws(
+    logits: ArrayLike, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> NDArray[np.float64]:
+    """Turn logits [S, V], read as float32, into next-token laws, float64 [S, V].
+
+    Temperature, then top-k, then top-p, as Hugging Face's warpers order them and with their rules for ties:
+    temperature 0 is one-hot at the first largest logit; top_k 0 is off and keeps what equals the k-th; top_p 1
+    is off and keeps the token that crosses. Raises BundleError for NaN, +inf, rows of -inf and settings out of range.
+    """
+    rows = np.ascontiguousarray(logits, dtype=np.float32)
+    if rows.ndim != 2 or rows.shape[1] == 0:
+        raise BundleError(f"logits have shape {list(rows.shape)}; [S, V] is wanted")
+    if not isinstance(top_k, int | np.integer) or top_k < 0:
+        raise BundleError(f"top_k is {top_k!r}; a whole number is wanted, or 0 for off")
+    out = np.empty(rows.shape, dtype=np.float64)
+    status = lib.ds_laws_from_logits(
+        view("float[]", rows),
+        *rows.shape,
+        temperature,
+        min(int(top_k), rows.shape[1]),
+        top_p,
+        view("double[]", out),
+    )
+    check(status)
+    return out
+
+
+def uniforms(seed: int, stream: int, counter: int, n: int) -> NDArray[np.float64]:
+    """Uniform numbers counter, …, counter + n - 1 of a stream, float64 [n] in [0, 1), multiples of 2^-53.
+
+    Philox4x64-10 with the key (seed, stream): a pure function of its arguments, each taken modulo 2^64. They are
+    what `numpy.random.Generator(numpy.random.Philox(key=[seed, stream], counter=-1))` gives, from its counter-th on.
+    """
+    if n < 0:
+        raise BundleError(f"{n} uniforms are wanted; a count is not negative")
+    mask = 2**64 - 1
+    out = np.empty(n, dtype=np.float64)
+    lib.ds_uniforms(seed & mask, stream & mask, counter & mask, n, view("double[]", out))
+    return out

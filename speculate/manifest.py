@@ -1,0 +1,156 @@
+"""A bundle's manifest: what is in the folder, and the proof that it is what was packed."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+_READ_BYTES = 4 << 20
+_HASH_THREADS = 2
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class FileEntry(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+
+class EngineEntry(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    graph: str  # path of the graph that this machine's runtime loads
+    portable: str | None = None
+    vocab_size: int = Field(ge=1)
+    max_seq_len: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    weights: str = ""
+    eos_token_ids: tuple[int, ...] = Field(default=(), strict=False)
+    bos_token_id: int | None = None
+
+
+class Manifest(BaseModel):
+    """The part of manifest.json that decoding needs; provenance and measurements are kept as they are."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    schema_version: int
+    engines: dict[str, EngineEntry]
+    files: dict[str, FileEntry]
+
+
+class Plan(BaseModel):
+    """plan.json: the measured choice that ``speculate="auto"`` follows."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    ladder: tuple[str, ...] = Field(default=(), strict=False)  # innermost first, without the target
+    num_speculative_tokens: dict[str, int] = {}
+    verify: Literal["token", "block", "exact"] = "block"
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """The manifest of a bundle whose every listed file is there, inside the folder and unchanged."""
+    if not bundle.is_dir():
+        raise BundleError(f"{bundle} is not a folder: wanted a bundle, as `draftsmith build` writes it")
+    path = bundle / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{bundle} holds no {MANIFEST}: wanted a bundle, as `draftsmith build` writes it")
+    raw = read_json(path)
+    version = raw.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: schema_version is {version!r}, this draftsmith reads {SCHEMA_VERSION}: "
+            "rebuild the bundle or install the draftsmith that wrote it"
+        )
+    manifest = validate(Manifest, raw, path)
+    if "target" not in manifest.engines:
+        raise BundleError(
+            f"{path}: no engine is named target, only {', '.join(manifest.engines) or 'none at all'}"
+        )
+    check_files(bundle, manifest.files)
+    needed = {PLAN, TOKENIZER, *(engine.graph for engine in manifest.engines.values())}
+    for name in sorted(needed - manifest.files.keys()):
+        raise BundleError(f"{path} lists no hash for {name}, which decoding needs: rebuild the bundle")
+    return manifest
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    import json
+
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{path} holds a {type(value).__name__}: wanted a JSON object")
+    return value
+
+
+def validate(model: type[Model], raw: dict[str, Any], path: Path) -> Model:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{path}: {where}: {first['msg']}, found {first['input']!r:.80}") from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def check_files(bundle: Path, files: dict[str, FileEntry]) -> None:
+    """Refuse the bundle if a file is missing, changed, or not inside its folder."""
+    paths = {name: resolve_inside(bundle, name) for name in files}
+    for name, path in paths.items():
+        if not path.is_file():
+            raise BundleError(
+                f"{bundle}: {name} is missing; the manifest lists it: copy the whole bundle again"
+            )
+        size = path.stat().st_size
+        if size != files[name].size:
+            raise BundleError(
+                f"{bundle}: {name} has {size} bytes, the manifest says {files[name].size}: "
+                "copy the whole bundle again"
+            )
+    largest_first = sorted(files, key=lambda name: -files[name].size)
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashlib lets go of the interpreter lock
+        digests = pool.map(lambda name: hash_file(paths[name]), largest_first)
+        for name, digest in zip(largest_first, digests, strict=True):
+            if digest != files[name].sha256:
+                raise BundleError(
+                    f"{bundle}: {name} was changed: its SHA-256 is {digest}, "
+                    f"the manifest says {files[name].sha256}: copy the whole bundle again"
+                )
+
+
+def resolve_inside(bundle: Path, name: str) -> Path:
+    """The path of a file that the manifest names; refused if it leads out of the bundle, by symbolic links
+    too."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+        raise BundleError(f"{bundle}: the manifest names {name!r}, which is not a path inside the bundle")
+    path = bundle / pure
+    if not path.resolve().is_relative_to(bundle.resolve()):
+        raise BundleError(f"{bundle}: {name} leads out of the bundle, to {path.resolve()}")
+    return path

@@ -1,0 +1,145 @@
+"""Stand-ins for real models: engines whose logits come from a table, and bundles around them.
+
+The logits of a `FakeEngine` are a function of exactly the tokens in the cache slots that a row sees. So a slot
+that was not written, or still holds a rejected draft, changes the output at once, as with a real model.
+"""
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+from draftsmith.speculate.bundle import Bundle
+from draftsmith.speculate.onnx_engine import OnnxEngine
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+BOS, EOS = 256, 257
+BYTE_VOCAB = 258  # 256 bytes, BOS, EOS
+
+
+class FakeEngine:
+    """A random language model over `vocab_size` tokens.
+
+    seed: of the model that it resembles. own: of its own part, weighted by `noise` (0: the model itself). The
+    common part looks at the last two tokens, and a little at all that is visible; scale is that of the logits.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        seed: int = 0,
+        noise: float = 0.0,
+        own: int = 1,
+        scale: float = 2.0,
+        max_seq_len: int = 256,
+        padding: int = 0,
+    ) -> None:
+        self.vocab_size = vocab_size + padding
+        self.max_seq_len = max_seq_len
+        self.calls = self.rows = 0
+        self._settings = (vocab_size, seed, noise, own, scale, padding)
+        self._slots = np.full(max_seq_len, -1, np.int64)
+        self._known: dict[bytes, np.ndarray] = {}
+
+    def reserve(self, num_slots: int) -> None:
+        assert num_slots <= self.max_seq_len
+        self._slots[:] = -1
+
+    def forward(self, token_ids, start, position_ids=None, mask=None) -> np.ndarray:
+        assert position_ids is None and mask is None
+        assert len(token_ids) > 0 and start + len(token_ids) <= len(self._slots)
+        assert np.all((token_ids >= 0) & (token_ids < self.vocab_size))
+        assert np.all(self._slots[:start] >= 0), "a slot below the first new one was never written"
+        self.calls += 1
+        self.rows += len(token_ids)
+        self._slots[start : start + len(token_ids)] = token_ids
+        return np.stack([self.logits_after(self._slots[: start + i + 1]) for i in range(len(token_ids))])
+
+    def logits_after(self, tokens) -> np.ndarray:
+        """float32 [V]: the logits after a sequence of tokens."""
+        visible = np.asarray(tokens, np.int64)
+        key = visible.tobytes()
+        if key not in self._known:
+            vocab_size, seed, noise, own, scale, padding = self._settings
+            logits = _normal(visible[-2:], seed, vocab_size) + 0.3 * _normal(visible, seed + 1, vocab_size)
+            logits = scale * logits + noise * _normal(visible, 1000 + own, vocab_size)
+            self._known[key] = np.concatenate([logits, np.full(padding, 5.0)]).astype(np.float32)
+        return self._known[key]
+
+
+def _normal(tokens: np.ndarray, seed: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, zlib.crc32(tokens.tobytes()), len(tokens)]).standard_normal(size)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token for each byte, and two special ones: text of any language splits over tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<bos>", "<eos>"])
+    return tokenizer
+
+
+def write_bundle(
+    folder: Path,
+    engines: dict[str, dict] | None = None,
+    plan: dict | None = None,
+    chat_template: str | None = None,
+) -> Path:
+    """A bundle folder whose graphs are no graphs. engines: changes to their manifest entries."""
+    folder.mkdir(parents=True, exist_ok=True)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "plan.json").write_text(
+        json.dumps(plan or {"ladder": ["suffix", "int8"], "num_speculative_tokens": {"suffix": 6, "int8": 4}})
+    )
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template)
+    entries = {}
+    for name, changes in (engines or {"target": {}, "int8": {}, "tiny": {}}).items():
+        graph = "target/cpu.onnx" if name == "target" else f"drafters/{name}/cpu.onnx"
+        (folder / graph).parent.mkdir(parents=True, exist_ok=True)
+        (folder / graph).write_bytes(name.encode() * 100)
+        entries[name] = {
+            "graph": graph,
+            "portable": None,
+            "vocab_size": BYTE_VOCAB,
+            "max_seq_len": 256,
+            "num_layers": 1,
+            "num_kv_heads": 1,
+            "head_dim": 4,
+            "weights": "float32",
+            "eos_token_ids": [EOS],
+            "bos_token_id": BOS,
+            **changes,
+        }
+    write_manifest(folder, {"schema_version": 1, "draftsmith_version": "0", "engines": entries})
+    return folder
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    manifest["files"] = {
+        path.relative_to(folder).as_posix(): {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "size": path.stat().st_size,
+        }
+        for path in files
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def open_bundle(folder: Path, **engines: FakeEngine) -> Bundle:
+    """The bundle of a folder, with these engines (by default three) in place of its graphs."""
+    bundle = Bundle(folder)
+    bundle._engines.update(
+        engines
+        or {
+            "target": FakeEngine(BYTE_VOCAB, scale=4),
+            "int8": FakeEngine(BYTE_VOCAB, scale=4, noise=0.7),
+            "tiny": FakeEngine(BYTE_VOCAB, scale=4, noise=1.5, own=2),
+        }
+    )
+    assert not any(isinstance(engine, OnnxEngine) for engine in bundle._engines.values())
+    return bundle

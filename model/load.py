@@ -1,6 +1,5 @@
 """Turns any model source into a checkpoint folder, one layer at a time."""
 
-import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from .from_folder import FolderModel
 from .from_gguf import GgufModel
 from .layout import Shapes, embed_shapes, head_shapes, is_matrix, layer_part, layer_shapes
 from .progress import Progress, no_progress
+from .pypi import hash_file
 from .source import resolve
 from .store import EMBED, HEAD, TORCH_DTYPES, write_config, write_part
 
@@ -96,8 +96,3 @@ def count_parameters(config: DecoderConfig) -> int:
         + config.num_layers * size(layer_shapes(config))
         + size(head_shapes(config))
     )
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

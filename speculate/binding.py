@@ -1,4 +1,4 @@
-"""The native core as Python sees it: `lib` holds the functions of `native/draftsmith.h`, `ffi` makes their arguments."""
+"""The native core: `lib` holds the functions of `native/draftsmith.h`, `ffi` makes their arguments."""
 
 from pathlib import Path
 
@@ -31,5 +31,5 @@ def check(status: int, subject: str = "") -> int:
 
 
 def view(kind: str, array: np.ndarray):
-    """The memory of a C-contiguous array as a C pointer, e.g. `view("double[]", laws)`; keeps the array alive."""
+    """A C-contiguous array as a C pointer that keeps it alive, e.g. `view("double[]", laws)`."""
     return ffi.from_buffer(kind, array)

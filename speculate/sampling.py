@@ -12,9 +12,10 @@ def laws(
 ) -> NDArray[np.float64]:
     """Turn logits [S, V], read as float32, into next-token laws, float64 [S, V].
 
-    Temperature, then top-k, then top-p, as Hugging Face's warpers order them and with their rules for ties:
-    temperature 0 is one-hot at the first largest logit; top_k 0 is off and keeps what equals the k-th; top_p 1
-    is off and keeps the token that crosses. Raises BundleError for NaN, +inf, rows of -inf and settings out of range.
+    Temperature, then top-k, then top-p, in the order of Hugging Face's warpers and with their rules for ties.
+    Temperature 0 is one-hot at the first largest logit. top_k 0 is off; what equals the k-th logit is kept.
+    top_p 1 is off; the token that crosses top_p is kept. A logit of -inf has no mass. Raises BundleError for
+    NaN, +inf, a row of nothing but -inf, and settings out of range.
     """
     rows = np.ascontiguousarray(logits, dtype=np.float32)
     if rows.ndim != 2 or rows.shape[1] == 0:
@@ -37,8 +38,8 @@ def laws(
 def uniforms(seed: int, stream: int, counter: int, n: int) -> NDArray[np.float64]:
     """Uniform numbers counter, …, counter + n - 1 of a stream, float64 [n] in [0, 1), multiples of 2^-53.
 
-    Philox4x64-10 with the key (seed, stream): a pure function of its arguments, each taken modulo 2^64. They are
-    what `numpy.random.Generator(numpy.random.Philox(key=[seed, stream], counter=-1))` gives, from its counter-th on.
+    Philox4x64-10 with the key (seed, stream): a pure function of its arguments, each taken modulo 2^64. They
+    are the doubles that NumPy draws from its Philox with that key, if its counter starts one block before 0.
     """
     if n < 0:
         raise BundleError(f"{n} uniforms are wanted; a count is not negative")

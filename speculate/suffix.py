@@ -1,7 +1,7 @@
-"""Drafting from the text itself: what followed the last time that the text ended this way. No model, no training.
+"""Drafting from the text itself: what followed the last time that the text ended this way. No model needed.
 
-Prompt lookup (Saxena 2023) over prompt and output alike, with the longest match and its most recent occurrence found
-by a suffix automaton (`native/suffix.c`), as in SAM-Decoding (arXiv 2411.10666) and SuffixDecoding (arXiv 2411.04975).
+Prompt lookup (Saxena 2023) over prompt and output alike. The longest match and its most recent occurrence are
+found by a suffix automaton (`native/suffix.c`), as in SAM-Decoding (arXiv 2411.10666).
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ from .errors import BundleError
 class SuffixDrafter:
     """Proposes the continuation of the longest recent match. A draft is not sampled: verify it with q=None.
 
-    prompt_lookup_min, prompt_lookup_max  fewest tokens that must match for a draft, most that are compared (<= 64)
-    match_length                          tokens that matched for the last draft, 0 for none: how far to trust it
+    prompt_lookup_min  the fewest tokens that must match for a draft
+    prompt_lookup_max  the most that are compared, at most 64
+    match_length       how many matched for the last draft, 0 for none: how far to trust it
     """
 
     def __init__(self, prompt_lookup_min: int = 2, prompt_lookup_max: int = 32) -> None:

@@ -1,6 +1,6 @@
-"""Lossless verification of drafts: what is accepted, followed by the next token, is distributed as the target's own.
+"""Lossless verification of drafts: the accepted tokens and the next one are distributed as the target's own.
 
-The rules themselves are native (`native/verify.h`), shared by every backend; here are their checked Python faces.
+The rules are native (`native/verify.h`) and shared by every backend; these are their checked Python faces.
 """
 
 from collections.abc import Sequence
@@ -27,16 +27,16 @@ def chain(
     """Verify a drafted chain of K >= 0 tokens; return (number of drafted tokens accepted, next token).
 
     rule      "token": each token on its own (Leviathan et al., arXiv 2211.17192, algorithm 1);
-              "block": the draft as a whole (Sun et al., arXiv 2403.10444, algorithm 2), accepts at least as much;
+              "block": the draft as a whole (Sun et al., arXiv 2403.10444, algorithm 2), accepts no less;
               "exact": sample the target and accept while the draft says the same, any draft whatever.
     p         [K+1, V] float32 or float64: the target's laws; row i is that of the token after draft[:i]
     q         [K, V]: the laws that the draft was sampled from, or None for a draft that was not sampled
     draft     [K] token ids
-    uniforms  [K+2] in [0, 1): [i] decides draft[i] (for "exact" it samples node i), [K] draws the token after a
-              draft that was accepted whole, [K+1] the one that replaces a rejected token.
+    uniforms  [K+2] in [0, 1): [i] decides draft[i] (for "exact" it samples node i), [K] draws the token
+              after a draft that was accepted whole, [K+1] the one that replaces a rejected token.
 
-    p and q are the laws after all processing (temperature, top-k, top-p), q that which was really sampled from.
-    Rows are divided by their sums. Raises BundleError, naming what is wrong, for anything that is not as above.
+    p and q are the laws after all processing (temperature, top-k, top-p); q is what was really sampled from.
+    Rows are divided by their sums. Raises BundleError, saying what is wrong, if anything is not as above.
     """
     if rule not in RULES:
         raise BundleError(f"verify rule {rule!r} is not one of {', '.join(RULES)}")
@@ -58,9 +58,9 @@ def chain_of_laws(
     draft: NDArray[np.int32],
     uniforms: NDArray,
 ) -> tuple[int, int]:
-    """`chain` for the decode loop: C-contiguous arrays of exactly the right dtype and shape, rows already laws.
+    """`chain` for the decode loop: C-contiguous arrays of the right dtype and shape, rows that are laws.
 
-    `sampling.laws` makes such rows. Nothing is copied and the rows are not checked; token ids and uniforms are.
+    `sampling.laws` makes such rows. Nothing is copied; token ids and uniforms are checked, rows are not.
     """
     n_accepted, next_token = ffi.new("int32_t *"), ffi.new("int32_t *")
     status = lib.ds_verify_chain(
@@ -81,7 +81,8 @@ def chain_of_laws(
 def greedy(logits: ArrayLike, draft: Sequence[int] | NDArray) -> tuple[int, int]:
     """Verify a chain of K tokens at temperature 0 from the target's logits, float32 [K+1, V].
 
-    Accepts while draft[i] is the first argmax of row i; returns (number accepted, next token). Raises BundleError.
+    Accepts while draft[i] is the first argmax of row i; returns (number accepted, next token). Raises
+    BundleError for NaN, shapes that do not fit and ids outside the vocabulary.
     """
     tokens = _read_draft(draft)
     rows = np.ascontiguousarray(logits, dtype=np.float32)
@@ -96,7 +97,7 @@ def greedy(logits: ArrayLike, draft: Sequence[int] | NDArray) -> tuple[int, int]
 
 
 def _read_draft(draft: Sequence[int] | NDArray) -> NDArray[np.int32]:
-    """Token ids as int32; ids that int32 cannot hold are refused here, those beyond the vocabulary natively."""
+    """Token ids as int32. What int32 cannot hold is refused here, what the vocabulary does not in C."""
     tokens = np.asarray(draft)
     if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
         raise BundleError(f"draft is {tokens.dtype} {list(tokens.shape)}; a flat list of token ids is wanted")

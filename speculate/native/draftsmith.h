@@ -31,7 +31,7 @@ DS_API const char *ds_version(void);
 /* This thread's last failure in one line of English, valid until its next one. */
 DS_API const char *ds_error_message(void);
 
-/* ---- Laws --------------------------------------------------------------------------------------------- */
+/* ---- Laws ---------------------------------------------------------------------------------------------- */
 
 /* The index of the first largest of `vocab` floats; an error if one is NaN. */
 DS_API int32_t ds_argmax(const float *row, int32_t vocab);
@@ -53,7 +53,7 @@ DS_API int32_t ds_normalize_laws(int32_t n_rows, int32_t vocab, double tolerance
  * stream); number c is word c % 4 of block c / 4. Each can be had alone, in any order, by any thread. */
 DS_API void ds_uniforms(uint64_t seed, uint64_t stream, uint64_t counter, int32_t n, double *out);
 
-/* ---- Verification ------------------------------------------------------------------------------------- */
+/* ---- Verification -------------------------------------------------------------------------------------- */
 
 enum ds_rule {
   DS_RULE_TOKEN = 0, /* each token on its own: Leviathan et al., arXiv 2211.17192, algorithm 1 */
@@ -69,8 +69,8 @@ enum ds_rule {
  *     uniforms[i], i < n_draft     whether draft[i] is accepted (under DS_RULE_EXACT: the sample at node i)
  *     uniforms[n_draft]            the token after a draft that was accepted whole, from p's last row
  *     uniforms[n_draft + 1]        the token that replaces a rejected one, from the residual law
- * A token without mass under p is never accepted and never drawn. One with mass under p but not under q cannot
- * have been drafted; it is accepted. Where the residual has no mass but for rounding (< 1e-12), p stands in.
+ * A token without mass under p is never accepted and never drawn. One with mass under p but none under q
+ * cannot have been drafted; it is accepted. Where the residual is only rounding (< 1e-12), p stands in.
  * Tokens are drawn by inverse CDF in the order of their ids. The rows of p and q are trusted to be laws, as
  * ds_laws_from_logits and ds_normalize_laws leave them; others give an error or some token, never a crash. */
 DS_API int32_t ds_verify_chain(int32_t rule, int32_t n_draft, int32_t vocab, const double *p, const double *q,
@@ -81,7 +81,7 @@ DS_API int32_t ds_verify_chain(int32_t rule, int32_t n_draft, int32_t vocab, con
 DS_API int32_t ds_verify_greedy(int32_t n_draft, int32_t vocab, const float *logits, const int32_t *draft,
                                 int32_t *n_accepted, int32_t *next_token);
 
-/* ---- Drafting from the text itself ---------------------------------------------------------------------- */
+/* ---- Drafting from the text itself --------------------------------------------------------------------- */
 
 /* An index of the committed tokens that finds where the last few occurred before. It holds 120 bytes a token,
  * up to twice that just after it grew. Appending is amortized O(1), drafting O((n_tail + 1) * max_match). */

@@ -1,19 +1,19 @@
 /* Drafting from the text itself: an online suffix automaton over the committed tokens.
  *
- * A state stands for the substrings that end at the same set of places; `length` is that of the longest, and the
- * others are its suffixes down to, but not including, the longest of its `link`. Following links from the state
- * of the whole text visits every suffix (Blumer et al. 1985, "The smallest automaton recognizing the subwords of
- * a text"). n tokens make at most 2n states and 3n edges, and appending one is amortized O(1).
+ * A state stands for the substrings that end at the same set of places; `length` is that of the longest, and
+ * the others are its suffixes down to, but not including, the longest of its `link`. Following links from the
+ * state of the whole text visits every suffix (Blumer et al. 1985, "The smallest automaton recognizing the
+ * subwords of a text"). n tokens make at most 2n states and 3n edges, and appending one is amortized O(1).
  *
  * The most recent places. A new token adds a place to every state on the link path of the text, and that path
- * can be as long as the text ("aaaa..."). But no match is longer than DS_SUFFIX_MAX_MATCH, so only states with a
- * substring at most that long are ever asked: the short states. `window` is the state of the last
+ * can be as long as the text ("aaaa..."). But no match is longer than DS_SUFFIX_MAX_MATCH, so only states
+ * with a substring at most that long are ever asked: the short states. `window` is the state of the last
  * min(n, DS_SUFFIX_MAX_MATCH) tokens; the short states on the path are `window` and its links, at most
- * DS_SUFFIX_MAX_MATCH of them and three or four on ordinary text. Every append enters its place into those, so a
- * short state always knows its two most recent places:
+ * DS_SUFFIX_MAX_MATCH of them and three or four on ordinary text. Every append enters its place into those,
+ * so a short state always knows its two most recent places:
  *   - No state becomes short: its shortest substring only grows, when a clone takes the shorter ones.
- *   - A clone has the places of the state that it is split from, until the present append adds one. If the clone
- *     is short then so was that state, and its places are right to copy; the clone is on the path.
+ *   - A clone has the places of the state that it is split from, until the present append adds one. If the
+ *     clone is short then so was that state, and its places are right to copy; the clone is on the path.
  * Two places, because the most recent one of a suffix of the text is the end of the text itself.
  */
 #include "draftsmith.h"
@@ -51,7 +51,7 @@ struct ds_suffix {
   int32_t window_length;
 };
 
-/* ---- Edges ----------------------------------------------------------------------------------------------- */
+/* ---- Edges --------------------------------------------------------------------------------------------- */
 
 static uint32_t bucket_of(const ds_suffix *s, int32_t from, int32_t token) {
   uint64_t key = (uint64_t)(uint32_t)from << 32 | (uint32_t)token;
@@ -73,7 +73,7 @@ static void add_edge(ds_suffix *s, int32_t from, int32_t token, int32_t to) {
   s->states[from].first_edge = *bucket = s->n_edges++;
 }
 
-/* ---- Memory ---------------------------------------------------------------------------------------------- */
+/* ---- Memory -------------------------------------------------------------------------------------------- */
 
 static int32_t grow_array(void **array, size_t count, size_t size) {
   void *grown = realloc(*array, count * size);
@@ -136,7 +136,7 @@ void ds_suffix_free(ds_suffix *s) {
   free(s);
 }
 
-/* ---- Appending ------------------------------------------------------------------------------------------- */
+/* ---- Appending ----------------------------------------------------------------------------------------- */
 
 static int32_t add_state(ds_suffix *s, int32_t length, int32_t link) {
   s->states[s->n_states] = (state){length, link, NONE, NONE, NONE};
@@ -200,7 +200,7 @@ int32_t ds_suffix_append(ds_suffix *s, const int32_t *tokens, int32_t n_tokens) 
   return DS_OK;
 }
 
-/* ---- Drafting -------------------------------------------------------------------------------------------- */
+/* ---- Drafting ------------------------------------------------------------------------------------------ */
 
 /* The text that is drafted for: the committed tokens, then the tail. */
 typedef struct {

@@ -2,13 +2,14 @@
 #include "verify.h"
 #include "draftsmith.h"
 #include "error.h"
+#include "vector.h"
 
 #include <stddef.h>
 
-enum { LANES = 8, MAX_DRAFT = 1 << 20 };
+enum { MAX_DRAFT = 1 << 20, NONE = -1 };
 
-/* Mass over the vocabulary, not normalized: max(prefix * p - q, 0). With q NULL the drafter's law is one-hot at
- * `drafted`, or absent (`drafted` negative), which leaves p itself. */
+/* Mass over the vocabulary, not normalized: max(prefix * p - q, 0). With q NULL the drafter's law is one-hot
+ * at `drafted`, or absent (`drafted` negative), which leaves p itself. */
 typedef struct {
   double prefix;
   const double *p, *q;
@@ -20,23 +21,23 @@ static inline double weigh(const mass *m, int32_t x) {
   return x == m->drafted ? 0 : m->prefix * m->p[x]; /* at the drafted token, prefix * p - 1 <= 0 */
 }
 
-/* The sum of a residual. Eight interleaved partial sums, added as a tree: one order on every machine, free of the
- * latency that a single running sum would have. */
-static double sum_residual(const mass *m, int32_t vocab) {
-  if (!m->q) return m->prefix * (1 - m->p[m->drafted]);
-  double lane[LANES] = {0};
+DS_WIDE static double sum_residual_rows(double prefix, const double *p, const double *q, int32_t vocab) {
+  double lane[DS_LANES] = {0};
   int32_t x = 0;
-  for (; x + LANES <= vocab; x += LANES)
-    for (int j = 0; j < LANES; ++j) lane[j] += ds_residual(m->prefix, m->p[x + j], m->q[x + j]);
-  for (int j = 0; x < vocab; ++x, ++j) lane[j] += ds_residual(m->prefix, m->p[x], m->q[x]);
-  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+  for (; x + DS_LANES <= vocab; x += DS_LANES)
+    for (int j = 0; j < DS_LANES; ++j) lane[j] += ds_residual(prefix, p[x + j], q[x + j]);
+  for (int j = 0; x < vocab; ++x, ++j) lane[j] += ds_residual(prefix, p[x], q[x]);
+  return ds_add_lanes(lane);
 }
 
-/* The first token at which the running sum passes `threshold`, by inverse CDF. Tokens without mass are stepped
- * over, also at threshold 0; should rounding keep the sum from passing, it is the last token with mass. NONE if
- * nothing has mass. */
-enum { NONE = -1 };
+static double sum_residual(const mass *m, int32_t vocab) {
+  if (!m->q) return m->prefix * (1 - m->p[m->drafted]);
+  return sum_residual_rows(m->prefix, m->p, m->q, vocab);
+}
 
+/* The first token at which the running sum passes `threshold`, by inverse CDF. Tokens without mass are
+ * stepped over, also at threshold 0; should rounding keep the sum from passing, it is the last token with
+ * mass. NONE if nothing has mass. */
 static int32_t draw(const mass *m, int32_t vocab, double threshold) {
   double passed = 0;
   int32_t drawn = NONE;
@@ -112,8 +113,8 @@ static double block_accept_at(const chain *c, int32_t i, double prefix) {
   return ds_block_accept(prefix, sum_residual(&residual, c->vocab));
 }
 
-/* arXiv 2403.10444, algorithm 2: the largest i with uniforms[i - 1] < h_i is accepted. A walk from the end finds
- * it first, and sums over the vocabulary only for the lengths that fail. */
+/* arXiv 2403.10444, algorithm 2: the largest i with uniforms[i - 1] < h_i is accepted. A walk from the end
+ * finds it first, and sums over the vocabulary only for the lengths that fail. */
 static int32_t walk_block(const chain *c, int32_t *next) {
   for (int32_t i = c->n_draft;; --i) {
     double prefix = prefix_after(c, i);

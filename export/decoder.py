@@ -1,0 +1,159 @@
+"""From the description of a decoder to its graph.
+
+Within the graph the hidden state is [R, d] with one row a token, R = B·S: every linear is a plain matrix
+product, and only attention knows of sequences. The cache has a fixed number of slots, S_max, written in place.
+"""
+
+import numpy as np
+from onnx import TensorProto
+
+from ..model.layout import EMBED_POSITIONS, EMBED_TOKENS
+from .builder import Graph
+from .linear import DynamicMultiply, Multiply, apply_linears, multiply_static
+from .onnx_files import WeightFile
+from .weights import StoredLayer, StoredModel
+
+BATCH, TOKENS, SLOTS = "batch", "tokens", "slots"
+
+
+def build_graph(model: StoredModel, weights: WeightFile, *, row_scales: bool) -> Graph:
+    """`row_scales`: int8 linears scale each row of their input by itself, else by a fixed scale for all."""
+    builder = _DecoderBuilder(model, weights, row_scales)
+    hidden = builder.embed()
+    for layer, stored in enumerate(model.layers):
+        hidden = builder.layer(hidden, layer, stored)
+    builder.head(hidden)
+    return builder.graph
+
+
+class _DecoderBuilder:
+    def __init__(self, model: StoredModel, weights: WeightFile, row_scales: bool) -> None:
+        self.model, self.config = model, model.config
+        self.graph = graph = Graph(self.config.family, weights)
+        ids = graph.input("input_ids", TensorProto.INT64, [BATCH, TOKENS])
+        self.positions = graph.input("position_ids", TensorProto.INT64, [BATCH, TOKENS])
+        self.write_index = graph.input("write_index", TensorProto.INT64, [BATCH])
+        self.mask = graph.input("attention_mask", TensorProto.BOOL, [BATCH, 1, TOKENS, SLOTS])
+        self.batch_and_tokens = graph.op("Shape", ids)
+        self.tokens = graph.op("Reshape", ids, graph.ints(-1))
+        self.multiply: Multiply = DynamicMultiply(graph, self.tokens) if row_scales else multiply_static
+
+    def embed(self) -> str:
+        graph = self.graph
+        hidden = self._gather(EMBED_TOKENS, self.tokens)
+        if self.config.embedding_scale != 1.0:
+            hidden = graph.op("Mul", hidden, graph.scalar(self.config.embedding_scale))
+        if self.config.rotary is None:
+            places = graph.op("Reshape", self.positions, graph.ints(-1))
+            hidden = graph.op("Add", hidden, self._gather(EMBED_POSITIONS, places))
+        return hidden
+
+    def layer(self, hidden: str, layer: int, stored: StoredLayer) -> str:
+        graph, name = self.graph, f"model.layers.{layer}"
+        with graph.scope(name):
+            mixed = self._attention(self._norm(hidden, f"{name}.input_layernorm"), layer, stored)
+            if self.config.post_norms:
+                mixed = self._norm(mixed, f"{name}.post_attention_norm")
+            hidden = graph.op("Add", hidden, mixed)
+            mixed = self._mlp(self._norm(hidden, f"{name}.post_attention_layernorm"), stored)
+            if self.config.post_norms:
+                mixed = self._norm(mixed, f"{name}.post_mlp_norm")
+            return graph.op("Add", hidden, mixed)
+
+    def head(self, hidden: str) -> None:
+        graph, vocab = self.graph, self.config.vocab_size
+        hidden = self._norm(hidden, "model.norm")
+        if self.model.head:
+            (logits,) = apply_linears(graph, hidden, self.model.head, self.multiply)
+        else:
+            logits = graph.op("Gemm", hidden, graph.matrix(EMBED_TOKENS), transB=1)
+        if (cap := self.config.logit_softcap) is not None:
+            logits = graph.op("Tanh", graph.op("Div", logits, graph.scalar(cap)))
+            logits = graph.op("Mul", logits, graph.scalar(cap))
+        graph.op("Reshape", logits, self._shape(vocab), output="logits")
+        graph.output("logits", TensorProto.FLOAT, [BATCH, TOKENS, vocab])
+
+    def _gather(self, table: str, index: str) -> str:
+        """Rows are converted after they are picked: a float32 copy of the table would only cost memory."""
+        rows = self.graph.op("Gather", self.graph.weight(table), index)
+        return self.graph.op("Cast", rows, to=TensorProto.FLOAT)
+
+    def _attention(self, x: str, layer: int, stored: StoredLayer) -> str:
+        graph, config = self.graph, self.config
+        query, key, value = apply_linears(graph, x, stored.qkv, self.multiply)
+        query, key, value = (
+            self._heads(query, config.num_heads),
+            self._heads(key, config.num_kv_heads),
+            self._heads(value, config.num_kv_heads),
+        )
+        if config.qk_norm:
+            query = self._norm(query, f"model.layers.{layer}.self_attn.q_norm")
+            key = self._norm(key, f"model.layers.{layer}.self_attn.k_norm")
+        query, key = self._rotate(query, layer), self._rotate(key, layer)
+        keys, values = self._write(key, layer, "key"), self._write(value, layer, "value")
+        mask = self.mask if (window := config.window_of(layer)) is None else self._window(window)
+        mixed = graph.op("Attention", query, keys, values, mask, scale=config.attention_scale)
+        mixed = graph.op("Transpose", mixed, perm=[0, 2, 1, 3])
+        mixed = graph.op("Reshape", mixed, graph.ints(-1, config.num_heads * config.head_dim))
+        return apply_linears(graph, mixed, stored.o, self.multiply)[0]
+
+    def _heads(self, x: str, num_heads: int) -> str:
+        """[R, heads · D] → [B, heads, S, D]."""
+        x = self.graph.op("Reshape", x, self._shape(num_heads, self.config.head_dim))
+        return self.graph.op("Transpose", x, perm=[0, 2, 1, 3])
+
+    def _rotate(self, x: str, layer: int) -> str:
+        rotary = self.config.rotary_of(layer)
+        if rotary is None:
+            return x
+        name = "rotary" if rotary is self.config.rotary else "rotary_local"
+        cos, sin = self.graph.weight(f"{name}.cos"), self.graph.weight(f"{name}.sin")
+        # The operator takes 0 for "all channels of a head".
+        width = 2 * len(rotary.inv_freq) % self.config.head_dim
+        return self.graph.op("RotaryEmbedding", x, cos, sin, self.positions, rotary_embedding_dim=width)
+
+    def _write(self, update: str, layer: int, kind: str) -> str:
+        """[B, H_kv, S, D] into the cache, which is returned whole: [B, H_kv, S_max, D]."""
+        graph, config = self.graph, self.config
+        shape = [BATCH, config.num_kv_heads, SLOTS, config.head_dim]
+        past = graph.input(f"past_key_values.{layer}.{kind}", TensorProto.FLOAT, shape)
+        present = f"present.{layer}.{kind}"
+        graph.output(present, TensorProto.FLOAT, shape)
+        return graph.op(
+            "TensorScatter", past, update, self.write_index, output=present, axis=-2, mode="linear"
+        )
+
+    def _window(self, size: int) -> str:
+        """The last `size` of the slots that a token sees. They are counted along its own path: in a tree a
+        token's ancestors do not stand in neighbouring slots."""
+        graph = self.graph
+        visible = graph.op("Cast", self.mask, to=TensorProto.INT32)
+        from_end = graph.op("CumSum", visible, graph.scalar(3, np.int32), reverse=1)
+        return graph.op("And", self.mask, graph.op("LessOrEqual", from_end, graph.scalar(size, np.int32)))
+
+    def _mlp(self, x: str, stored: StoredLayer) -> str:
+        *gate, up = apply_linears(self.graph, x, stored.gate_up, self.multiply)
+        x = self.graph.op("Mul", self._activate(gate[0]), up) if gate else self._activate(up)
+        return apply_linears(self.graph, x, stored.down, self.multiply)[0]
+
+    def _activate(self, x: str) -> str:
+        match self.config.activation:
+            case "silu":
+                return self.graph.op("Mul", x, self.graph.op("Sigmoid", x))
+            case "relu":
+                return self.graph.op("Relu", x)
+            case "gelu":
+                return self.graph.op("Gelu", x, approximate="none")
+            case "gelu_tanh":
+                return self.graph.op("Gelu", x, approximate="tanh")
+
+    def _norm(self, x: str, name: str) -> str:
+        weight, epsilon = self.graph.weight(f"{name}.weight"), self.config.norm_eps
+        if self.config.norm == "rms":
+            return self.graph.op("RMSNormalization", x, weight, axis=-1, epsilon=epsilon)
+        bias = self.graph.weight(f"{name}.bias")
+        return self.graph.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon)
+
+    def _shape(self, *inner: int) -> str:
+        """[B, S, *inner] as a shape."""
+        return self.graph.op("Concat", self.batch_and_tokens, self.graph.ints(*inner), axis=0)

@@ -1,0 +1,143 @@
+"""The weights of a decoder as the graphs read them, put into one weight file.
+
+Linears are stored [in, out], the way a matrix product reads them. Those of one input that are quantized alike
+(q, k, v; gate, up) stand side by side as one weight: one product and one quantized input serve them all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model.config import DecoderConfig
+from ..model.layout import EMBED_POSITIONS, EMBED_TOKENS
+from ..model.progress import Progress, no_progress
+from ..model.store import TORCH_DTYPES, Checkpoint
+from .onnx_files import WeightFile
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """`{name}.weight` [K, N] with, if any, `{name}.weight_scale` and `{name}.bias` [N]; N = sum(widths)."""
+
+    name: str
+    widths: tuple[int, ...]  # output features of each linear in it
+    is_quantized: bool
+    has_bias: bool
+    input_scale: float | None  # None: a graph with static scales leaves these activations in float
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """The linears of one layer, by the input that they share."""
+
+    qkv: list[StoredLinear]
+    o: list[StoredLinear]
+    gate_up: list[StoredLinear]  # up alone where the MLP has no gate
+    down: list[StoredLinear]
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """The file also holds the embeddings, the rotary tables, and every norm, by their own names."""
+
+    config: DecoderConfig
+    num_positions: int
+    layers: list[StoredLayer]
+    head: list[StoredLinear]  # empty: the embedding is the output projection too
+
+    def linears(self) -> list[StoredLinear]:
+        groups = [group for layer in self.layers for group in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return [linear for group in [*groups, self.head] for linear in group]
+
+
+def store_model(
+    source: Checkpoint, weights: WeightFile, num_positions: int, progress: Progress = no_progress
+) -> StoredModel:
+    """Write the weights of `source`, one part at a time. `num_positions`: how long a sequence may get."""
+    config = source.config
+    store = _Store(weights, TORCH_DTYPES[config.dtype])
+    embed = source.load_embed()
+    store.matrix(EMBED_TOKENS, embed[EMBED_TOKENS])
+    if config.rotary is None:
+        store.matrix(EMBED_POSITIONS, embed[EMBED_POSITIONS][:num_positions])
+    _store_rotary(weights, config, num_positions)
+    layers = []
+    for layer in range(config.num_layers):
+        layers.append(_store_layer(store, config, f"model.layers.{layer}.", source.load_layer(layer)))
+        progress(layer + 1, config.num_layers, "export")
+    tensors = source.load_head()
+    store.norms("", tensors)
+    head = [] if config.tied_head else store.linears("", ["lm_head"], tensors)
+    return StoredModel(config, num_positions, layers, head)
+
+
+def _store_layer(
+    store: "_Store", config: DecoderConfig, prefix: str, tensors: dict[str, Tensor]
+) -> StoredLayer:
+    store.norms(prefix, tensors)
+    qkv = [f"self_attn.{x}_proj" for x in "qkv"]
+    gate_up = ["mlp.gate_proj", "mlp.up_proj"] if config.gated_mlp else ["mlp.up_proj"]
+    return StoredLayer(
+        qkv=store.linears(prefix, qkv, tensors, fused="self_attn.qkv_proj"),
+        o=store.linears(prefix, ["self_attn.o_proj"], tensors),
+        gate_up=store.linears(prefix, gate_up, tensors, fused="mlp.gate_up_proj"),
+        down=store.linears(prefix, ["mlp.down_proj"], tensors),
+    )
+
+
+def _store_rotary(weights: WeightFile, config: DecoderConfig, num_positions: int) -> None:
+    """`{name}.cos` and `.sin` [num_positions, R/2], worked out in float64: in float32 the angle of a late
+    position has few digits left after the point."""
+    for name, rotary in (("rotary", config.rotary), ("rotary_local", config.rotary_local)):
+        if rotary is not None:
+            angles = np.outer(np.arange(num_positions), np.array(rotary.inv_freq, np.float64))
+            for table, values in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
+                weights.add(f"{name}.{table}", torch.from_numpy(values * rotary.scale).float())
+
+
+class _Store:
+    def __init__(self, weights: WeightFile, dtype: torch.dtype) -> None:
+        self.weights, self.dtype = weights, dtype
+
+    def matrix(self, name: str, tensor: Tensor) -> None:
+        """A float matrix has the model's dtype whatever an earlier stage computed in."""
+        self.weights.add(name, tensor if tensor.dtype == torch.int8 else tensor.to(self.dtype))
+
+    def norms(self, prefix: str, tensors: dict[str, Tensor]) -> None:
+        for name in sorted(tensors):
+            if "norm" in name:
+                self.weights.add(prefix + name, tensors[name].float())
+
+    def linears(
+        self, prefix: str, names: Sequence[str], tensors: dict[str, Tensor], fused: str = ""
+    ) -> list[StoredLinear]:
+        """Store the linears `names` of one input: as one named `fused` if they are alike, else one by one."""
+        if len(names) > 1 and len({_kind(tensors, name) for name in names}) > 1:
+            return [self._linear(prefix + name, [name], tensors) for name in names]
+        return [self._linear(prefix + (fused if len(names) > 1 else names[0]), names, tensors)]
+
+    def _linear(self, stored: str, names: Sequence[str], tensors: dict[str, Tensor]) -> StoredLinear:
+        def joined(kind: str) -> Tensor:
+            return torch.cat([tensors[f"{name}.{kind}"] for name in names])
+
+        is_quantized, has_bias, input_scale = _kind(tensors, names[0])
+        self.matrix(f"{stored}.weight", joined("weight").T)
+        if is_quantized:
+            self.weights.add(f"{stored}.weight_scale", joined("weight_scale").float())
+        if has_bias:
+            self.weights.add(f"{stored}.bias", joined("bias").float())
+        widths = tuple(len(tensors[f"{name}.weight"]) for name in names)
+        return StoredLinear(stored, widths, is_quantized, has_bias, input_scale)
+
+
+def _kind(tensors: dict[str, Tensor], name: str) -> tuple[bool, bool, float | None]:
+    """Int8 or not, with a bias or not, static scale of the input: what linears stored as one agree in."""
+    scale = tensors.get(f"{name}.input_scale")
+    return (
+        tensors[f"{name}.weight"].dtype == torch.int8,
+        f"{name}.bias" in tensors,
+        None if scale is None else float(scale),
+    )

@@ -2,17 +2,14 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-Progress = Callable[[int, int, str], None]  # (done, total, label); a new label starts a new bar
+from ..model.progress import Progress as Progress
+from ..model.progress import no_progress as no_progress
 
 PATIENCE_S = 1.0  # what is shorter shows no bar
 LOG_EVERY_S = 15.0  # between lines where standard error is a file or a pipe
-
-
-def no_progress(done: int, total: int, label: str) -> None:
-    """The progress of a caller who does not want to know."""
 
 
 @contextmanager

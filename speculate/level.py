@@ -1,14 +1,15 @@
 """The levels of a ladder: each drafts for the one above with the help of the one below.
 
 What a level proposes is an exact sample of its own law, whatever it was drafted from, so the level above may
-verify it with that law. This rests on the number of tokens in a proposal being fixed *before* they are drawn.
-A level that stopped wherever its last inner round happened to end would be wrong under the block rule: there
-a prefix is kept or dropped by looking at the tokens behind it, so given that a round ended after token i,
-token i+1 no longer follows the law at that place, and cutting the proposal there hands the verifier a biased
-sample. Hence `EngineLevel.propose` runs as many rounds as fill exactly the n tokens asked for, and lets the
-inner level draft no further than one token short of that. The one exception is harmless: stopping after an
-end-of-text token depends only on tokens that are kept. (A deterministic level may propose fewer: how many
-depends only on the tokens before.)
+verify it with that law. This holds as long as the end of a proposal depends on nothing but the tokens kept in
+it. A level may stop after an end-of-text token, at a length fixed beforehand, or where a round ended. It may
+not look at a token and then drop it: to propose only the accepted drafts without the level's own token after
+them, or to leave out a token for its low probability, selects among samples, and the verdict on them is no
+longer lossless. (A deterministic level may propose as few as it likes: its drafts are not sampled.)
+
+A level that is asked for n tokens gives n, in as many rounds as that takes, since the call above that
+verifies them is the dear one. Its inner level drafts at most one token short of what is missing, so no round
+overshoots.
 """
 
 from dataclasses import dataclass

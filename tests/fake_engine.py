@@ -1,7 +1,7 @@
 """Stand-ins for real models: engines whose logits come from a table, and bundles around them.
 
-The logits of a `FakeEngine` are a function of exactly the tokens in the cache slots that a row sees. So a slot
-that was not written, or still holds a rejected draft, changes the output at once, as with a real model.
+The logits of a `FakeEngine` depend on exactly the tokens in the cache slots that a row sees. So a slot
+that was not written, or still holds a rejected draft, changes the output, as with a real model.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ BYTE_VOCAB = 258  # 256 bytes, BOS, EOS
 class FakeEngine:
     """A random language model over `vocab_size` tokens.
 
-    seed: of the model that it resembles. own: of its own part, weighted by `noise` (0: the model itself). The
-    common part looks at the last two tokens, and a little at all that is visible; scale is that of the logits.
+    seed: of the model that it resembles. own: of its own part, weighted by `noise` (0: the model itself).
+    The common part looks at the last two tokens, and a little at all that is visible.
     """
 
     def __init__(
@@ -34,11 +34,12 @@ class FakeEngine:
         scale: float = 2.0,
         max_seq_len: int = 256,
         padding: int = 0,
+        pad_logit: float = 0.0,
     ) -> None:
         self.vocab_size = vocab_size + padding
         self.max_seq_len = max_seq_len
         self.calls = self.rows = 0
-        self._settings = (vocab_size, seed, noise, own, scale, padding)
+        self._settings = (vocab_size, seed, noise, own, scale, padding, pad_logit)
         self._slots = np.full(max_seq_len, -1, np.int64)
         self._known: dict[bytes, np.ndarray] = {}
 
@@ -61,10 +62,10 @@ class FakeEngine:
         visible = np.asarray(tokens, np.int64)
         key = visible.tobytes()
         if key not in self._known:
-            vocab_size, seed, noise, own, scale, padding = self._settings
+            vocab_size, seed, noise, own, scale, padding, pad_logit = self._settings
             logits = _normal(visible[-2:], seed, vocab_size) + 0.3 * _normal(visible, seed + 1, vocab_size)
             logits = scale * logits + noise * _normal(visible, 1000 + own, vocab_size)
-            self._known[key] = np.concatenate([logits, np.full(padding, 5.0)]).astype(np.float32)
+            self._known[key] = np.concatenate([logits, np.full(padding, pad_logit)]).astype(np.float32)
         return self._known[key]
 
 

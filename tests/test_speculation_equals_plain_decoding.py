@@ -1,0 +1,234 @@
+"""Whatever drafts, the tokens are the target's alone: greedy ones, and sampled ones under the exact rule."""
+
+import threading
+
+import numpy as np
+import pytest
+from draftsmith.speculate.decode import decode
+from draftsmith.speculate.errors import BundleError
+from draftsmith.speculate.ladder import Rung, build_ladder
+from draftsmith.speculate.sequence import Sequence
+from draftsmith.speculate.settings import Sampling
+from fake_engine import BYTE_VOCAB, EOS, FakeEngine, open_bundle, write_bundle
+
+GREEDY = Sampling()
+LADDERS = [
+    ["suffix"],
+    ["int8"],
+    ["suffix", "int8"],
+    ["tiny", "int8"],
+    ["suffix", "tiny", "int8"],
+]
+
+
+def decode_all(engines, rungs, prompt, count, sampling=GREEDY, eos=()):
+    tokens = Sequence.begin(prompt, len(prompt) + count, frozenset(eos))
+    target = build_ladder(rungs, engines.__getitem__, sampling, len(prompt) + count)
+    blocks = list(decode(tokens, target, count))
+    return [token for block in blocks for token in block], target, blocks
+
+
+def decode_greedily(target, prompt, count, eos=()):
+    """The reference: no loop, no cache."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(np.argmax(target.logits_after(tokens))))
+        if tokens[-1] in eos:
+            break
+    return tokens[len(prompt) :]
+
+
+def random_engines(vocab_size, seed):
+    return {
+        "target": FakeEngine(vocab_size, seed),
+        "int8": FakeEngine(vocab_size, seed, noise=0.8, own=1),
+        "tiny": FakeEngine(vocab_size, seed, noise=1.6, own=2),
+    }
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids="-".join)
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_output_is_the_targets(ladder, seed):
+    rng = np.random.default_rng(seed)
+    engines = random_engines(int(rng.choice([2, 3, 5, 8])), seed)
+    drafted = accepted = 0
+    for prompt_length in (1, 2, 5, 13):
+        prompt = rng.integers(engines["target"].vocab_size, size=prompt_length).tolist()
+        for length in (1, 2, 3, 24):
+            wanted = decode_greedily(engines["target"], prompt, length)
+            for outer in (1, 2, 5):
+                for inner in (1, 3):
+                    counts = [inner] * (len(ladder) - 1) + [outer]
+                    rungs = [Rung(name, count) for name, count in zip(ladder, counts, strict=True)]
+                    output, target, _ = decode_all(engines, rungs, prompt, length)
+                    assert output == wanted
+                    drafted += target.drafts.drafted
+                    accepted += target.drafts.accepted
+    assert 0 < accepted < drafted, "drafts must be taken and refused for this to show anything"
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids="-".join)
+def test_sampled_output_under_the_exact_rule_is_that_of_plain_sampling(ladder):
+    engines, prompt = random_engines(6, seed=3), [0, 1, 2, 0, 1]
+    for seed in range(12):
+        settings = Sampling(temperature=0.9, top_k=5, top_p=0.95, seed=seed, rule="exact")
+        plain, _, _ = decode_all(engines, [], prompt, 20, settings)
+        for count in (1, 3, 6):
+            rungs = [Rung(name, count) for name in ladder]
+            assert decode_all(engines, rungs, prompt, 20, settings)[0] == plain
+
+
+@pytest.mark.parametrize("rule", ["token", "block", "exact"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_drafter_equal_to_the_target_is_always_accepted(rule, temperature):
+    engines = {name: FakeEngine(9, seed=1) for name in ("target", "int8")}
+    output, target, blocks = decode_all(
+        engines, [Rung("int8", 4)], [1, 2], 31, Sampling(temperature, seed=5, rule=rule)
+    )
+    assert len(output) == 31
+    assert target.drafts.accepted == target.drafts.drafted == 24
+    assert [len(block) for block in blocks] == [1] + [5] * 6
+    assert engines["target"].calls == 7
+
+
+def test_no_draft_is_longer_than_the_room_left():
+    engines = {name: FakeEngine(9, seed=1) for name in ("target", "int8")}
+    for length in range(1, 12):
+        output, target, blocks = decode_all(engines, [Rung("int8", 64)], [1, 2], length)
+        assert len(output) == length
+        assert [len(block) for block in blocks] == [1, length - 1][: 1 + (length > 1)]
+        assert target.drafts.drafted == max(length - 2, 0)
+
+
+def test_an_end_of_text_inside_a_block_ends_the_output_there():
+    ended = 0
+    for seed in range(30):
+        engines = random_engines(8, seed)
+        wanted = decode_greedily(engines["target"], [1, 2, 3], 20, eos=(5, 6))
+        for ladder in LADDERS:
+            output, target, _ = decode_all(
+                engines, [Rung(name, 4) for name in ladder], [1, 2, 3], 20, eos=(5, 6)
+            )
+            assert output == wanted
+            steps, accepted = target.rounds - 1, target.drafts.accepted
+            assert 1 + steps + accepted == len(output) + target.discarded
+            ended += len(output) < 20 and target.drafts.accepted > 0
+    assert ended > 20
+
+
+@pytest.mark.parametrize(("target_padding", "drafter_padding"), [(0, 5), (5, 0)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_vocabularies_padded_differently_decode_alike(target_padding, drafter_padding, temperature):
+    # To the drafter its padding ids seem the likeliest: unless they are masked, it drafts nothing else.
+    engines = {
+        "target": FakeEngine(7, seed=4, padding=target_padding, pad_logit=-30),
+        "int8": FakeEngine(7, seed=4, noise=0.5, padding=drafter_padding, pad_logit=9),
+    }
+    settings = Sampling(temperature, seed=2, rule="exact")
+    plain, _, _ = decode_all(engines, [], [1, 2, 3], 30, settings)
+    output, target, _ = decode_all(engines, [Rung("int8", 4)], [1, 2, 3], 30, settings)
+    assert output == plain
+    assert target.drafts.accepted > 0.3 * target.drafts.drafted
+
+
+def test_the_targets_own_padding_ids_may_be_shown_to_a_drafter_without_them():
+    engines = {
+        "target": FakeEngine(7, seed=4, padding=3, pad_logit=3),
+        "int8": FakeEngine(7, seed=4, noise=0.5),
+    }
+    wanted = decode_greedily(engines["target"], [1, 2, 3], 30)
+    assert max(wanted) >= 7
+    assert decode_all(engines, [Rung("int8", 4)], [1, 2, 3], 30)[0] == wanted
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return open_bundle(write_bundle(tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("speculate", ["auto", *LADDERS], ids=str)
+def test_stop_strings_cut_tokens_and_text_as_in_plain_decoding(bundle, speculate):
+    prompt, settings = "to be or not to be", {"max_new_tokens": 60, "ignore_eos": True}
+    whole = bundle.generate(prompt, speculate="none", **settings)
+    assert whole.finish_reason == "length"
+    for start in range(0, len(whole.text) - 3, 3):
+        for length in (1, 2, 5):
+            stop = whole.text[start : start + length]
+            plain = bundle.generate(prompt, speculate="none", stop=stop, **settings)
+            assert plain.text == whole.text[: whole.text.index(stop)]
+            assert plain.finish_reason == "stop"
+            assert plain.token_ids == whole.token_ids[: len(plain.token_ids)]
+            fast = bundle.generate(prompt, speculate=speculate, stop=["never said", stop], **settings)
+            assert (fast.text, fast.token_ids, fast.finish_reason) == (plain.text, plain.token_ids, "stop")
+            assert stats_conserve(fast.stats)
+
+
+def stats_conserve(stats):
+    return 1 + stats.steps + stats.accepted == stats.emitted + stats.discarded
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids="-".join)
+def test_counters_add_up(bundle, ladder):
+    for seed in range(5):
+        out = bundle.generate("a b a b a b", 40, temperature=0.8, seed=seed, speculate=ladder)
+        stats = out.stats
+        assert stats.emitted == len(out.token_ids)
+        assert out.finish_reason == ("eos" if out.token_ids[-1] == EOS else "length")
+        assert stats_conserve(stats)
+        assert [level.name for level in stats.drafts] == ladder
+        for level in stats.drafts:
+            assert level.drafted == sum(level.drafted_at)
+            assert level.accepted == sum(level.accepted_at)
+            assert level.accepted == sum(count * rounds for count, rounds in level.histogram.items())
+            assert level.rounds == sum(level.histogram.values())
+        assert stats.calls["target"] == stats.steps + 1
+        parts = stats.to_dict()["ms"]
+        total = parts["prefill"] + sum(parts["draft"].values()) + parts["verify"] + parts["sampling"]
+        assert parts["bookkeeping"] >= 0
+        assert total + parts["bookkeeping"] == pytest.approx(stats.total_ms)
+
+
+@pytest.mark.parametrize("stop", [(), ("ab",)])
+def test_a_stream_gives_the_text_of_the_whole(bundle, stop):
+    # Random bytes: most of them are no valid UTF-8, so that pieces end inside characters all the time.
+    for seed in range(8):
+        settings = {"max_new_tokens": 80, "temperature": 1.5, "seed": seed, "stop": stop}
+        out = bundle.generate("héllo wörld ", **settings)
+        pieces = list(bundle.stream("héllo wörld ", **settings))
+        assert [token for piece in pieces for token in piece.token_ids] == out.token_ids
+        assert "".join(piece.text for piece in pieces) == out.text
+        assert len(pieces) > 3
+        if not stop:
+            assert out.text == bundle.tokenizer.decode(out.token_ids)
+
+
+def test_characters_split_over_tokens_arrive_whole(tmp_path):
+    text = "naïve 日本語 🙂!"
+    tokens = list(open_bundle(write_bundle(tmp_path / "b")).tokenizer.encode(text).ids)
+
+    class Recital(FakeEngine):
+        def logits_after(self, visible):
+            return np.eye(BYTE_VOCAB, dtype=np.float32)[tokens[len(visible) - 1]]
+
+    bundle = open_bundle(tmp_path / "b", target=Recital(BYTE_VOCAB), int8=Recital(BYTE_VOCAB))
+    for ladder in ([], ["int8"]):
+        pieces = list(bundle.stream([0], len(tokens), speculate=ladder))
+        assert "".join(piece.text for piece in pieces) == text
+        assert not any("\ufffd" in piece.text for piece in pieces)
+
+
+def test_two_generations_at_once_are_refused(bundle):
+    stream = bundle.stream("one", 20)
+    next(stream)
+    with pytest.raises(BundleError, match="another generation is under way"):
+        bundle.generate("two", 5)
+    with pytest.raises(BundleError, match="another generation is under way"):
+        bundle.logits([1, 2])
+    stream.close()
+    assert len(bundle.generate("two", 5, ignore_eos=True).token_ids) == 5
+
+    outputs = []
+    thread = threading.Thread(target=lambda: outputs.append(bundle.generate("three", 5, ignore_eos=True)))
+    thread.start()
+    thread.join()
+    assert len(outputs) == 1

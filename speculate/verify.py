@@ -16,9 +16,9 @@ Rule = Literal["token", "block", "exact"]
 
 RULES: dict[str, int] = {"token": lib.DS_RULE_TOKEN, "block": lib.DS_RULE_BLOCK, "exact": lib.DS_RULE_EXACT}
 
-# How far a row may sum from 1 and still be taken for a law that was rounded. Float32 softmax over a large
-# vocabulary is off by some 1e-5; a row that was truncated or never normalized is off by far more.
-TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
+# How far a row may sum from 1 and still be taken for a law that was rounded, by bytes a number. A float32
+# softmax over a large vocabulary is off by some 1e-5; a row truncated or never normalized by far more.
+TOLERANCE = {4: 1e-4, 8: 1e-6}
 
 
 def chain(
@@ -45,7 +45,7 @@ def chain(
     drafter = None
     if q is not None:
         drafter = _read_laws("q", q, len(tokens), vocab=target.shape[1])
-    numbers = np.ascontiguousarray(uniforms, dtype=np.float64)
+    numbers = np.ascontiguousarray(_read_array("uniforms", uniforms, np.float64))
     if numbers.shape != (len(tokens) + 2,):
         raise BundleError(f"uniforms have shape {numbers.shape}; [{len(tokens) + 2}] is wanted (K + 2)")
     return chain_of_laws(rule, target, drafter, tokens, numbers)
@@ -85,7 +85,7 @@ def greedy(logits: ArrayLike, draft: Sequence[int] | NDArray) -> tuple[int, int]
     BundleError for NaN, shapes that do not fit and ids outside the vocabulary.
     """
     tokens = _read_draft(draft)
-    rows = np.ascontiguousarray(logits, dtype=np.float32)
+    rows = np.ascontiguousarray(_read_array("logits", logits, np.float32))
     if rows.ndim != 2 or len(rows) != len(tokens) + 1 or rows.shape[1] == 0:
         raise BundleError(f"logits have shape {rows.shape}; [{len(tokens) + 1}, V] is wanted (K + 1 rows)")
     n_accepted, next_token = ffi.new("int32_t *"), ffi.new("int32_t *")
@@ -96,9 +96,16 @@ def greedy(logits: ArrayLike, draft: Sequence[int] | NDArray) -> tuple[int, int]
     return n_accepted[0], next_token[0]
 
 
+def _read_array(name: str, values: ArrayLike, dtype: type | None = None) -> NDArray:
+    try:
+        return np.asarray(values, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{name} cannot be read as an array of numbers: {error}") from error
+
+
 def _read_draft(draft: Sequence[int] | NDArray) -> NDArray[np.int32]:
     """Token ids as int32. What int32 cannot hold is refused here, what the vocabulary does not in C."""
-    tokens = np.asarray(draft)
+    tokens = _read_array("draft", draft)
     if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
         raise BundleError(f"draft is {tokens.dtype} {list(tokens.shape)}; a flat list of token ids is wanted")
     if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) <= np.iinfo(np.int32).max:
@@ -108,13 +115,13 @@ def _read_draft(draft: Sequence[int] | NDArray) -> NDArray[np.int32]:
 
 def _read_laws(name: str, laws: ArrayLike, n_rows: int, vocab: int | None = None) -> NDArray[np.float64]:
     """A private float64 copy of laws [n_rows, V], checked and normalized."""
-    given = np.asarray(laws)
-    if given.dtype not in TOLERANCE:
+    given = _read_array(name, laws)
+    if given.dtype.kind != "f" or given.itemsize not in TOLERANCE:
         raise BundleError(f"{name} is {given.dtype}; float32 or float64 is wanted")
     if given.ndim != 2 or len(given) != n_rows or given.shape[1] != (vocab or given.shape[1] or 1):
         wanted = f"[{n_rows}, {vocab or 'V'}]"
         raise BundleError(f"{name} has shape {list(given.shape)}; {wanted} is wanted for this draft")
     rows = np.array(given, dtype=np.float64, order="C")
-    status = lib.ds_normalize_laws(n_rows, rows.shape[1], TOLERANCE[given.dtype], view("double[]", rows))
+    status = lib.ds_normalize_laws(n_rows, rows.shape[1], TOLERANCE[given.itemsize], view("double[]", rows))
     check(status, name)
     return rows

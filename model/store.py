@@ -85,6 +85,7 @@ def write_part(folder: Path, part: str, tensors: dict[str, Tensor]) -> None:
     try:
         # Clones, since safetensors refuses views that share storage.
         save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+        temporary.chmod(0o644)  # the library makes files that only their owner may read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

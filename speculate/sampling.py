@@ -17,7 +17,10 @@ def laws(
     top_p 1 is off; the token that crosses top_p is kept. A logit of -inf has no mass. Raises BundleError for
     NaN, +inf, a row of nothing but -inf, and settings out of range.
     """
-    rows = np.ascontiguousarray(logits, dtype=np.float32)
+    try:
+        rows = np.ascontiguousarray(logits, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"logits cannot be read as an array of numbers: {error}") from error
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise BundleError(f"logits have shape {list(rows.shape)}; [S, V] is wanted")
     if not isinstance(top_k, int | np.integer) or top_k < 0:

@@ -81,4 +81,6 @@ def _read_tokens(tokens: Sequence[int] | NDArray) -> NDArray[np.int32]:
         raise BundleError(f"{values.dtype} {list(values.shape)} given; a flat list of token ids is wanted")
     if values.size and int(values.max()) > np.iinfo(np.int32).max:
         raise BundleError(f"token id {values.max()} is beyond any vocabulary")
+    if values.size and int(values.min()) < 0:
+        raise BundleError(f"token {int(values.argmin())} is {values.min()}, not a token id")
     return np.ascontiguousarray(values, dtype=np.int32)

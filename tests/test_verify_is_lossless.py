@@ -367,14 +367,12 @@ def test_a_vocabulary_of_one_has_nothing_to_decide(rule):
 
 
 def test_sums_over_a_vocabulary_of_any_size_agree():
-    """Sizes around the width of the summation: acceptance of a wrong draft falls back on the same residual."""
-    for vocab in [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 63, 1000]:
+    """Sizes around the width of the summation; a rejected draft is replaced from the residual."""
+    for vocab in [2, 3, 5, 7, 8, 9, 15, 16, 17, 63, 1000]:
         rng = np.random.default_rng(vocab)
         p, q = rng.dirichlet(np.ones(vocab), size=3), rng.dirichlet(np.ones(vocab), size=2)
         rest = np.maximum(p[0] - q[0], 0)
         draft = [int(np.argmin(p[0] / q[0])), 0]
-        if vocab == 1:
-            continue
         for u in rng.random(50):
             expected = np.searchsorted(rest.cumsum() / rest.sum(), u, side="right")
             assert verify.chain("token", p, q, draft, [LAST, LAST, 0.5, u]) == (0, expected)

@@ -40,7 +40,7 @@ DS_API int32_t ds_argmax(const float *row, int32_t vocab);
  *   temperature  divides the logits; 0 gives all mass to the first largest logit and ignores what follows
  *   top_k        keeps the k largest logits and all that equal the k-th; 0 turns it off
  *   top_p        drops the least likely tokens while what is dropped has mass <= 1 - top_p (so the token that
- *                crosses is kept); among equals the lower index goes first; 1 turns it off
+ *                crosses is kept); of equals at the cut the lower ids are dropped; 1 turns it off
  * A logit of -inf has no mass. NaN, +inf and a row of nothing but -inf are errors. */
 DS_API int32_t ds_laws_from_logits(const float *logits, int32_t n_rows, int32_t vocab, double temperature,
                                    int32_t top_k, double top_p, double *laws);

@@ -1,0 +1,69 @@
+"""Every native function runs under the address and undefined-behaviour sanitizers, error paths included."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent / "native"
+NATIVE = Path(__file__).parents[1] / "speculate" / "native"
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wconversion", "-Wno-sign-conversion"]
+
+
+def compile_and_run(command: list[str | Path], program: Path) -> subprocess.CompletedProcess[str]:
+    if not shutil.which(str(command[0])):
+        pytest.skip(f"no {command[0]} on this machine")
+    subprocess.run([*command, "-o", program], check=True, timeout=300)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run(
+        [program], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def sanitized(*sources: Path) -> list[str | Path]:
+    flags = [
+        "-std=c11",
+        "-g",
+        "-O1",
+        "-ffp-contract=off",
+        "-fsanitize=address,undefined",
+        "-fno-omit-frame-pointer",
+    ]
+    return ["gcc", *flags, *WARNINGS, "-I", NATIVE, *sorted(NATIVE.glob("*.c")), *sources, "-lm", "-lpthread"]
+
+
+def test_every_function_is_clean(tmp_path):
+    wrapped = "-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc"
+    done = compile_and_run([*sanitized(HERE / "exercise.c"), wrapped], tmp_path / "exercise")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "clean", "")
+
+
+def test_the_sanitizers_are_awake(tmp_path):
+    """The same build of a program that passes a row one logit too short must fail."""
+    program = tmp_path / "overrun.c"
+    program.write_text(
+        '#include "draftsmith.h"\n#include <stdlib.h>\n'
+        "int main(void) { float *row = calloc(3, sizeof *row); return ds_argmax(row, 4); }\n"
+    )
+    done = compile_and_run(sanitized(program), tmp_path / "overrun")
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.parametrize("cuda", [[], ["-D__CUDACC__"]])
+def test_the_headers_are_cpp_and_the_rules_are_device_code(tmp_path, cuda):
+    command = ["g++", "-std=c++17", *WARNINGS, *cuda, "-I", NATIVE, HERE / "header.cpp"]
+    assert compile_and_run(command, tmp_path / "header").returncode == 0
+
+
+def test_the_public_header_declares_all_that_the_library_exports():
+    """What is visible is the interface: nothing else leaks, nothing declared is missing."""
+    from draftsmith.speculate import binding
+
+    library = Path(binding._cdefs.__file__).with_name("libdraftsmith.so")
+    listed = subprocess.run(
+        ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
+    )
+    exported = {line.split()[-1] for line in listed.stdout.splitlines()}
+    assert exported == {name for name in dir(binding.lib) if name.startswith("ds_")}

@@ -1,7 +1,7 @@
-"""From the description of a decoder to its graph.
+"""From the description of a decoder to its graph: hidden states [B, S, d] and a cache of S_max slots.
 
-Within the graph the hidden state is [R, d] with one row a token, R = B·S: every linear is a plain matrix
-product, and only attention knows of sequences. The cache has a fixed number of slots, S_max, written in place.
+Shapes are spelled so that shape inference follows B and S by name through the whole graph. Where it loses them,
+ONNX Runtime reuses no buffer, and planning takes a time quadratic in the number of operators.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from ..model.layout import EMBED_POSITIONS, EMBED_TOKENS
 from .builder import Graph
-from .linear import DynamicMultiply, Multiply, apply_linears, multiply_static
+from .linear import Multiply, apply_linears, multiply_dynamic, multiply_static
 from .onnx_files import WeightFile
 from .weights import StoredLayer, StoredModel
 
@@ -30,13 +30,11 @@ class _DecoderBuilder:
     def __init__(self, model: StoredModel, weights: WeightFile, row_scales: bool) -> None:
         self.model, self.config = model, model.config
         self.graph = graph = Graph(self.config.family, weights)
-        ids = graph.input("input_ids", TensorProto.INT64, [BATCH, TOKENS])
+        self.tokens = graph.input("input_ids", TensorProto.INT64, [BATCH, TOKENS])
         self.positions = graph.input("position_ids", TensorProto.INT64, [BATCH, TOKENS])
         self.write_index = graph.input("write_index", TensorProto.INT64, [BATCH])
         self.mask = graph.input("attention_mask", TensorProto.BOOL, [BATCH, 1, TOKENS, SLOTS])
-        self.batch_and_tokens = graph.op("Shape", ids)
-        self.tokens = graph.op("Reshape", ids, graph.ints(-1))
-        self.multiply: Multiply = DynamicMultiply(graph, self.tokens) if row_scales else multiply_static
+        self.multiply: Multiply = multiply_dynamic if row_scales else multiply_static
 
     def embed(self) -> str:
         graph = self.graph
@@ -44,8 +42,7 @@ class _DecoderBuilder:
         if self.config.embedding_scale != 1.0:
             hidden = graph.op("Mul", hidden, graph.scalar(self.config.embedding_scale))
         if self.config.rotary is None:
-            places = graph.op("Reshape", self.positions, graph.ints(-1))
-            hidden = graph.op("Add", hidden, self._gather(EMBED_POSITIONS, places))
+            hidden = graph.op("Add", hidden, self._gather(EMBED_POSITIONS, self.positions))
         return hidden
 
     def layer(self, hidden: str, layer: int, stored: StoredLayer) -> str:
@@ -66,11 +63,12 @@ class _DecoderBuilder:
         if self.model.head:
             (logits,) = apply_linears(graph, hidden, self.model.head, self.multiply)
         else:
-            logits = graph.op("Gemm", hidden, graph.matrix(EMBED_TOKENS), transB=1)
+            table = graph.op("Transpose", graph.matrix(EMBED_TOKENS), perm=[1, 0])
+            logits = graph.op("MatMul", hidden, table)
         if (cap := self.config.logit_softcap) is not None:
             logits = graph.op("Tanh", graph.op("Div", logits, graph.scalar(cap)))
             logits = graph.op("Mul", logits, graph.scalar(cap))
-        graph.op("Reshape", logits, self._shape(vocab), output="logits")
+        graph.op("Identity", logits, output="logits")
         graph.output("logits", TensorProto.FLOAT, [BATCH, TOKENS, vocab])
 
     def _gather(self, table: str, index: str) -> str:
@@ -94,12 +92,12 @@ class _DecoderBuilder:
         mask = self.mask if (window := config.window_of(layer)) is None else self._window(window)
         mixed = graph.op("Attention", query, keys, values, mask, scale=config.attention_scale)
         mixed = graph.op("Transpose", mixed, perm=[0, 2, 1, 3])
-        mixed = graph.op("Reshape", mixed, graph.ints(-1, config.num_heads * config.head_dim))
+        mixed = graph.op("Reshape", mixed, graph.ints(0, 0, config.num_heads * config.head_dim))
         return apply_linears(graph, mixed, stored.o, self.multiply)[0]
 
     def _heads(self, x: str, num_heads: int) -> str:
-        """[R, heads · D] → [B, heads, S, D]."""
-        x = self.graph.op("Reshape", x, self._shape(num_heads, self.config.head_dim))
+        """[B, S, heads · D] → [B, heads, S, D]."""
+        x = self.graph.op("Reshape", x, self.graph.ints(0, 0, num_heads, self.config.head_dim))
         return self.graph.op("Transpose", x, perm=[0, 2, 1, 3])
 
     def _rotate(self, x: str, layer: int) -> str:
@@ -153,7 +151,3 @@ class _DecoderBuilder:
             return self.graph.op("RMSNormalization", x, weight, axis=-1, epsilon=epsilon)
         bias = self.graph.weight(f"{name}.bias")
         return self.graph.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon)
-
-    def _shape(self, *inner: int) -> str:
-        """[B, S, *inner] as a shape."""
-        return self.graph.op("Concat", self.batch_and_tokens, self.graph.ints(*inner), axis=0)

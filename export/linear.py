@@ -1,4 +1,4 @@
-"""The forms a linear layer takes in a graph. Rows are tokens: x is [R, K] and y is [R, N]."""
+"""The forms a linear layer takes in a graph. A row is a token: x is [B, S, K] and y is [B, S, N]."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,7 +22,7 @@ def apply_linears(graph: Graph, x: str, stored: Sequence[StoredLinear], multiply
             y = (multiply if linear.is_quantized else multiply_float)(graph, x, linear)
             if linear.has_bias:
                 y = graph.op("Add", y, graph.weight(f"{linear.name}.bias"))
-            outputs += graph.split(y, linear.widths, axis=1)
+            outputs += graph.split(y, linear.widths, axis=2)
     return outputs
 
 
@@ -39,23 +39,16 @@ def multiply_static(graph: Graph, x: str, linear: StoredLinear) -> str:
     return graph.op("MatMul", x, graph.op("DequantizeLinear", weight, weight_scale, axis=1))
 
 
-class DynamicMultiply:
+def multiply_dynamic(graph: Graph, x: str, linear: StoredLinear) -> str:
     """One activation scale a row: s = max|x| / 127, y = s · weight_scale · (round(x / s) W), summed in int32.
 
     The rounded rows are unsigned bytes around 128: ONNX Runtime has no fast product of signed with signed
     bytes on x86 (it was 30 times slower).
     """
-
-    def __init__(self, graph: Graph, tokens: str) -> None:
-        """`tokens` [R] is any value with one element a row."""
-        self._zero_point = graph.scalar(128, np.uint8)
-        self._zero_points = graph.op("Expand", self._zero_point, graph.op("Shape", tokens))
-
-    def __call__(self, graph: Graph, x: str, linear: StoredLinear) -> str:
-        peak = graph.op("ReduceMax", graph.op("Abs", x), graph.ints(1), keepdims=0)
-        scale = graph.op("Max", graph.op("Div", peak, graph.scalar(127)), graph.scalar(TINY))
-        rows = graph.op("QuantizeLinear", x, scale, self._zero_points, axis=0)
-        total = graph.op("MatMulInteger", rows, graph.weight(f"{linear.name}.weight"), self._zero_point)
-        y = graph.op("Cast", total, to=TensorProto.FLOAT)
-        y = graph.op("Mul", y, graph.weight(f"{linear.name}.weight_scale"))
-        return graph.op("Mul", y, graph.op("Unsqueeze", scale, graph.ints(1)))
+    one, zero_point = graph.scalar(1), graph.scalar(128, np.uint8)
+    peak = graph.op("ReduceMax", graph.op("Abs", x), graph.ints(-1), keepdims=1)
+    scale = graph.op("Max", graph.op("Div", peak, graph.scalar(127)), graph.scalar(TINY))
+    rounded = graph.op("QuantizeLinear", graph.op("Div", x, scale), one, zero_point)
+    total = graph.op("MatMulInteger", rounded, graph.weight(f"{linear.name}.weight"), zero_point)
+    y = graph.op("Mul", graph.op("Cast", total, to=TensorProto.FLOAT), scale)
+    return graph.op("Mul", y, graph.weight(f"{linear.name}.weight_scale"))

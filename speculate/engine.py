@@ -36,7 +36,7 @@ class Engine(Protocol):
         """Read `token_ids` [S] into slots start..start+S; float32 logits [S, V] of the token after each.
 
         position_ids: int64 [S], the depth of each token in the sequence; by default its slot.
-        mask: bool [S, slots], which slots each token sees; by default every slot up to its own.
+        mask: bool [S, start + S], which slots each token sees; by default every slot up to its own.
         The result may be a view of a buffer that the next call overwrites.
         """
         ...

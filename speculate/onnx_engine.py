@@ -11,7 +11,7 @@ from .engine import Ids, Logits
 from .errors import BundleError
 from .manifest import EngineEntry
 
-_SLOT_STEP = 64  # caches come in multiples of this: attention reads every slot there is, so none to spare
+_SLOT_STEP = 64
 
 
 def default_threads() -> int:
@@ -22,10 +22,10 @@ def default_threads() -> int:
 class OnnxEngine:
     """Runs a graph of the kind that `export` writes (batch 1).
 
-    Every buffer is ours and stays bound between calls. The graph's `past_key_values.*` and `present.*` are
-    bound to the same memory, which turns each cache update into a write of the new slots alone. Caches start
-    as zeros and so always hold finite numbers: a slot that the mask hides has weight 0, but 0 times NaN would
-    still be NaN.
+    `past_key_values.*` and `present.*` are bound to the same memory of ours, which turns each cache update into
+    a write of the new slots alone. Attention reads all slots there are, seen or not, so the cache grows with
+    the sequence, 64 slots or a sixteenth at a time: the copy costs less than slots to spare would. New slots
+    are zeros, not what memory held: a hidden slot has weight 0, but 0 times NaN would be NaN.
     """
 
     def __init__(self, name: str, graph: Path, entry: EngineEntry, threads: int) -> None:
@@ -38,8 +38,7 @@ class OnnxEngine:
         self._session = _open_session(graph, threads)
         self._check_signature(graph)
         self._binding = self._session.io_binding()
-        self._cache = np.empty(0, np.float32)
-        self._causal = np.empty((0, 0), np.bool_)
+        self._cache = self._new_cache(0)
         self._logits = np.empty((0, self.vocab_size), np.float32)
 
     def reserve(self, num_slots: int) -> None:
@@ -48,20 +47,7 @@ class OnnxEngine:
                 f"{self._name} has a cache of {self.max_seq_len} tokens, {num_slots} are wanted: "
                 "shorten the text or export with a larger max_seq_len"
             )
-        slots = min(-(-num_slots // _SLOT_STEP) * _SLOT_STEP, self.max_seq_len)
-        if slots == len(self._causal):
-            return
-        self._causal = np.tri(slots, dtype=np.bool_)
-        shape = (1, self._entry.num_kv_heads, slots, self._entry.head_dim)
-        self._cache = np.zeros((self._entry.num_layers, 2, *shape), np.float32)
-        for layer in range(self._entry.num_layers):
-            for i, part in enumerate(("key", "value")):
-                pointer = self._cache[layer, i].ctypes.data
-                for tensor, bind in (
-                    (f"past_key_values.{layer}.{part}", self._binding.bind_input),
-                    (f"present.{layer}.{part}", self._binding.bind_output),
-                ):
-                    bind(tensor, "cpu", 0, np.float32, shape, pointer)
+        self._cache = self._new_cache(0)
 
     def forward(
         self,
@@ -70,21 +56,22 @@ class OnnxEngine:
         position_ids: NDArray[np.int64] | None = None,
         mask: NDArray[np.bool_] | None = None,
     ) -> Logits:
-        count = len(token_ids)
-        slots = len(self._causal)
-        if not 0 < count <= slots - start:
-            raise BundleError(f"{self._name}: {count} tokens at slot {start} of a cache of {slots}")
+        count, end = len(token_ids), start + len(token_ids)
+        if end > self._cache.shape[4]:
+            self._grow(end, start)
+        slots = np.arange(self._cache.shape[4])
         if position_ids is None:
-            position_ids = np.arange(start, start + count, dtype=np.int64)
-        if mask is None:
-            mask = self._causal[start : start + count]
+            position_ids = slots[start:end]
+        visible = slots <= slots[start:end, None]
+        if mask is not None:
+            visible[:, :end] = mask
         if count > len(self._logits):
             self._logits = np.empty((count, self.vocab_size), np.float32)
         inputs = {
             "input_ids": np.ascontiguousarray(token_ids, np.int64).reshape(1, count),
             "position_ids": np.ascontiguousarray(position_ids, np.int64).reshape(1, count),
             "write_index": np.array([start], np.int64),
-            "attention_mask": np.ascontiguousarray(mask).reshape(1, 1, count, slots),
+            "attention_mask": visible.reshape(1, 1, count, len(slots)),
         }
         for name, array in inputs.items():
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
@@ -94,6 +81,24 @@ class OnnxEngine:
         self.calls += 1
         self.rows += count
         return logits
+
+    def _new_cache(self, slots: int) -> NDArray[np.float32]:
+        entry = self._entry
+        return np.zeros((entry.num_layers, 2, 1, entry.num_kv_heads, slots, entry.head_dim), np.float32)
+
+    def _grow(self, needed: int, filled: int) -> None:
+        """Make room for `needed` slots, keep the first `filled`, and bind the new cache."""
+        if needed > self.max_seq_len:
+            raise BundleError(f"{self._name}: slot {needed} of a cache that holds {self.max_seq_len}")
+        ample = -(-(needed + needed // 16) // _SLOT_STEP) * _SLOT_STEP
+        cache = self._new_cache(min(ample, self.max_seq_len))
+        cache[..., :filled, :] = self._cache[..., :filled, :]
+        self._cache = cache
+        for layer, parts in enumerate(cache):
+            for name, part in zip(("key", "value"), parts, strict=True):
+                memory = ("cpu", 0, np.float32, part.shape, part.ctypes.data)
+                self._binding.bind_input(f"past_key_values.{layer}.{name}", *memory)
+                self._binding.bind_output(f"present.{layer}.{name}", *memory)
 
     def _check_signature(self, graph: Path) -> None:
         """Refuse a graph that does not match its manifest entry, before raw memory is bound to it."""

@@ -3,9 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from . import sampling as native
 from . import verify
+from .binding import check, lib, view
 from .engine import Ids, Logits
+from .sampling import uniforms
 from .settings import Sampling
 
 Laws = NDArray[np.float64]
@@ -46,19 +47,31 @@ class Judge:
         logits = _fit(logits, self.vocab_size)
         if self.laws is None:
             return verify.greedy(logits, draft)
-        settings = self.sampling
         laws = self.laws[row : row + len(logits)]
-        laws[:] = native.laws(logits, settings.temperature, settings.top_k, settings.top_p)
-        return verify.chain_of_laws(
-            settings.rule, laws, draft_laws, draft, self._uniforms(position, len(draft) + 2)
+        self._write_laws(logits, laws)
+        numbers = self._uniforms(position, len(draft) + 2)
+        return verify.chain_of_laws(self.sampling.rule, laws, draft_laws, draft, numbers)
+
+    def _write_laws(self, logits: Logits, laws: Laws) -> None:
+        """`sampling.laws`, but into memory that is there already."""
+        settings = self.sampling
+        top_k = min(int(settings.top_k), self.vocab_size)
+        status = lib.ds_laws_from_logits(
+            view("float[]", logits),
+            *logits.shape,
+            settings.temperature,
+            top_k,
+            settings.top_p,
+            view("double[]", laws),
         )
+        check(status, "logits")
 
     def _uniforms(self, position: int, count: int) -> NDArray[np.float64]:
         seed = self.sampling.seed
         if self.sampling.rule == "exact":
-            return native.uniforms(seed, _BY_POSITION, position, count)
+            return uniforms(seed, _BY_POSITION, position, count)
         self._drawn += count
-        return native.uniforms(seed, self._stream, self._drawn - count, count)
+        return uniforms(seed, self._stream, self._drawn - count, count)
 
 
 def _fit(logits: Logits, vocab_size: int) -> Logits:

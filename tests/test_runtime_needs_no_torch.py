@@ -1,4 +1,4 @@
-"""Running a bundle takes numpy, tokenizers, cffi and ONNX Runtime; `import draftsmith` takes next to nothing."""
+"""Running a bundle needs nothing of what building one does; `import draftsmith` takes next to nothing."""
 
 import subprocess
 import sys

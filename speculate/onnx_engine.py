@@ -22,10 +22,10 @@ def default_threads() -> int:
 class OnnxEngine:
     """Runs a graph of the kind that `export` writes (batch 1).
 
-    `past_key_values.*` and `present.*` are bound to the same memory of ours, which turns each cache update into
-    a write of the new slots alone. Attention reads all slots there are, seen or not, so the cache grows with
-    the sequence, 64 slots or a sixteenth at a time: the copy costs less than slots to spare would. New slots
-    are zeros, not what memory held: a hidden slot has weight 0, but 0 times NaN would be NaN.
+    `past_key_values.*` and `present.*` are bound to the same memory of ours, which turns each cache update
+    into a write of the new slots alone. Attention reads all slots there are, seen or not, so the cache grows
+    with the sequence, 64 slots or a sixteenth at a time: the copy costs less than slots to spare would. New
+    slots are zeros, not what memory held: a hidden slot has weight 0, but 0 times NaN would be NaN.
     """
 
     def __init__(self, name: str, graph: Path, entry: EngineEntry, threads: int) -> None:

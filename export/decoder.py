@@ -1,6 +1,6 @@
 """From the description of a decoder to its graph: hidden states [B, S, d] and a cache of S_max slots.
 
-Shapes are spelled so that shape inference follows B and S by name through the whole graph. Where it loses them,
+Shapes are spelled so that shape inference can follow B and S through the whole graph. Where it loses them,
 ONNX Runtime reuses no buffer, and planning takes a time quadratic in the number of operators.
 """
 

@@ -83,9 +83,10 @@ class Cache:
     def __init__(self, root: Path | None = None) -> None:
         """Raises RecipeError where the cache folder cannot be made."""
         self.root = (root or default_root()).absolute()
-        self.stages, self._work, self._locks = (self.root / name for name in ("stages", "work", "locks"))
+        self.stages, self.work, self._locks = (self.root / name for name in ("stages", "work", "locks"))
+        self.models = self.root / "models"  # as downloaded
         try:
-            for folder in (self.stages, self._work, self._locks):
+            for folder in (self.stages, self.work, self._locks):
                 folder.mkdir(parents=True, exist_ok=True)
             tag = self.root / "CACHEDIR.TAG"  # backup programs pass over folders with this file
             if not tag.exists():
@@ -122,7 +123,7 @@ class Cache:
     def make(self, record: Record, label: str, make: Make) -> Entry:
         """Run `make` and keep its output. The caller holds the lock of the record."""
         key = hash_json(record)
-        work, started = self._work / key, time.monotonic()
+        work, started = self.work / key, time.monotonic()
         entry, layers = work / "entry", work / "layers"
         shutil.rmtree(entry, ignore_errors=True)  # half made by a run that was killed
         (entry / "output").mkdir(parents=True)
@@ -154,6 +155,11 @@ class Cache:
         entry.rename(final)
         shutil.rmtree(work, ignore_errors=True)
         return Entry.read(final)
+
+    def leftovers(self) -> list[Path]:
+        """Work folders of builds that did not end well, and entries that cannot be read."""
+        known = {entry.path for entry in self.entries()}
+        return [*self.work.iterdir(), *(path for path in self.stages.iterdir() if path not in known)]
 
     @contextmanager
     def lock(self, record: Record, waiting: Callable[[], None]) -> Iterator[None]:

@@ -9,14 +9,19 @@ from .cache import Entry, Record
 MAX_NAMED = 3
 
 
-def explain_miss(record: Record, earlier: Iterable[Entry]) -> str:
-    """`earlier`: entries of the same stage, latest first; of equally near ones the latest counts."""
-    nearest = min(earlier, key=lambda entry: len(list_differences(entry.record, record)), default=None)
+def explain_miss(record: Record, label: str, earlier: Iterable[Entry]) -> str:
+    """`earlier`: entries of the same stage, latest first. Those of another engine say nothing of this one."""
+    nearest = nearest_entry(record, (entry for entry in earlier if entry.label == label))
     if nearest is None:
         return "first time"
     differences = list_differences(nearest.record, record)
     more = f" and {len(differences) - MAX_NAMED} more" if len(differences) > MAX_NAMED else ""
     return ", ".join(differences[:MAX_NAMED]) + more if differences else "replaced"
+
+
+def nearest_entry(record: Record, earlier: Iterable[Entry]) -> Entry | None:
+    """The one with the fewest differences; the first of several."""
+    return min(earlier, key=lambda entry: len(list_differences(entry.record, record)), default=None)
 
 
 def list_differences(old: Record, new: Record) -> list[str]:

@@ -4,7 +4,7 @@ import difflib
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..model.config import Dtype
 
@@ -49,13 +49,25 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _compiling(patterns: list[str]) -> list[str]:
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return patterns
+
+
 Patterns = Annotated[
     list[str],
     BeforeValidator(_listed),
+    AfterValidator(_compiling),
     Field(description='"Linear" (all), names, globs, or "re:" and a regular expression'),
 ]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+DraftLength = Annotated[int, Field(ge=1, le=64)]
 
 
 class Section(BaseModel):
@@ -90,7 +102,7 @@ class Model(Section):
 
 class Calibration(Section):
     text: str | list[str] = Field(
-        default="self", description="self: sampled from the model; or text files, or a hub data set"
+        default="self", description="self: the model writes it; or .txt or .jsonl files; or dataset:NAME"
     )
     num_calibration_samples: Count = 64
     max_seq_length: Annotated[int, Field(ge=2)] = Field(default=512, description="tokens of each sample")
@@ -161,7 +173,7 @@ class Speculate(Section):
         default="auto",
         description="drafters, innermost first, the target implied; auto picks by measured speed",
     )
-    num_speculative_tokens: Literal["auto"] | Count | dict[str, Count] = Field(
+    num_speculative_tokens: Literal["auto"] | DraftLength | dict[str, DraftLength] = Field(
         default="auto", description="tokens that each level proposes per call, for all or by name"
     )
     verify: Annotated[
@@ -175,12 +187,14 @@ class Export(Section):
     format: Literal["onnx", "tensorrt"]
     device: Literal["cpu"] | None = None
     compute_capability: list[str] | None = Field(default=None, description='TensorRT only, such as ["8.9"]')
-    max_seq_len: Count | None = Field(default=None, description="TensorRT only: tokens that the cache holds")
+    max_seq_len: Count | None = Field(
+        default=None, description="tokens that the cache can hold; by default as many as the model can"
+    )
 
     @model_validator(mode="after")
     def _check_device(self) -> "Export":
-        if self.format == "onnx" and (self.compute_capability or self.max_seq_len):
-            raise ValueError("compute_capability and max_seq_len belong to format: tensorrt")
+        if self.format == "onnx" and self.compute_capability:
+            raise ValueError("compute_capability belongs to format: tensorrt")
         if self.format == "tensorrt" and self.device:
             raise ValueError("device belongs to format: onnx; TensorRT takes compute_capability")
         return self

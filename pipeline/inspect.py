@@ -1,0 +1,32 @@
+"""What is in a bundle, without opening its engines."""
+
+from pathlib import Path
+from typing import Any
+
+from ..speculate.manifest import PLAN, read_json, read_manifest
+
+
+def inspect(bundle_dir: Path) -> dict[str, Any]:
+    """Check every file against the manifest and describe the bundle. Raises BundleError for a damaged one."""
+    manifest = read_manifest(bundle_dir)
+    plan = read_json(bundle_dir / PLAN)
+    raw = manifest.model_dump()
+    engines = {}
+    for name, engine in manifest.engines.items():
+        folder = engine.graph.rpartition("/")[0]
+        size = sum(file.size for path, file in manifest.files.items() if path.startswith(f"{folder}/"))
+        engines[name] = engine.model_dump() | {"bytes": size}
+    return {
+        "bundle": str(bundle_dir),
+        "files_checked": len(manifest.files),
+        "bytes": sum(file.size for file in manifest.files.values()),
+        "draftsmith_version": raw.get("draftsmith_version"),
+        "model": raw.get("model"),
+        "engines": engines,
+        "plan": {
+            name: plan.get(name) for name in ("ladder", "num_speculative_tokens", "verify", "predicted")
+        },
+        "measurements": raw.get("measurements"),
+        "recipe_sha256": raw.get("recipe_sha256"),
+        "packages": raw.get("packages"),
+    }

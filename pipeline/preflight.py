@@ -1,0 +1,129 @@
+"""What can be known to go wrong is found before hours are spent, the cheapest first."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..model.config import DecoderConfig
+from ..model.layout import embed_shapes, head_shapes, layer_shapes, linear_shapes
+from ..model.select import select_linears
+from .errors import RecipeError
+from .recipe import TARGET, Engine, Recipe
+from .recipe_file import LoadedRecipe
+
+BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime")
+TEXTS = "self, text files, or dataset:NAME"
+GIB = 2**30
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises RecipeError for what this version or this machine cannot build."""
+    for index, export in enumerate(recipe.export):
+        if export.format == "tensorrt":
+            raise RecipeError(
+                f"export.{index}: tensorrt is not supported yet; use {{format: onnx, device: cpu}} alone"
+            )
+    missing = [name for name in BUILD_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"building needs {', '.join(missing)}: pip install 'draftsmith[build,cpu]'")
+
+
+def find_texts(loaded: LoadedRecipe) -> dict[str, Path]:
+    """The text files to calibrate on, by their names in the recipe; none for `self` and data sets."""
+    text = loaded.recipe.calibration.text
+    names = [text] if isinstance(text, str) else text
+    if not names:
+        raise RecipeError(f"calibration.text: an empty list; wanted {TEXTS}")
+    found = {name: loaded.find(name) for name in names if name != "self" and not name.startswith("dataset:")}
+    for name, path in found.items():
+        if path is None or not path.is_file():
+            raise RecipeError(
+                f"calibration.text: no file {name} in {loaded.path.parent.absolute()} or {Path.cwd()}; "
+                f"wanted {TEXTS}"
+            )
+    return {name: path for name, path in found.items() if path}
+
+
+def check_model(recipe: Recipe, config: DecoderConfig, cache: Path, out: Path) -> list[str]:
+    """Hold a recipe against the loaded model; returns warnings.
+
+    Raises RecipeError for a pattern that matches nothing, a mask structure that does not divide a linear, and
+    a model that this machine's memory cannot hold.
+    """
+    for name, engine in {TARGET: recipe.target, **recipe.drafters}.items():
+        where = TARGET if name == TARGET else f"drafters.{name}"
+        try:
+            _check_engine(engine, config)
+        except ValueError as error:
+            raise RecipeError(f"{where}.{error}") from None
+    if recipe.calibration.max_seq_length > config.max_position_embeddings:
+        raise RecipeError(
+            f"calibration.max_seq_length is {recipe.calibration.max_seq_length}, but the model has "
+            f"{config.max_position_embeddings} positions"
+        )
+    return list(_check_room(recipe, config, cache, out))
+
+
+def count_parameters(config: DecoderConfig) -> int:
+    shapes = [*embed_shapes(config).values(), *head_shapes(config).values()]
+    shapes += config.num_layers * list(layer_shapes(config).values())
+    return sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes)
+
+
+def _check_engine(engine: Engine, config: DecoderConfig) -> None:
+    shapes = linear_shapes(config)
+    names = [f"model.layers.{layer}.{name}" for layer in range(config.num_layers) for name in shapes]
+    names.append("lm_head")
+    for key, section in (("prune", engine.prune), ("quantize", engine.quantize)):
+        if section is None:
+            continue
+        try:
+            selected = select_linears(names, section.targets, section.ignore)
+        except ValueError as error:
+            raise ValueError(f"{key}.{error}") from None
+        if key == "prune" and "lm_head" in section.targets:
+            raise ValueError("prune.targets: lm_head is the output projection, which is never pruned")
+        if not set(selected) - ({"lm_head"} if key == "prune" else set()):
+            raise ValueError(f"{key}: ignore leaves none of the linears that targets selects")
+        if key == "prune" and engine.prune and ":" in engine.prune.mask_structure:
+            group = int(engine.prune.mask_structure.partition(":")[2])
+            for name in selected:
+                width = shapes[name.split(".", 3)[3]][1] if name != "lm_head" else 0
+                if width % group:
+                    raise ValueError(
+                        f"prune: {name} has {width} inputs, which do not divide into groups of {group}; "
+                        "add it to ignore or set mask_structure: unstructured"
+                    )
+
+
+def _check_room(recipe: Recipe, config: DecoderConfig, cache: Path, out: Path) -> Iterator[str]:
+    parameters = count_parameters(config)
+    # The largest thing ever held: the model in float32, where it samples its own text or is checked.
+    calibration = recipe.calibration
+    states = calibration.num_calibration_samples * calibration.max_seq_length * config.hidden_size * 4
+    largest = max(rows * columns for rows, columns in linear_shapes(config).values())
+    needed = (4 * parameters if calibration.text == "self" else 0) + states + 8 * largest
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise RecipeError(
+            f"building this model takes about {needed / GIB:.1f} GiB of memory and this machine has "
+            f"{memory / GIB:.1f}; calibrate on text files instead of self, or on fewer or shorter samples"
+        )
+    stored = {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
+    kept, packed = stored, 0  # bytes a parameter: in the cache, in the bundle
+    for engine in [recipe.target, *recipe.drafters.values()]:
+        # Smoothing and pruning write float32, quantizing int8; an export is as large as its checkpoint.
+        exported = 1 if engine.quantize else stored
+        kept += (4 if engine.prune or engine.quantize else 0) + (1 if engine.quantize else 0) + exported
+        packed += exported
+    for folder, per_parameter in ((cache, kept), (out, packed)):
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if per_parameter * parameters > free:
+            yield (
+                f"this build writes up to {per_parameter * parameters / GIB:.1f} GiB to {folder}, which has "
+                f"{free / GIB:.1f} GiB left"
+            )

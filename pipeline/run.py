@@ -1,0 +1,87 @@
+"""What the verbs on a bundle do: open it, run it, give back JSON data."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .progress import show_progress
+
+
+def parse_ladder(text: str) -> str | list[str]:
+    """ "auto", "none", or drafters joined by commas, innermost first: "suffix,int8"."""
+    return text if text in ("auto", "none") else [name.strip() for name in text.split(",")]
+
+
+def generate(
+    bundle_dir: Path,
+    prompt: str,
+    *,
+    chat: bool,
+    threads: int | None,
+    quiet: bool,
+    speculate: str,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Continue `prompt` ("-": standard input), or with `chat` answer it.
+
+    The text is written as it comes, unless `quiet`; `settings` are those of `Bundle.stream`.
+    """
+    from ..speculate.bundle import load
+
+    bundle = load(bundle_dir, threads)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    ladder = parse_ladder(speculate)
+    run = bundle.stream([{"role": "user", "content": text}] if chat else text, speculate=ladder, **settings)
+    pieces = []
+    for piece in run:
+        pieces.append(piece)
+        if not quiet:
+            print(piece.text, end="", flush=True)
+    return {
+        "text": "".join(piece.text for piece in pieces),
+        "token_ids": [token for piece in pieces for token in piece.token_ids],
+        "finish_reason": run.finish_reason,
+        "stats": run.stats.to_dict(),
+    }
+
+
+def bench(
+    bundle_dir: Path,
+    prompts: Path,
+    *,
+    limit: int | None,
+    threads: int | None,
+    speculate: str,
+    json_out: Path | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure plain and speculative decoding of the prompts of a file; keeps the result in `json_out`."""
+    from ..speculate.bundle import load
+    from .bench import bench as measure
+    from .prompts import read_prompts
+
+    chosen, problems = read_prompts(prompts, limit)
+    bundle = load(bundle_dir, threads)
+    with show_progress("bench") as progress:
+        result = measure(bundle, chosen, speculate=parse_ladder(speculate), progress=progress, **settings)
+    result |= {"prompts_file": str(prompts), "passed_over": problems}
+    if json_out and str(json_out) != "-":
+        json_out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def evaluate(
+    bundle_dir: Path, text: Path | None, prompts: Path | None, *, threads: int | None, **settings: Any
+) -> dict[str, Any]:
+    """Perplexity on `text` and greedy agreement on `prompts` of every engine of a bundle."""
+    from ..speculate.bundle import load
+    from .evaluate import evaluate as measure
+
+    with show_progress("eval") as progress:
+        return measure(load(bundle_dir, threads), text, prompts, progress=progress, **settings)
+
+
+def has_bug(bench_result: dict[str, Any]) -> bool:
+    """Whether an output differs from plain decoding other than by the chance order of near-equal logits."""
+    return any(not divergence["near_tie"] for divergence in bench_result["divergences"])

@@ -1,0 +1,123 @@
+"""Results as people read them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .output import format_size, format_table
+
+Result = Mapping[str, Any]
+
+
+def show_starter(result: Result) -> str:
+    return f"wrote {result['recipe']}; next: {result['next']}"
+
+
+def show_build(result: Result) -> str:
+    ladder = (
+        " → ".join([*result["ladder"], "target"]) if result["ladder"] else "no drafter pays on this machine"
+    )
+    lengths = ", ".join(f"{name} {count}" for name, count in result["num_speculative_tokens"].items())
+    lines = ["", f"ladder    {ladder}" + (f" (tokens proposed a call: {lengths})" if lengths else "")]
+    bench = result["measurements"]["bench"]
+    if bench.get("speedup"):
+        same = f"{bench['identical']} of {bench['prompts']} outputs the same token for token"
+        lines.append(f"measured  {_speedup(bench['speedup'])}; {same}")
+    lines.append(f"bundle    {result['bundle']} ({result['seconds']:.1f} s)")
+    lines.append(f"try       draftsmith generate {result['bundle']} 'Once upon a time'")
+    return "\n".join(lines)
+
+
+def show_bench(result: Result) -> str:
+    rows: list[list[Any]] = [["", "plain", "speculative"]]
+    for label, key in [
+        ("tokens/s, median", "tokens_per_second"),
+        ("TTFT ms, median", "ttft_ms"),
+        ("TPOT ms, median", "tpot_ms"),
+        ("ITL ms, median", "itl_ms"),
+    ]:
+        rows.append([label, *((result[mode][key] or {}).get("p50") for mode in ("plain", "speculative"))])
+    rows.append(
+        ["tokens per target call", *(result[m]["mean_acceptance_length"] for m in ("plain", "speculative"))]
+    )
+    for name, level in result["speculative"]["levels"].items():
+        rows.append([f"{name}: accepted of drafted", None, f"{level['accepted']} of {level['drafted']}"])
+    lines = [format_table(rows), ""]
+    if result["speedup"]:
+        lines.append(f"speedup: {_speedup(result['speedup'])}, over {result['prompts']} prompts")
+    if result["identical"] is not None:
+        lines.append(f"the same token for token: {result['identical']} of {result['prompts']} outputs")
+    for row in result["divergences"]:
+        kind = "a near-tie" if row["near_tie"] else "NOT a near-tie: please report it"
+        where = f"line {row['line']}, token {row['position']}"
+        lines.append(f"  {where}: differs, top-2 gap {row['top2_gap']:.2e}, {kind}")
+    lines += result["passed_over"]
+    if result["interrupted"]:
+        lines.append("interrupted: figures are of the prompts until then")
+    return "\n".join(lines)
+
+
+def show_evaluation(result: Result) -> str:
+    figures = list(dict.fromkeys(key for engine in result["engines"].values() for key in engine))
+    rows = [[name, *(engine.get(key) for key in figures)] for name, engine in result["engines"].items()]
+    return format_table([["engine", *figures], *rows])
+
+
+def show_bundle(result: Result) -> str:
+    engines = [["engine", "weights", "size", "graph"]]
+    for name, engine in result["engines"].items():
+        engines.append([name, engine["weights"], format_size(engine["bytes"]), engine["graph"]])
+    plan = result["plan"]
+    model = result["model"] or {}
+    ladder = " → ".join([*(plan["ladder"] or []), "target"])
+    lengths = ", ".join(f"{name} {count}" for name, count in (plan["num_speculative_tokens"] or {}).items())
+    source = model.get("source", "a model of unknown source")
+    lines = [
+        f"{result['bundle']}: {source}, {format_size(result['bytes'])}",
+        f"{result['files_checked']} files are as they were packed",
+        "",
+        format_table(engines),
+        "",
+        f"ladder: {ladder}; tokens proposed a call: {lengths or 'none'}; verify: {plan['verify']}",
+    ]
+    return "\n".join(lines)
+
+
+def show_diagnosis(result: Result) -> str:
+    machine = result["machine"]
+    rows = [
+        ["system", f"{machine['system']}, Python {machine['python']}"],
+        ["processor", f"{machine['processor']}, {machine['cores']} cores, {result['threads']} threads used"],
+        ["vectors", ", ".join(result["vector_extensions"]) or "unknown"],
+        ["memory", f"{machine['memory_gib']} GiB"],
+        ["cache", f"{result['cache']['root']}, {result['cache']['free_gib']} GiB free"],
+        ["packages", ", ".join(f"{name} {version}" for name, version in result["packages"].items())],
+        ["providers", ", ".join(result["onnxruntime_providers"]) or "none"],
+        *([what, f"no: {why}" if why else "yes"] for what, why in result["can"].items()),
+    ]
+    return format_table(rows)
+
+
+def show_cache(result: Result) -> str:
+    rows = [
+        [stage["name"], format_size(stage["bytes"]), f"{stage['seconds']:.1f} s", stage["last_used"][:16]]
+        for stage in result["stages"]
+    ]
+    total = f"{result['root']}: {len(rows)} stages, {format_size(result['bytes'])} in all; "
+    total += f"downloaded models, {format_size(result['models_bytes'])}"
+    return "\n".join(filter(None, [format_table([["stage", "size", "took", "last used"], *rows]), "", total]))
+
+
+def show_reason(result: Result) -> str:
+    if result["compared_with"] is None:
+        return f"{result['stage']}: the first of its kind"
+    lines = [f"{result['stage']}, against {result['compared_with']}:"]
+    return "\n".join(lines + [f"  {line}" for line in result["differences"]])
+
+
+def show_collected(result: Result) -> str:
+    count = len(result["removed"])
+    return f"removed {count}, freed {format_size(result['freed_bytes'])}; {format_size(result['bytes'])} left"
+
+
+def _speedup(spread: Mapping[str, float]) -> str:
+    return f"{spread['p50']:.2f} × plain decoding (p10 {spread['p10']:.2f}, p90 {spread['p90']:.2f})"

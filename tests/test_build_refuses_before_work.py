@@ -1,0 +1,96 @@
+"""What cannot work is refused when the model is known, before calibration, with the key and the remedy."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from draftsmith.model.config import DecoderConfig, Rotary
+from draftsmith.pipeline import preflight
+from draftsmith.pipeline.errors import RecipeError
+from draftsmith.pipeline.preflight import check_model, count_parameters, find_texts
+from draftsmith.pipeline.recipe import Recipe
+from draftsmith.pipeline.recipe_file import LoadedRecipe
+
+CONFIG = DecoderConfig(
+    family="llama", dtype="bfloat16", vocab_size=100, hidden_size=36, intermediate_size=50, num_layers=2,
+    num_heads=6, num_kv_heads=2, head_dim=6, max_position_embeddings=64, norm="rms", norm_eps=1e-5,
+    activation="silu", gated_mlp=True, rotary=Rotary(inv_freq=(1.0, 0.1, 0.01)), attention_scale=0.4,
+    tied_head=True,
+)  # fmt: skip
+
+
+def recipe(drafter=None, **calibration) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "version": 1,
+            "model": {"source": "a/b"},
+            "calibration": {"max_seq_length": 32} | calibration,
+            "drafters": {"x": drafter} if drafter else {},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("drafter", "expected"),
+    [
+        ({"quantize": {"ignore": ["*.down_prj"]}}, r"drafters\.x\.quantize\.ignore: .*down_prj.* nearest: "),
+        ({"prune": {"targets": ["model.layers.2.*"]}}, r"drafters\.x\.prune\.targets: .* matches no linear"),
+        ({"prune": {"targets": ["lm_head"]}}, r"drafters\.x\.prune\.targets: lm_head is .* never pruned"),
+        ({"prune": {"ignore": ["Linear"]}}, r"drafters\.x\.prune: ignore leaves none"),
+        ({"prune": {"mask_structure": "4:8"}}, r"model\.layers\.0\.self_attn\.q_proj has 36 inputs.* of 8"),
+        ({"prune": {"mask_structure": "2:4"}}, r"model\.layers\.0\.mlp\.down_proj has 50 inputs.* of 4"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(drafter, expected, tmp_path):
+    with pytest.raises(RecipeError, match=expected):
+        check_model(recipe(drafter), CONFIG, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        {"prune": {"mask_structure": "2:4", "ignore": ["*.down_proj"]}},
+        {"prune": {"mask_structure": "2:4", "targets": ["re:.*q_proj"]}, "quantize": {"ignore": ["lm_head"]}},
+        {"prune": {"sparsity": 0.3}},
+    ],
+)
+def test_settings_that_fit(drafter, tmp_path):
+    assert check_model(recipe(drafter), CONFIG, tmp_path / "not" / "there", tmp_path) == []
+
+
+def test_samples_longer_than_the_model_can_read(tmp_path):
+    with pytest.raises(RecipeError, match="max_seq_length is 65, but the model has 64 positions"):
+        check_model(recipe(max_seq_length=65), CONFIG, tmp_path, tmp_path)
+
+
+def test_parameters_are_counted_right():
+    layer = 36 * (36 + 12 + 12 + 36) + 3 * 36 * 50 + 2 * 36
+    assert count_parameters(CONFIG) == 100 * 36 + 2 * layer + 36
+
+
+def test_a_model_that_memory_cannot_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.os, "sysconf", lambda name: 300)
+    with pytest.raises(RecipeError, match=r"takes about .* GiB of memory .* text files instead of self"):
+        check_model(recipe(), CONFIG, tmp_path, tmp_path)
+
+
+def test_a_disk_that_may_be_too_small_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    warnings = check_model(recipe({"quantize": {}}), CONFIG, tmp_path, tmp_path / "out")
+    assert len(warnings) == 2 and all("GiB left" in warning for warning in warnings)
+
+
+def test_texts_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+
+    def texts(text):
+        return find_texts(LoadedRecipe(recipe(text=text), Path("recipe.yaml")))
+
+    assert texts("self") == {} and texts("dataset:wikitext") == {}
+    assert texts("a.txt") == texts(["a.txt"]) == {"a.txt": tmp_path / "a.txt"}
+    for missing in ("b.txt", ["a.txt", "b.txt"], ["self.txt"], "."):
+        with pytest.raises(RecipeError, match="no file"):
+            texts(missing)
+    with pytest.raises(RecipeError, match="an empty list"):
+        texts([])

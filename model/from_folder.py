@@ -1,6 +1,7 @@
 """Reads a Hugging Face model folder: config.json, safetensors, tokenizer. Never a pickle, never its code."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,14 @@ from torch import Tensor
 from .config import Dtype
 from .errors import ModelError
 from .families import FAMILIES, describe
-from .tokenizer import write_tokenizer_of_folder
+from .tokenizer import read_end_tokens, write_tokenizer_of_folder
 
 INDEX = "model.safetensors.index.json"
+# Buffers that old versions of transformers saved, and the vision tower beside a text model.
+NOT_OF_THE_DECODER = re.compile(
+    r"rotary_emb\.inv_freq$|\battn\.(masked_)?bias$|vision_tower|multi_modal_projector"
+)
+WITH_A_TIED_HEAD = re.compile(NOT_OF_THE_DECODER.pattern + r"|lm_head\.weight$")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -23,6 +29,8 @@ class FolderModel:
         self.folder = folder
         raw = read_json(folder / "config.json")
         self.config = describe(raw, dtype, str(folder / "config.json"))
+        if eos := read_end_tokens(folder):
+            self.config = self.config.model_copy(update={"eos_token_ids": eos})
         self.family = FAMILIES[self.config.family]
         self._place = self._find_tensors()
         self._open: dict[Path, Any] = {}
@@ -33,20 +41,31 @@ class FolderModel:
         """What the checkpoint is made of, for its provenance."""
         return [self.folder / "config.json", *sorted(set(self._place.values()))]
 
-    def tensor(self, name: str, layer: int | None = None) -> Tensor:
-        """Our tensor `name`, relative to the layer if one is given. Raises ModelError where it is missing."""
+    @property
+    def path(self) -> Path:
+        return self.folder
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors in the files, but those that no decoder needs."""
+        unused = NOT_OF_THE_DECODER if not self.config.tied_head else WITH_A_TIED_HEAD
+        return [name for name in self._place if not unused.search(name)]
+
+    def source_name(self, name: str, layer: int | None = None) -> str:
         ours, _, kind = name.rpartition(".")
         theirs = self.family.names[ours].format(layer)
         if theirs.startswith(self.family.root):
             theirs = self._root + theirs.removeprefix(self.family.root)
-        return self.family.adapt(name, self._read(f"{theirs}.{kind}"), self.config)
+        return f"{theirs}.{kind}"
+
+    def tensor(self, name: str, layer: int | None = None) -> Tensor:
+        """Our tensor `name`, relative to the layer if one is given."""
+        return self.family.adapt(name, self._read(self.source_name(name, layer)), self.config)
 
     def write_tokenizer(self, out: Path) -> None:
         write_tokenizer_of_folder(self.folder, out, self.config)
 
     def _read(self, name: str) -> Tensor:
-        if name not in self._place:
-            raise ModelError(f"{self.folder} has no tensor {name!r}: download the model again")
         path = self._place[name]
         if path not in self._open:
             self._open[path] = open_safetensors(path)

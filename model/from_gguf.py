@@ -68,11 +68,20 @@ class GgufModel:
     def files(self) -> list[Path]:
         return find_parts(self.path)
 
-    def tensor(self, name: str, layer: int | None = None) -> Tensor:
-        """Our tensor `name`, relative to the layer if one is given, as float32."""
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors in the file, but those that `config` has taken up."""
+        return [name for name in self._tensors if not name.startswith("rope_")]
+
+    def source_name(self, name: str, layer: int | None = None) -> str:
         ours, _, kind = name.rpartition(".")
         theirs = f"{self._names[ours]}.{kind}"
-        tensor = self._read(theirs if layer is None else f"blk.{layer}.{theirs}")
+        return theirs if layer is None else f"blk.{layer}.{theirs}"
+
+    def tensor(self, name: str, layer: int | None = None) -> Tensor:
+        """Our tensor `name`, relative to the layer if one is given, as float32."""
+        ours = name.rpartition(".")[0]
+        tensor = self._read(self.source_name(name, layer))
         if self.architecture == "llama" and ours.endswith(("q_proj", "k_proj")):
             tensor = unpermute(tensor, self.config.head_dim)
         return split_fused(name, tensor, self.config) if self.architecture in FUSED else tensor
@@ -81,8 +90,6 @@ class GgufModel:
         write_tokenizer_of_gguf(self.path, self.metadata, out, self.config)
 
     def _read(self, name: str) -> Tensor:
-        if name not in self._tensors:
-            raise ModelError(f"{self.path} has no tensor {name!r}: download it again")
         tensor = self._tensors[name]
         try:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -119,6 +126,7 @@ class GgufModel:
             config["head_dim"] = head_dim
         if self.architecture == "llama":
             config["attention_bias"] = "blk.0.attn_q.bias" in self._tensors
+            config["mlp_bias"] = "blk.0.ffn_up.bias" in self._tensors
         return config | self._rotary_config(head_dim) | self._window_config(head_dim)
 
     def _rotary_config(self, head_dim: int) -> dict[str, Any]:

@@ -23,7 +23,12 @@ class RawModel(Protocol):
     config: DecoderConfig
 
     @property
+    def path(self) -> Path: ...
+    @property
     def files(self) -> list[Path]: ...
+    @property
+    def names(self) -> list[str]: ...
+    def source_name(self, name: str, layer: int | None = None) -> str: ...
     def tensor(self, name: str, layer: int | None = None) -> Tensor: ...
     def write_tokenizer(self, out: Path) -> None: ...
 
@@ -40,6 +45,7 @@ def load_model(
     path = resolve(source, cache_dir)
     model = open_model(path, dtype)
     config = model.config
+    check_names(model)
     total = config.num_layers + 2
     write_part(out, EMBED, read_tensors(model, embed_shapes(config)))
     for layer in range(config.num_layers):
@@ -63,6 +69,26 @@ def open_model(path: Path, dtype: Dtype) -> RawModel:
     if path.is_dir():
         return FolderModel(path, dtype)
     return GgufModel(path, dtype)
+
+
+def check_names(model: RawModel) -> None:
+    """Raises ModelError unless the source holds just the tensors that its description needs: one too many is
+    a bias or a norm that would be left out in silence."""
+    layers = layer_shapes(model.config)
+    ends = embed_shapes(model.config) | head_shapes(model.config)
+    needed = {model.source_name(name) for name in ends}
+    for layer in range(model.config.num_layers):
+        needed |= {model.source_name(name, layer) for name in layers}
+    found = set(model.names)
+    if missing := sorted(needed - found):
+        raise ModelError(
+            f"{model.path} has no tensor {missing[0]!r} ({len(missing)} missing): download the model again"
+        )
+    if strange := sorted(found - needed):
+        raise ModelError(
+            f"{model.path} has tensors that a {model.config.family} decoder does not use: "
+            f"{', '.join(strange[:3])} ({len(strange)} in all). This variant of it is not supported"
+        )
 
 
 def read_tensors(model: RawModel, shapes: Shapes, layer: int | None = None) -> dict[str, Tensor]:

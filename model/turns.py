@@ -1,10 +1,13 @@
 """How a model's texts begin and how their turns change: what sampling needs to let a model talk to itself."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from .config import DecoderConfig
@@ -12,6 +15,7 @@ from .errors import ModelError
 
 # Templates may ask for today's date, and calibration has to give the same tokens tomorrow.
 DATE = datetime(2025, 1, 1)
+TRAINING_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # marks answers in training; no part of Jinja
 ROLES = ("user", "assistant", "user", "assistant")
 MARKERS = ("firstrequest", "firstanswer", "secondrequest", "secondanswer")
 
@@ -63,16 +67,21 @@ def split_turns(template: Path, config: DecoderConfig, tokenizer: Tokenizer) -> 
 
 
 def render(template: str, messages: list[dict[str, str]], config: DecoderConfig, tokenizer: Tokenizer) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template
+    """In a sandbox, since a chat template is code that came with a model."""
+
+    def refuse(message: str) -> NoReturn:
+        raise TemplateError(message)
 
     def token(index: int | None) -> str:
         return (tokenizer.id_to_token(index) or "") if index is not None else ""
 
-    texts, _ = render_jinja_template(
-        [messages],
-        chat_template=template,
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    return environment.from_string(TRAINING_TAG.sub("", template)).render(
+        messages=messages,
         bos_token=token(config.bos_token_id),
         eos_token=token(next(iter(config.eos_token_ids), None)),
+        raise_exception=refuse,
         strftime_now=DATE.strftime,
     )
-    return texts[0]

@@ -339,6 +339,21 @@ def test_a_residual_of_rounding_alone_gives_way_to_the_targets_law(rule):
     assert said == {0, 1, 2}
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_law_that_rounds_to_less_than_1_still_says_a_token_with_mass(rule):
+    """Its sum is below the largest uniform, so the inverse CDF runs off the end, where there is no mass."""
+    p = np.array([[0.0, 0.5, 0.5 - 2.0**-52, 0.0]] * 2)
+    assert p[0].cumsum()[-1] < LAST
+    for draft in (np.array([], np.int32), np.array([1], np.int32)):
+        assert verify.chain_of_laws(rule, p, None, draft, np.full(len(draft) + 2, LAST))[1] == 2
+
+
+def test_block_does_not_recover_from_a_token_without_mass():
+    """After it the draft is dead, even if the next token is one that the drafter could not have drafted."""
+    p, q = np.array([[0.0, 0.5, 0.5]] * 3), np.array([[0.5, 0.5, 0.0]] * 2)
+    assert verify.chain("block", p, q, [0, 2], [0.0] * 4)[0] == 0
+
+
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_a_token_that_the_drafter_could_not_have_drafted_is_accepted_if_the_target_has_it(rule):
     p, q = np.array([[0.5, 0.5], [0.5, 0.5]]), np.array([[1.0, 0.0]])

@@ -11,7 +11,7 @@ import cffi
 
 
 def read_declarations(header: str) -> str:
-    """The header without what cffi does not read: comments, preprocessor lines, the C++ guard and the export mark."""
+    """The header without what cffi does not read: comments, preprocessor lines, C++ guard, export mark."""
     text = re.sub(r"/\*.*?\*/", "", header, flags=re.S)
     text = re.sub(r"//[^\n]*", "", text)
     text = re.sub(r"#ifdef __cplusplus.*?#endif", "", text, flags=re.S)

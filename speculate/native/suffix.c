@@ -12,8 +12,9 @@
  * DS_SUFFIX_MAX_MATCH of them and three or four on ordinary text. Every append enters its place into those,
  * so a short state always knows its two most recent places:
  *   - No state becomes short: its shortest substring only grows, when a clone takes the shorter ones.
- *   - A clone has the places of the state that it is split from, until the present append adds one. If the
- *     clone is short then so was that state, and its places are right to copy; the clone is on the path.
+ *   - A clone has the places of the state that it is split from until the present append adds one. If the
+ *     clone is short then so was that state, so its most recent place is right to copy; and the clone is on
+ *     the path, so the present append makes that the one before.
  * Two places, because the most recent one of a suffix of the text is the end of the text itself.
  */
 #include "draftsmith.h"
@@ -148,7 +149,6 @@ static int32_t add_state(ds_suffix *s, int32_t length, int32_t link) {
 static int32_t split(ds_suffix *s, int32_t q, int32_t length, int32_t p, int32_t token) {
   int32_t clone = add_state(s, length, s->states[q].link);
   s->states[clone].recent = s->states[q].recent;
-  s->states[clone].before = s->states[q].before;
   for (int32_t i = s->states[q].first_edge; i != NONE; i = s->edges[i].next_of_state)
     add_edge(s, clone, s->edges[i].token, s->edges[i].to);
   s->states[q].link = clone;
@@ -157,11 +157,10 @@ static int32_t split(ds_suffix *s, int32_t q, int32_t length, int32_t p, int32_t
     if (e->to != q) break;
     e->to = clone;
   }
-  if (s->window == q && s->window_length <= length) s->window = clone;
   return clone;
 }
 
-/* Shrink a match of `length` tokens in state `v` to one of `wanted` <= length. */
+/* The state of the last `wanted` tokens of a match whose state is `v`, or was before `v` was split. */
 static int32_t shorten(const ds_suffix *s, int32_t v, int32_t wanted) {
   while (v != ROOT && s->states[s->states[v].link].length >= wanted) v = s->states[v].link;
   return v;
@@ -223,16 +222,25 @@ static match match_committed(const text *t, int32_t max_match) {
   const ds_suffix *s = t->index;
   int32_t length = s->window_length < max_match ? s->window_length : max_match;
   int32_t v = shorten(s, s->window, length);
-  if (t->n_tail == 0) { /* the most recent place is the end of the text, so look for one before it */
-    while (v != ROOT && s->states[v].before == NONE) length = s->states[v = s->states[v].link].length;
+  if (t->n_tail == 0) { /* the most recent place is the end of the text: look for one before it */
+    while (v != ROOT && s->states[v].before == NONE) {
+      v = s->states[v].link;
+      length = s->states[v].length;
+    }
     return (match){length, s->states[v].before};
   }
   for (int32_t i = 0; i < t->n_tail; ++i) {
     edge *e;
-    while (!(e = find_edge(s, v, t->tail[i])) && v != ROOT) length = s->states[v = s->states[v].link].length;
-    if (!e) continue; /* at the root, with length 0 */
+    while (!(e = find_edge(s, v, t->tail[i])) && v != ROOT) {
+      v = s->states[v].link;
+      length = s->states[v].length;
+    }
+    if (!e) continue; /* at the root, where length is 0 */
     v = e->to;
-    if (++length > max_match) v = shorten(s, v, length = max_match);
+    if (length < max_match)
+      ++length;
+    else
+      v = shorten(s, v, length);
   }
   return (match){length, s->states[v].recent};
 }

@@ -1,5 +1,5 @@
-// The public header and the acceptance rules as C++ and CUDA compilers see them. CUDA's keywords are empty here,
-// so that the rules' device form is compiled though no CUDA compiler is at hand.
+// The public header and the acceptance rules as C++ and CUDA compilers see them. CUDA's keywords are empty
+// here, so that the rules' device form is compiled though no CUDA compiler is at hand.
 #define __host__
 #define __device__
 #define __forceinline__ inline

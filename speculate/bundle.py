@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
@@ -124,7 +125,7 @@ class Bundle:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(string, str) and string for string in stops):
             raise BundleError(f"stop={stop!r}: wanted strings that are not empty")
-        prompt_ids = self._read_prompt(prompt)
+        prompt_ids = self.encode(prompt)
         capacity = self._check_room(len(prompt_ids), max_new_tokens, rungs)
         target = self.manifest.engines[TARGET]
         tokens = Tokens.begin(
@@ -156,6 +157,35 @@ class Bundle:
                 )
         return logits
 
+    @property
+    def drafters(self) -> list[str]:
+        """The names of the engines other than the target."""
+        return [name for name in self.manifest.engines if name != TARGET]
+
+    def plan_for(self, speculate: Speculate = "auto") -> dict[str, Any]:
+        """The ladder that `generate` would use, in the form of plan.json."""
+        rungs = choose_ladder(speculate, None, self._planned_ladder(), self.manifest.engines)
+        return {
+            "ladder": [rung.name for rung in rungs],
+            "num_speculative_tokens": {rung.name: rung.num_speculative_tokens for rung in rungs},
+            "verify": self.plan.verify,
+        }
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids that `generate` would continue."""
+        target = self.manifest.engines[TARGET]
+        if is_chat(prompt):
+            if CHAT_TEMPLATE not in self.manifest.files:
+                raise BundleError("this bundle has no chat template: pass the prompt as text or as token ids")
+            template = (self.path / CHAT_TEMPLATE).read_text(encoding="utf-8")
+            tokens = {"bos_token": target.bos_token_id, "eos_token": next(iter(target.eos_token_ids), None)}
+            ids = encode_chat(self.tokenizer, template, prompt, tokens)
+        elif isinstance(prompt, str):
+            ids = encode_text(self.tokenizer, prompt)
+        else:
+            ids = prompt
+        return check_ids(ids, target.vocab_size)
+
     def engine(self, name: str) -> Engine:
         """One of the bundle's engines, loaded at the first call."""
         if name not in self._engines:
@@ -170,20 +200,6 @@ class Bundle:
 
     def _engine_names(self, rungs: list[Rung]) -> list[str]:
         return [TARGET, *(rung.name for rung in rungs if rung.name in self.manifest.engines)]
-
-    def _read_prompt(self, prompt: Prompt) -> list[int]:
-        target = self.manifest.engines[TARGET]
-        if is_chat(prompt):
-            if CHAT_TEMPLATE not in self.manifest.files:
-                raise BundleError("this bundle has no chat template: pass the prompt as text or as token ids")
-            template = (self.path / CHAT_TEMPLATE).read_text(encoding="utf-8")
-            tokens = {"bos_token": target.bos_token_id, "eos_token": next(iter(target.eos_token_ids), None)}
-            ids = encode_chat(self.tokenizer, template, prompt, tokens)
-        elif isinstance(prompt, str):
-            ids = encode_text(self.tokenizer, prompt)
-        else:
-            ids = prompt
-        return check_ids(ids, target.vocab_size)
 
     def _check_room(self, prompt_tokens: int, max_new_tokens: int, rungs: list[Rung]) -> int:
         """The number of cache slots to reserve."""

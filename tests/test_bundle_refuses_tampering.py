@@ -285,7 +285,7 @@ def test_a_conversation_goes_through_the_template(bundle):
     out = bundle.generate(messages, 5, ignore_eos=True)
     wanted = bundle.generate("<bos>" + text, 5, ignore_eos=True)
     assert out.token_ids == wanted.token_ids
-    assert out.stats.prompt_tokens == 1 + len(text.encode())
+    assert out.stats.prompt_tokens == len(bundle.encode(messages)) == 1 + len(text.encode())
 
 
 def test_a_bundle_without_a_template_says_so(tmp_path):

@@ -232,3 +232,17 @@ def test_two_generations_at_once_are_refused(bundle):
     thread.start()
     thread.join()
     assert len(outputs) == 1
+
+
+def test_the_plan_says_what_auto_means(bundle):
+    plan = bundle.plan_for("auto")
+    assert plan == {
+        "ladder": ["suffix", "int8"],
+        "num_speculative_tokens": {"suffix": 6, "int8": 4},
+        "verify": "block",
+    }
+    out = bundle.generate("a b a b", 40, ignore_eos=True)
+    assert [level.name for level in out.stats.drafts] == plan["ladder"]
+    assert len(out.stats.drafts[-1].drafted_at) == 4
+    assert bundle.plan_for("none")["ladder"] == []
+    assert sorted(bundle.drafters) == ["int8", "tiny"]

@@ -1,0 +1,78 @@
+"""Hold every exported graph against the compressed checkpoint that it was made from."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from ..speculate.bundle import load
+from .errors import CheckFailed
+from .progress import Progress, no_progress
+
+CHECK_TOKENS = 64
+# Largest difference of a logit, relative to the largest logit. In floating point both sides differ by the
+# order of their sums; in int8 such a difference can also move an activation across a rounding boundary, by
+# a whole step of 1/127 of its row.
+TOLERANCE = {"float": 1e-3, "int8": 5e-2}
+
+
+def check(
+    bundle_dir: Path,
+    checkpoints: Mapping[str, Path],
+    tokens: Path,
+    out: Path,
+    progress: Progress = no_progress,
+) -> dict:
+    """Write ``check.json``: per engine, how far the graph's logits are from the checkpoint's in torch, and
+    their common argmax.
+
+    Raises CheckFailed, naming engine and figure, if one is further off than rounding explains.
+    """
+    bundle = load(bundle_dir)
+    ids = load_file(tokens / "tokens.safetensors")["tokens"][0, :CHECK_TOKENS].tolist()
+    result: dict[str, dict] = {}
+    for index, (name, checkpoint) in enumerate(checkpoints.items()):
+        reference, quantized = _reference_logits(checkpoint, ids)
+        logits = bundle.logits(ids, engine=name)
+        error = float(np.abs(logits - reference).max() / np.abs(reference).max())
+        tolerance = TOLERANCE["int8" if quantized else "float"]
+        agreement = float(np.mean(logits.argmax(-1) == reference.argmax(-1)))
+        result[name] = {"max_relative_error": error, "tolerance": tolerance, "argmax_agreement": agreement}
+        progress(index + 1, len(checkpoints), "graphs against checkpoints")
+    (out / "check.json").write_text(json.dumps(result, indent=2) + "\n")
+    if failed := {
+        name: row for name, row in result.items() if not row["max_relative_error"] <= row["tolerance"]
+    }:
+        name, row = next(iter(failed.items()))
+        raise CheckFailed(
+            f"the exported graph of {name!r} is not its checkpoint: logits differ by "
+            f"{row['max_relative_error']:.2e} of the largest, rounding explains {row['tolerance']:.0e}; "
+            "please report this with the recipe"
+        )
+    return result
+
+
+def _reference_logits(folder: Path, ids: list[int]) -> tuple[np.ndarray, bool]:
+    """float32 [T, V] of the checkpoint in torch, one layer in memory at a time, and whether any weight is
+    int8.
+    """
+    import torch
+
+    from ..model.decoder import DecoderLayer, Embedding, Head, causal_mask
+    from ..model.store import Checkpoint
+
+    checkpoint = Checkpoint(folder)
+    config, embed = checkpoint.config, checkpoint.load_embed()
+    tokens = torch.tensor([ids])
+    positions = torch.arange(len(ids))[None]
+    quantized = False
+    with torch.inference_mode():
+        hidden = Embedding(config, embed)(tokens, positions)
+        for index in range(config.num_layers):
+            layer = DecoderLayer(config, index, checkpoint.load_layer(index))
+            quantized |= any(linear.is_quantized for linear in layer.linears().values())
+            hidden = layer(hidden, positions, causal_mask(config, index, len(ids), 0))
+        head = Head(config, checkpoint.load_head(), embed["model.embed_tokens.weight"])
+        return head(hidden)[0].numpy(), quantized or head.lm_head.is_quantized

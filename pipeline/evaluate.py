@@ -1,0 +1,98 @@
+"""Quality of every engine of a bundle: perplexity on text, and agreement with the target on the target's
+own words.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..speculate.bundle import Bundle
+from ..speculate.errors import BundleError
+from .progress import Progress, no_progress
+from .prompts import read_prompts
+from .traces import record
+
+
+def evaluate(
+    bundle: Bundle,
+    text: Path | None = None,
+    prompts: Path | None = None,
+    *,
+    window: int = 1024,
+    max_windows: int | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 128,
+    progress: Progress = no_progress,
+) -> dict:
+    """Perplexity of the target and of each drafter on `text`, and greedy agreement on `prompts`.
+
+    The text is tokenised whole and cut into non-overlapping windows of `window` tokens, each predicted
+    without the ones before it; perplexity is exp(mean negative log-likelihood) over every token but each
+    window's first. Agreement is the share of positions of the target's own greedy output at which a
+    drafter, given the same text, chooses the same token.
+    """
+    if text is None and prompts is None:
+        raise BundleError(
+            "nothing to evaluate: give --text FILE for perplexity, --prompts FILE for agreement"
+        )
+    result: dict = {"engines": {name: {} for name in ["target", *bundle.drafters]}}
+    if text is not None:
+        result["text"] = {"file": str(text), "window": window}
+        windows = _cut_windows(bundle, text, window, max_windows)
+        result["text"]["windows"] = len(windows)
+        for name, figures in _perplexities(bundle, windows, progress).items():
+            result["engines"][name] |= figures
+    if prompts is not None:
+        chosen, problems = read_prompts(prompts, limit)
+        result["prompts"] = {"file": str(prompts), "prompts": len(chosen), "passed_over": problems}
+        agreed = {name: [] for name in bundle.drafters}
+        for index, prompt in enumerate(chosen):
+            recording = record(bundle, bundle.encode(prompt.content), bundle.drafters, max_new_tokens)
+            for name in bundle.drafters:
+                agreed[name].append(recording.choices[name] == recording.tokens)
+            progress(index + 1, len(chosen), "agreement")
+        for name, flags in agreed.items():
+            result["engines"][name]["greedy_agreement"] = float(np.concatenate(flags).mean())
+    return result
+
+
+def _cut_windows(bundle: Bundle, text: Path, window: int, max_windows: int | None) -> list[list[int]]:
+    if not text.is_file():
+        raise BundleError(f"text file {text} not found")
+    ids = bundle.tokenizer.encode(
+        text.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False
+    ).ids
+    windows = [ids[start : start + window] for start in range(0, len(ids) - window + 1, window)]
+    if not windows:
+        raise BundleError(
+            f"{text} has {len(ids)} tokens, fewer than one window of {window}: "
+            "give more text or a smaller --window"
+        )
+    return windows[:max_windows]
+
+
+def _perplexities(bundle: Bundle, windows: list[list[int]], progress: Progress) -> dict[str, dict]:
+    figures: dict[str, dict] = {}
+    target_choices: list[np.ndarray] = []
+    for name in ["target", *bundle.drafters]:
+        losses, agreements = [], []
+        for index, ids in enumerate(windows):
+            logits = bundle.logits(ids, engine=name)[:-1]
+            losses.append(_negative_log_likelihoods(logits, np.asarray(ids[1:])))
+            choices = logits.argmax(axis=-1)
+            if name == "target":
+                target_choices.append(choices)
+            agreements.append(choices == target_choices[index])
+            progress(index + 1, len(windows), f"perplexity of {name}")
+        figures[name] = {"perplexity": float(np.exp(np.concatenate(losses).mean()))}
+        if name != "target":
+            figures[name]["ratio_to_target"] = figures[name]["perplexity"] / figures["target"]["perplexity"]
+            figures[name]["text_agreement"] = float(np.concatenate(agreements).mean())
+    return figures
+
+
+def _negative_log_likelihoods(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """float32 [T, V], int [T] -> float64 [T]; the sum over the vocabulary runs in float64."""
+    peak = logits.max(axis=-1, keepdims=True)
+    log_sums = np.log(np.exp(logits - peak).sum(axis=-1, dtype=np.float64)) + peak[:, 0]
+    return log_sums - logits[np.arange(len(targets)), targets]

@@ -1,0 +1,59 @@
+"""Read prompts: JSONL in the forms that the field uses, or plain text with one prompt a line."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..speculate.errors import BundleError
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`content` is what `Bundle.generate` takes: a string, or messages for the chat template."""
+
+    content: str | list[Message]
+    category: str
+    line: int
+
+
+def read_prompts(path: Path, limit: int | None = None) -> tuple[list[Prompt], list[str]]:
+    """Prompts of a file and what was wrong with the lines that were passed over, one sentence each.
+
+    A JSONL line is ``{"turns": [...]}`` (Spec-Bench; the first turn is asked as a user), ``{"messages":
+    [...]}`` or ``{"prompt": "..."}``, each with an optional ``category``. With `limit`, prompts are taken
+    evenly over the file.
+    """
+    if not path.is_file():
+        raise BundleError(f"prompts file {path} not found; --prompts takes a .jsonl or .txt file")
+    prompts, problems = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(_read_line(line, number, path.suffix == ".txt"))
+        except (ValueError, TypeError, AttributeError) as error:
+            problems.append(f"{path}:{number}: {error}; line passed over")
+    if not prompts:
+        raise BundleError(f"{path} holds no usable prompt" + (f" ({problems[0]})" if problems else ""))
+    if limit is not None and 0 < limit < len(prompts):
+        prompts = [prompts[index * len(prompts) // limit] for index in range(limit)]
+    return prompts, problems
+
+
+def _read_line(line: str, number: int, plain: bool) -> Prompt:
+    if plain:
+        return Prompt(line.strip(), "text", number)
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    category = str(record.get("category", "all"))
+    match record:
+        case {"messages": [*messages]} if messages:
+            return Prompt(messages, category, number)
+        case {"turns": [str(first), *_]} if first.strip():
+            return Prompt([{"role": "user", "content": first}], category, number)
+        case {"prompt": str(text)} if text.strip():
+            return Prompt(text, category, number)
+    raise ValueError('no non-empty "turns", "messages" or "prompt"')

@@ -50,5 +50,6 @@ def multiply_dynamic(graph: Graph, x: str, linear: StoredLinear) -> str:
     scale = graph.op("Max", graph.op("Div", peak, graph.scalar(127)), graph.scalar(TINY))
     rounded = graph.op("QuantizeLinear", graph.op("Div", x, scale), one, zero_point)
     total = graph.op("MatMulInteger", rounded, graph.weight(f"{linear.name}.weight"), zero_point)
-    y = graph.op("Mul", graph.op("Cast", total, to=TensorProto.FLOAT), scale)
-    return graph.op("Mul", y, graph.weight(f"{linear.name}.weight_scale"))
+    # Written so that ONNX Runtime makes one operator of it: the product of both scales on the right.
+    scales = graph.op("Mul", scale, graph.weight(f"{linear.name}.weight_scale"))
+    return graph.op("Mul", graph.op("Cast", total, to=TensorProto.FLOAT), scales)

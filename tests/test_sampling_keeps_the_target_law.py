@@ -159,6 +159,25 @@ def test_an_end_of_text_inside_a_draft_keeps_the_law(monkeypatch, rule):
     assert largest_error(law, enumerate_target(engines["target"], prompt, 4, (2,))) < 1e-12
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_a_draft_is_accepted_as_often_as_its_law_allows(monkeypatch, rule):
+    # Judged as if it had not been sampled, a draft keeps the law too, but Σ pq are accepted, not Σ min(p, q).
+    engines, prompt = three_engines(3, seed=5), [0, 1, 2]
+    branches = Branches()
+    monkeypatch.setattr(verdict.verify, "chain_of_laws", branches.chain_of_laws)
+    accepted = 0.0
+    for run in branches:
+        tokens = Sequence.begin(prompt, len(prompt) + 3)
+        target = build_ladder([Rung("int8", 1)], engines.__getitem__, Sampling(1.0, rule=rule), 6)
+        list(itertools.islice(decode(tokens, target, 3), 2))
+        accepted += run.weight * target.drafts.accepted
+    wanted = 0.0
+    for first, mass in enumerate(softmax(engines["target"].logits_after(prompt))):
+        p, q = (softmax(engines[name].logits_after([*prompt, first])) for name in ("target", "int8"))
+        wanted += mass * np.minimum(p, q).sum()
+    assert accepted == pytest.approx(wanted, abs=1e-12)
+
+
 class EndsWithARound(EngineLevel):
     """Proposes what one inner round gave, however many tokens those are."""
 
@@ -177,8 +196,9 @@ class DropsTheCorrection(EngineLevel):
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_a_proposal_may_end_with_a_round_but_not_without_its_correction(monkeypatch, rule):
-    # Given that a round of a lossless rule goes on behind token i, token i+1 still follows the law: that is what
-    # is left of Π p without the rounds that end at i, which draw i+1 afresh. Not so if i+1 itself decides the end.
+    # Given that a round of a lossless rule goes on behind token i, token i+1 still follows the law: that is
+    # what is left of Π p without the rounds that end at i, which draw i+1 afresh. Not so where i+1 itself
+    # decides the end.
     engines, prompt = three_engines(2, seed=5), [0, 1, 0, 1, 1, 0, 1]
     ladder = [Rung("tiny", 2), Rung("int8", 3)]
     expected = enumerate_target(engines["target"], prompt, 5, ())

@@ -17,19 +17,22 @@ from ..model.errors import ModelError
 @dataclass(frozen=True)
 class MaskStructure:
     """`sparsity` of the weights anywhere (`group` is None), or `pruned` of each `group` consecutive input
-    channels."""
+    channels; and how many columns the sweep takes at a time."""
 
     sparsity: float
     pruned: int = 0
     group: int | None = None
+    block_size: int = 128
 
     @classmethod
-    def parse(cls, mask_structure: str, sparsity: float) -> "MaskStructure":
+    def parse(cls, mask_structure: str, sparsity: float, block_size: int = 128) -> "MaskStructure":
         """Read "unstructured" or "N:M" (N kept of M, as in "2:4"); N:M settles the sparsity by itself."""
+        if block_size < 1:
+            raise ModelError(f"block_size is {block_size}; it must be at least 1")
         if mask_structure == "unstructured":
             if not 0.0 <= sparsity < 1.0:
                 raise ModelError(f"sparsity is {sparsity}; it must be in [0, 1)")
-            return cls(sparsity)
+            return cls(sparsity, block_size=block_size)
         match = re.fullmatch(r"(\d+):(\d+)", mask_structure)
         if not match:
             raise ModelError(
@@ -40,7 +43,11 @@ class MaskStructure:
             raise ModelError(
                 f"mask_structure is {mask_structure!r}: it must keep between 1 and M - 1 of M weights"
             )
-        return cls(1 - kept / group, group - kept, group)
+        if block_size % group:
+            raise ModelError(
+                f"block_size is {block_size}; mask_structure {mask_structure} needs a multiple of {group}"
+            )
+        return cls(1 - kept / group, group - kept, group, block_size)
 
     def check_width(self, width: int, name: str) -> None:
         if self.group and width % self.group:

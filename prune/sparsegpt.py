@@ -105,7 +105,6 @@ def prune_matrices(
     weights: list[Tensor],
     factor: Factor,
     structure: MaskStructure,
-    block_size: int = 128,
     scales: list[Tensor] | None = None,
 ) -> list[Pruned]:
     """Prune matrices [R_n, C] that share their input (hence H), each to its own exact sparsity, in one sweep.
@@ -118,8 +117,6 @@ def prune_matrices(
     With `scales` ([R_n] each), what is kept is also rounded to the grid int8 · scale, and the rounding error
     is made up for like the pruning error. The arithmetic is in the dtype of the weights.
     """
-    if structure.group and block_size % structure.group:
-        raise ModelError(f"block_size is {block_size}; mask_structure needs a multiple of {structure.group}")
     rows = [len(weight) for weight in weights]
     # Channel-major: a column of W, which is what every step works on, is contiguous.
     before = torch.cat(weights).T.contiguous()
@@ -128,8 +125,8 @@ def prune_matrices(
     upper = factor.upper.to(work.dtype)
     quantize = None if scales is None else _rounder(torch.cat(scales).to(work.dtype))
     losses = torch.zeros(work.shape[1], dtype=torch.float64)
-    for start in range(0, len(work), block_size):
-        stop = min(start + block_size, len(work))
+    for start in range(0, len(work), structure.block_size):
+        stop = min(start + structure.block_size, len(work))
         errors = _sweep_block(
             work[start:stop], upper[start:stop, start:stop], structure, rows, start, quantize
         )

@@ -69,8 +69,8 @@ def obs_by_inverses(weight, hessian, kept_of, sparsity, block_size, dampening_fr
 
 def prune_one(weight, hessian, mask_structure, sparsity, block_size=128, dampening_frac=0.01, scale=None):
     factor = factor_hessian(hessian, dampening_frac, "test")
-    structure = MaskStructure.parse(mask_structure, sparsity)
-    return prune_matrices([weight], factor, structure, block_size, None if scale is None else [scale])[0]
+    structure = MaskStructure.parse(mask_structure, sparsity, block_size)
+    return prune_matrices([weight], factor, structure, None if scale is None else [scale])[0]
 
 
 @pytest.mark.parametrize("joint_int8", [False, True])
@@ -203,10 +203,10 @@ def test_sharers_of_an_input_come_out_as_if_alone():
         exact_hessian(make_inputs(200, 32)),
         [make_weight(rows, 32, rows) for rows in (5, 12, 3)],
     )
-    factor, structure = factor_hessian(hessian, 0.01, "test"), MaskStructure.parse("unstructured", 0.4)
-    together = prune_matrices(weights, factor, structure, 16)
+    factor, structure = factor_hessian(hessian, 0.01, "test"), MaskStructure.parse("unstructured", 0.4, 16)
+    together = prune_matrices(weights, factor, structure)
     for weight, shared in zip(weights, together, strict=True):
-        alone = prune_matrices([weight], factor, structure, 16)[0]
+        alone = prune_matrices([weight], factor, structure)[0]
         torch.testing.assert_close(shared.weight, alone.weight, rtol=0, atol=1e-12)
         assert shared.loss == pytest.approx(alone.loss, rel=1e-12)
 
@@ -241,7 +241,7 @@ def test_fewer_tokens_than_channels_is_fine_with_damping(tokens):
     x, weight = make_inputs(tokens, 32), make_weight(8, 32)
     factor = factor_hessian(exact_hessian(x), 0.01, "test")
     assert factor.dampening_frac == 0.01
-    pruned = prune_matrices([weight], factor, MaskStructure.parse("2:4", 0.5), 16)[0]
+    pruned = prune_matrices([weight], factor, MaskStructure.parse("2:4", 0.5, 16))[0]
     assert pruned.weight.isfinite().all() and pruned.loss == pytest.approx(pruned.trace, rel=1e-9)
 
 

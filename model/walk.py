@@ -1,0 +1,246 @@
+"""Walks a model one layer at a time over the calibration windows: never more than one layer in memory, and
+every layer calibrated on what the layers before it, as the stage has left them, really give it.
+
+What a stage does to a layer is a function, its `visit`. The walker does the rest: it runs the windows
+through, keeps each finished layer in a work folder, and after a crash takes up the walk behind the last one,
+with the same result bit for bit.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .attention import causal_mask
+from .config import DecoderConfig
+from .decoder import DecoderLayer, Embedding, Head
+from .errors import ModelError
+from .layout import EMBED_TOKENS, linear_shapes
+from .linear import Linear
+from .progress import Progress
+from .store import (
+    EMBED,
+    HEAD,
+    Checkpoint,
+    copy_tokenizer,
+    link_part,
+    read_part,
+    write_config,
+    write_part,
+    write_text,
+)
+
+CHUNK_TOKENS = 4096  # per forward call; fixed, since another grouping of rows rounds differently
+
+Rows = list[
+    dict[str, Any]
+]  # of a stage's report: one dict a linear, or a pair, or whatever the stage works on
+
+
+class _AllSeen(Exception):
+    """Ends a forward pass of which only some inputs were wanted."""
+
+
+@dataclass
+class Part:
+    """One decoder layer, or the head (the final norm and the output projection), and the states that enter
+    it."""
+
+    config: DecoderConfig
+    name: str  # "layers/003" or "head"
+    index: int  # of the layer; the head comes after the last
+    tensors: dict[str, Tensor]  # a tied head's lm_head.weight included
+    hidden: Tensor  # float32 [N, L, d]: all windows, in fixed order
+    advanced: bool = False  # whether `hidden` is what leaves the part already
+
+    @property
+    def is_head(self) -> bool:
+        return self.name == HEAD
+
+    def linears(self) -> list[str]:
+        """Names relative to the part, in the order in which they run."""
+        return ["lm_head"] if self.is_head else list(linear_shapes(self.config))
+
+    def full_name(self, linear: str) -> str:
+        return linear if self.is_head else f"model.layers.{self.index}.{linear}"
+
+    def build(self, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> DecoderLayer | Head:
+        # Copies: a tensor mapped from a file may be aligned otherwise than one in memory, and summed
+        # otherwise.
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        if self.is_head:
+            return Head(self.config, copies, None, dtype)
+        return DecoderLayer(self.config, self.index, copies, dtype)
+
+    def run(self, module: DecoderLayer | Head, hidden: Tensor) -> Tensor:
+        """Windows [B, L, d] through the part → [B, L, d], or logits [B, L, V] of the head."""
+        if isinstance(module, Head):
+            return module(hidden)
+        batch, length, _ = hidden.shape
+        mask = causal_mask(self.config, self.index, length)
+        return module(hidden, torch.arange(length).expand(batch, length), mask)
+
+    def inputs(
+        self, module: DecoderLayer | Head, wanted: Collection[str]
+    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """Run all windows and yield what enters the `wanted` linears (relative names): the names that share
+        one input, and a chunk of it [T, K]. Nothing behind the last of them is computed."""
+        for chunk in self._chunks():
+            with _watch(linears_of(module), wanted, stop=True) as seen:
+                self.run(module, chunk)
+            yield from seen
+
+    def advance(
+        self, module: DecoderLayer | Head, wanted: Collection[str] = ()
+    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """As `inputs`, but run to the end and leave the output in `hidden`: all that a stage need do where it
+        wants the inputs of the finished module. To be used up."""
+        for chunk in self._chunks():
+            with _watch(linears_of(module), wanted, stop=False) as seen:
+                chunk.copy_(self.run(module, chunk))
+            yield from seen
+        self.advanced = True
+
+    def _chunks(self) -> tuple[Tensor, ...]:
+        return self.hidden.split(max(1, CHUNK_TOKENS // self.hidden.shape[1]))
+
+
+def linears_of(module: DecoderLayer | Head) -> dict[str, Linear]:
+    """By name relative to the part, in the order in which they run."""
+    return {"lm_head": module.lm_head} if isinstance(module, Head) else module.linears()
+
+
+@contextmanager
+def _watch(
+    linears: dict[str, Linear], wanted: Collection[str], stop: bool
+) -> Iterator[list[tuple[tuple[str, ...], Tensor]]]:
+    """Collect the inputs [T, K] of linears by identity: those that are handed the very same tensor share an
+    entry. With `stop`, the run ends at the last of them."""
+    seen: list[tuple[tuple[str, ...], Tensor]] = []
+    missing = set(wanted)
+    last: Tensor | None = None
+
+    def note(linear: Linear, args: tuple[Tensor]) -> None:
+        nonlocal last
+        if args[0] is last:
+            names, x = seen.pop()
+            seen.append(((*names, linear.name), x))
+        else:
+            last = args[0]
+            seen.append(((linear.name,), last.flatten(0, -2)))
+        missing.discard(linear.name)
+        if stop and not missing:
+            raise _AllSeen
+
+    handles = [linears[name].register_forward_pre_hook(note) for name in wanted]
+    try:
+        yield seen
+    except _AllSeen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+Visit = Callable[[Part], tuple[dict[str, Tensor] | None, Rows]]
+
+
+@torch.inference_mode()
+def walk(
+    src: Path,
+    tokens: Path,
+    out: Path,
+    work: Path,
+    visit: Visit,
+    settings: dict[str, Any],
+    progress: Progress,
+    label: str,
+    exact: bool = False,
+) -> Rows:
+    """Make the checkpoint `out` of `src` by visiting each layer and the head in order; return all report
+    rows.
+
+    `visit` gets a part and returns its new tensors, or None to leave it as it is, and rows of JSON values.
+    `tokens` is a safetensors file with "tokens" int32 [N, L]. Finished parts are kept in `work`; a work
+    folder of other `settings` or tokens is an error that names the difference. An `exact` stage does not
+    change what a part computes: then the states go on through the parts of `src`.
+    """
+    checkpoint = Checkpoint(src)
+    windows = load_file(tokens)["tokens"]
+    _claim(work, settings | {"tokens": hashlib.sha256(tokens.read_bytes()).hexdigest()})
+    parts = checkpoint.parts()[1:]
+    finished = [(work / f"{part}.json").exists() for part in parts]
+    homes, rows = {EMBED: src}, []
+    hidden = torch.empty(0) if all(finished) else _embed(checkpoint, windows)
+    for index, part_name in enumerate(parts):
+        progress(index, len(parts), f"{label} {part_name}")
+        part = Part(checkpoint.config, part_name, index, _load(checkpoint, part_name), hidden)
+        if not finished[index]:
+            tensors, part_rows = visit(part)
+            if tensors is not None:
+                write_part(work, part_name, tensors)
+            _write_json(work / f"{part_name}.json", {"changed": tensors is not None, "rows": part_rows})
+        record = json.loads((work / f"{part_name}.json").read_text())
+        rows += record["rows"]
+        if not part.advanced and not all(finished[index + 1 :]):
+            use_src = exact or not record["changed"]
+            module = part.build(part.tensors if use_src else read_part(work, part_name))
+            for _ in part.advance(module):
+                pass
+        homes[part_name] = work if record["changed"] else src
+    progress(len(parts), len(parts), label)
+    for part_name, home in homes.items():
+        link_part(home, out, part_name)
+    copy_tokenizer(src, out)
+    tied = "lm_head.weight" not in read_part(out, HEAD)
+    write_config(out, checkpoint.config.model_copy(update={"tied_head": tied}))
+    return rows
+
+
+def linear_names(config: DecoderConfig) -> list[str]:
+    """Full names of all linears, in the order in which they run."""
+    layers = [
+        f"model.layers.{layer}.{name}" for layer in range(config.num_layers) for name in linear_shapes(config)
+    ]
+    return [*layers, "lm_head"]
+
+
+def _embed(checkpoint: Checkpoint, windows: Tensor) -> Tensor:
+    embedding = Embedding(checkpoint.config, checkpoint.load_embed())
+    positions = torch.arange(windows.shape[1]).expand(windows.shape)
+    return embedding(windows.long(), positions)
+
+
+def _load(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
+    tensors = read_part(checkpoint.path, part)
+    if part == HEAD and "lm_head.weight" not in tensors:
+        tensors["lm_head.weight"] = checkpoint.load_embed()[EMBED_TOKENS]
+    return tensors
+
+
+def _claim(work: Path, settings: dict[str, Any]) -> None:
+    """Bind a work folder to the settings of its first run."""
+    file = work / "settings.json"
+    work.mkdir(parents=True, exist_ok=True)
+    wanted = json.loads(json.dumps(settings))
+    if not file.exists():
+        _write_json(file, wanted)
+        return
+    found = json.loads(file.read_text())
+    changed = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    if changed:
+        raise ModelError(
+            f"{work} holds layers made with another {', '.join(changed)}; delete it or restore those settings"
+        )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(value, indent=1) + "\n")

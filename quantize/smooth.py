@@ -1,0 +1,169 @@
+"""SmoothQuant: move the difficulty of activations into the weights (Xiao et al., arXiv 2211.10438).
+
+Each fold of the model (see `pairs.py`) gets the factors s_j = max|X_j|^α / max|W_j|^(1 - α), X over all
+calibration tokens, W over all consumers. The producer is divided by them and the consumers are multiplied:
+the function of the model stays what it was, only its tensors become easier to round to int8.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..model.errors import ModelError
+from ..model.progress import Progress, no_progress
+from ..model.select import select_linears
+from ..model.store import Checkpoint
+from ..model.walk import Part, Rows, linear_names, walk
+from .int8 import pack_int8, row_scale
+from .pairs import Fold, find_folds
+
+STRENGTHS = (
+    None,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+)  # what "auto" tries for each fold; None leaves the fold out
+SAMPLE_TOKENS = 1024  # of the calibration tokens, on which it compares them
+SMALLEST = 1e-5
+
+
+def smooth_model(
+    src: Path,
+    tokens: Path,
+    out: Path,
+    work: Path,
+    *,
+    smoothing_strength: float | Literal["auto"] = "auto",
+    targets: list[str] | None = None,
+    ignore: list[str] | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Write the checkpoint `src` smoothed to `out`; return a report with one row a fold and one a part.
+
+    `smoothing_strength` is α of every fold, or "auto": the α of each fold, or leaving it out, that gives the
+    least error of its part under the W8A8 law. `targets` and `ignore` choose the linears that may be touched.
+    A tied output projection comes out as a tensor of its own.
+    """
+    if smoothing_strength != "auto" and not 0 <= smoothing_strength <= 1:
+        raise ModelError(f"smoothing_strength is {smoothing_strength}; it must be in [0, 1], or 'auto'")
+    settings = {
+        "smoothing_strength": smoothing_strength,
+        "targets": targets or ["Linear"],
+        "ignore": ignore or [],
+    }
+    names = linear_names(Checkpoint(src).config)
+    selected = set(select_linears(names, settings["targets"], settings["ignore"]))
+    known: dict[bool, list[Fold]] = {}  # the layers all fold alike, the head in its own way
+
+    def visit(part: Part) -> tuple[dict[str, Tensor] | None, Rows]:
+        if part.is_head not in known:
+            known[part.is_head] = find_folds(part)
+        touched = [name for name in part.linears() if part.full_name(name) in selected]
+        untouched = set(part.linears()).difference(touched)
+        folds = [fold for fold in known[part.is_head] if not untouched & {fold.producer, *fold.consumers}]
+        if not folds:
+            return None, []
+        sample = part.hidden[: -(-SAMPLE_TOKENS // part.hidden.shape[1])].clone()  # before they move on
+        trial = _Trial(part, folds, touched, _find_peaks(part), sample)
+        strengths: Strengths = [None if smoothing_strength == "auto" else smoothing_strength] * len(folds)
+        if smoothing_strength == "auto":
+            strengths = trial.search()
+        return trial.smooth(strengths), [trial.describe(strengths)]
+
+    rows = walk(src, tokens, out, work, visit, settings, progress, "smooth", exact=True)
+    return {"threads": torch.get_num_threads(), "parts": rows}
+
+
+Strengths = list[float | None]
+
+
+class _Trial:
+    """Ways of smoothing one part, compared on a sample of the states that enter it."""
+
+    def __init__(
+        self, part: Part, folds: list[Fold], quantized: list[str], peaks: dict[str, Tensor], sample: Tensor
+    ):
+        self.part, self.folds, self.quantized = part, folds, quantized
+        self.peaks, self.sample = peaks, sample
+        self.output = part.run(part.build(part.tensors), sample)
+
+    def smooth(self, strengths: Strengths) -> dict[str, Tensor]:
+        """The part's tensors, each fold with its α; all factors are taken from the tensors as they were."""
+        tensors = self.part.tensors
+        for fold, strength in zip(self.folds, strengths, strict=True):
+            if strength is not None:
+                tensors = fold.apply(tensors, find_factors(fold, self.part.tensors, self.peaks, strength))
+        return tensors
+
+    def quantization_error(self, strengths: Strengths) -> float:
+        """Of the part's output under the W8A8 law."""
+        tensors = dict(self.smooth(strengths))
+        for name in self.quantized:
+            weight = tensors[f"{name}.weight"]
+            tensors |= pack_int8(name, weight, row_scale(weight))
+        return self._error(tensors)
+
+    def search(self) -> Strengths:
+        """The best α of each fold in turn, the others held; or no smoothing, if that is better still."""
+        none: Strengths = [None] * len(self.folds)
+        strengths: Strengths = [0.5] * len(self.folds)
+        for i in range(len(self.folds)):
+            trials = [[*strengths[:i], strength, *strengths[i + 1 :]] for strength in STRENGTHS]
+            strengths = min(trials, key=self.quantization_error)
+        return min(strengths, none, key=self.quantization_error)
+
+    def describe(self, strengths: Strengths) -> dict[str, Any]:
+        name = self.part.full_name
+        reached = {consumer for fold in self.folds for consumer in fold.consumers}
+        return {
+            "part": self.part.name,
+            "folds": [
+                {
+                    "producer": name(fold.producer),
+                    "consumers": list(map(name, fold.consumers)),
+                    "smoothing_strength": strength,
+                }
+                for fold, strength in zip(self.folds, strengths, strict=True)
+            ],
+            "unreached": [name(linear) for linear in self.part.linears() if linear not in reached],
+            "error_unsmoothed": self.quantization_error([None] * len(self.folds)),
+            "error": self.quantization_error(strengths),
+            "change": self._error(self.smooth(strengths)),
+        }
+
+    def _error(self, tensors: dict[str, Tensor]) -> float:
+        """Of a layer: the mean over tokens of |error|² / |output|², since the next norm divides by |output|.
+        Of the head: the mean over tokens of KL(exact law of the next token | approximate law)."""
+        output = self.part.run(self.part.build(tensors), self.sample)
+        if self.part.is_head:
+            exact, approximate = self.output.log_softmax(-1), output.log_softmax(-1)
+            return float((exact.exp() * (exact - approximate)).sum(-1).mean())
+        return float(((output - self.output).square().sum(-1) / self.output.square().sum(-1)).mean())
+
+
+def _find_peaks(part: Part) -> dict[str, Tensor]:
+    """max|X| of each input channel [K] of each linear, over all tokens."""
+    module = part.build(part.tensors)
+    run = part.inputs if part.is_head else part.advance
+    peaks: dict[str, Tensor] = {}
+    for names, x in run(module, part.linears()):
+        peak = x.abs().amax(0)
+        peaks |= {name: torch.maximum(peaks.get(name, peak), peak) for name in names}
+    return peaks
+
+
+def find_factors(fold: Fold, tensors: dict[str, Tensor], peaks: dict[str, Tensor], strength: float) -> Tensor:
+    """s [C] of the producer's channels; a channel that feeds several (grouped queries) takes their maxima."""
+    channels = len(tensors[f"{fold.producer}.weight"])
+    x_peak = w_peak = torch.full((channels,), SMALLEST)
+    for consumer, source in fold.consumers.items():
+        columns = tensors[f"{consumer}.weight"].float().abs().amax(0)
+        x_peak = x_peak.scatter_reduce(0, source, peaks[consumer], "amax")
+        w_peak = w_peak.scatter_reduce(0, source, columns, "amax")
+    return x_peak**strength / w_peak ** (1 - strength)

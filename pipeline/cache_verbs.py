@@ -50,7 +50,9 @@ def explain_stage(name: str) -> dict[str, Any]:
     return {
         "stage": latest.path.name,
         "compared_with": nearest.path.name if nearest else None,
-        "differences": list_differences(nearest.record, latest.record) if nearest else [],
+        "differences": [str(each) for each in list_differences(nearest.record, latest.record)]
+        if nearest
+        else [],
         "record": latest.record,
     }
 

@@ -106,7 +106,7 @@ def test_a_mistake_is_named_with_its_line_and_what_was_wanted(load, old, new, ex
         ("a: [\n", r":2: not valid YAML"),
         ("a: 1\n---\na: 1\n", r":2: not valid YAML"),
         ("a: &a [*a]\n", r"an alias that contains itself"),
-        ("[" * 4000, r"nested too deeply"),
+        ("[" * 1500, r"nested too deeply"),
         ("a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
             f"{y}: &{y} [{','.join([f'*{x}'] * 8)}]\n" for x, y in zip("abcdefg", "bcdefgh", strict=True)
         ), r"more than 10000 values"),

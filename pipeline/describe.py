@@ -1,0 +1,93 @@
+"""What a bundle says of itself: where it comes from, what was chosen, what was measured."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .cache import Entry
+from .hashing import hash_json
+from .recipe import Recipe
+from .stage import Task
+from .stages import Plan
+
+BENCH_FIGURES = ("settings", "prompts", "identical", "divergences", "plain", "speculative", "speedup")
+
+
+def resolve_recipe(recipe: Recipe, plan: Plan, done: Mapping[Task, Entry]) -> Recipe:
+    """The recipe with the ladder and the draft lengths that were chosen.
+
+    An `auto` smoothing strength stays: it is a choice for every fold of the model, and the report lists them.
+    """
+    data = recipe.model_dump()
+    chosen = done[plan.tune].report
+    if recipe.speculate.ladder == "auto":
+        data["speculate"]["ladder"] = chosen["ladder"] or "none"
+    if recipe.speculate.num_speculative_tokens == "auto":
+        data["speculate"]["num_speculative_tokens"] = chosen["num_speculative_tokens"]
+    return Recipe.model_validate(data)
+
+
+def describe_provenance(resolved: Recipe, plan: Plan, done: Mapping[Task, Entry]) -> dict[str, Any]:
+    """The part of a manifest that decoding does not need."""
+    packages: dict[str, str] = {}
+    for entry in done.values():
+        packages |= entry.record["packages"]
+    bench, chosen = done[plan.bench].report, done[plan.tune].report
+    return {
+        "model": done[plan.load].report,
+        "recipe_sha256": hash_json(resolved.model_dump()),
+        "calibration": {"content_sha256": done[plan.tokens].content} | done[plan.tokens].report,
+        "packages": dict(sorted(packages.items())),
+        "measurements": {
+            "date": bench.get("date"),
+            "machine": bench.get("machine"),
+            "predicted": chosen.get("predicted"),
+            "greedy_agreement": chosen.get("greedy_agreement"),
+            "bench": {name: bench[name] for name in BENCH_FIGURES if name in bench},
+            "check": done[plan.check].report,
+        },
+    }
+
+
+def collect_reports(done: Mapping[Task, Entry], provenance: Mapping[str, Any]) -> dict[str, dict]:
+    """What every stage reported, by stage or "stage engine"."""
+    kept = ("model", "recipe_sha256", "calibration", "packages")
+    return {task.name: entry.report for task, entry in done.items()} | {
+        "manifest": {name: provenance[name] for name in kept}
+    }
+
+
+def write_card(resolved: Recipe, provenance: Mapping[str, Any], engines: Mapping[str, str]) -> str:
+    """A model card, from the same data as the manifest. `engines`: weights by name, the target first."""
+    model, measured = provenance["model"], provenance["measurements"]
+    drafters = [f"| {name} | {weights} |" for name, weights in engines.items()]
+    ladder = resolved.speculate.ladder
+    chain = " → ".join([*ladder, "target"]) if isinstance(ladder, list) else "the target alone"
+    bench = measured["bench"]
+    lines = [
+        f"# {model['source']}, with drafters of its own",
+        "",
+        f"Made by Draftsmith from `{model['source']}` ({model['architecture']}). The target's words are what",
+        "you get: drafters propose them, and every one is checked.",
+        "",
+        "| engine | weights |",
+        "|---|---|",
+        *drafters,
+        "",
+        f"Decoding: {chain}.",
+    ]
+    if speedup := (bench.get("speedup") or {}).get("p50"):
+        machine = measured["machine"] or {}
+        where = f"{machine.get('processor', 'an unknown processor')}, {machine.get('cores', '?')} cores"
+        lines += [
+            f"Measured on {where}, {measured['date']}: {speedup:.2f} times plain decoding (median over "
+            f"{bench['prompts']} prompts of this model's own text). How it was taken: `report.html`.",
+        ]
+    lines += [
+        "",
+        "```sh",
+        "draftsmith generate . 'Once upon a time'",
+        "```",
+        "",
+        "Licence, intended use and limits are those of the original model.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,222 @@
+"""The stages of a build, and which of them a recipe asks for.
+
+    load → calibrate → smooth → prune → quantize → export → tune → check → bench
+
+Smoothing, pruning, quantizing and exporting happen once for every engine; engines that ask for the same thing
+share it. Smoothing comes first, so that the mask is chosen on the grid that quantization will use; a pruned
+int8 engine is pruned and quantized jointly, and the quantize stage then adds what is left.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..model.config import DecoderConfig
+from .hashing import hash_file, hash_json, write_json
+from .pack import ENGINE_FILE, try_bundle
+from .recipe import TARGET, Engine, Recipe, Speculate
+from .stage import Call, Stage, Task
+
+ARITHMETIC = ("torch", "numpy", "safetensors")
+RUNTIME = ("onnxruntime", "numpy", "tokenizers")
+
+
+def _load(call: Call) -> dict:
+    from ..model.load import load_model
+
+    source, dtype = str(call.files["source"]), call.params["dtype"]
+    report = load_model(source, dtype, call.out, call.work, call.progress)
+    return report | {"source": call.params["source"]}
+
+
+def _calibrate(call: Call) -> dict:
+    from ..model.calibration import write_tokens
+
+    params = dict(call.params)
+    named = params.pop("text")
+    names = [named] if isinstance(named, str) else named
+    text = named if named == "self" else [str(call.files.get(name, name)) for name in names]
+    report = write_tokens(call.inputs["model"], text, out=call.out, progress=call.progress, **params)
+    return report | {"text": named}
+
+
+def _smooth(call: Call) -> dict:
+    from ..quantize.smooth import smooth_model
+
+    tokens = call.inputs["tokens"] / "tokens.safetensors"
+    return smooth_model(
+        call.inputs["model"], tokens, call.out, call.work, progress=call.progress, **call.params
+    )
+
+
+def _prune(call: Call) -> dict:
+    from ..prune.stage import prune_model
+
+    tokens = call.inputs["tokens"] / "tokens.safetensors"
+    return prune_model(
+        call.inputs["model"], tokens, call.out, call.work, progress=call.progress, **call.params
+    )
+
+
+def _quantize(call: Call) -> dict:
+    from ..quantize.w8a8 import quantize_model
+
+    tokens = call.inputs["tokens"] / "tokens.safetensors"
+    return quantize_model(
+        call.inputs["model"], tokens, call.out, call.work, progress=call.progress, **call.params
+    )
+
+
+def _export(call: Call) -> dict:
+    from ..export.portable import export_onnx
+
+    checkpoint = call.inputs["model"]
+    report = export_onnx(checkpoint, call.out, max_seq_len=call.params["max_seq_len"], progress=call.progress)
+    config = DecoderConfig.model_validate_json((checkpoint / "config.json").read_bytes())
+    files = sorted(path for path in call.out.rglob("*") if path.is_file())
+    write_json(
+        call.out / ENGINE_FILE,
+        {
+            **report,
+            "vocab_size": config.vocab_size,
+            "num_layers": config.num_layers,
+            "num_kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "weights": call.params["weights"] or config.dtype,
+            "eos_token_ids": list(config.eos_token_ids),
+            "bos_token_id": config.bos_token_id,
+            "files": {
+                path.relative_to(call.out).as_posix(): {
+                    "sha256": hash_file(path),
+                    "size": path.stat().st_size,
+                }
+                for path in files
+            },
+        },
+    )
+    return report
+
+
+def _tune(call: Call) -> dict:
+    from .tune import tune
+
+    bundle = try_bundle(call.work, call.inputs)
+    spec = Speculate.model_validate(call.params)
+    return tune(bundle, call.inputs["tokens"], spec, call.out, call.progress)
+
+
+def _check(call: Call) -> dict:
+    from .check import check
+
+    bundle = try_bundle(call.work, call.inputs)
+    checkpoints = {
+        name.removeprefix("checkpoint "): path
+        for name, path in call.inputs.items()
+        if name.startswith("checkpoint ")
+    }
+    return check(bundle, checkpoints, call.inputs["tokens"], call.out, call.progress)
+
+
+def _bench(call: Call) -> dict:
+    from .bench import bench_stage
+
+    bundle = try_bundle(call.work, call.inputs)
+    return bench_stage(bundle, call.inputs["tokens"], call.out, call.progress)
+
+
+LOAD = Stage("load", _load, code=("model",), packages=("torch", "safetensors", "transformers", "gguf"))
+CALIBRATE = Stage("calibrate", _calibrate, ("model",), (*ARITHMETIC, "tokenizers"), sums=True)
+SMOOTH = Stage("smooth", _smooth, ("model", "quantize"), ARITHMETIC, sums=True)
+PRUNE = Stage("prune", _prune, ("model", "quantize", "prune"), ARITHMETIC, sums=True)
+QUANTIZE = Stage("quantize", _quantize, ("model", "quantize"), ARITHMETIC, sums=True)
+EXPORT = Stage("export", _export, ("model", "export"), ("onnx", "torch", "numpy"))
+MEASURING = ("speculate", "pipeline/pack.py", "pipeline/prompts.py", "pipeline/machine.py")
+TUNE = Stage(
+    "tune",
+    _tune,
+    (*MEASURING, "pipeline/tune.py", "pipeline/replay.py", "pipeline/traces.py"),
+    RUNTIME,
+    measured=True,
+)
+CHECK = Stage(
+    "check",
+    _check,
+    (*MEASURING, "pipeline/check.py", "model"),
+    (*RUNTIME, "torch"),
+    sums=True,
+    measured=True,
+)
+BENCH = Stage("bench", _bench, (*MEASURING, "pipeline/bench.py"), RUNTIME, measured=True)
+
+
+@dataclass
+class Plan:
+    """The tasks of a recipe. Iterating gives each once, after all that it reads."""
+
+    load: Task
+    tokens: Task
+    checkpoints: dict[str, Task] = field(default_factory=dict)  # by engine, the target first
+    exports: dict[str, Task] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tune = self.check = self.bench = self.load
+
+    def __iter__(self) -> Iterator[Task]:
+        seen: dict[Task, None] = {}
+
+        def visit(task: Task) -> None:
+            for source in task.inputs.values():
+                visit(source)
+            seen.setdefault(task)
+
+        for last in (self.tokens, *self.exports.values(), self.tune, self.check, self.bench):
+            visit(last)
+        return iter(seen)
+
+
+def plan_tasks(recipe: Recipe, source: Path, texts: Mapping[str, Path]) -> Plan:
+    """`source`: the resolved model; `texts`: the files to calibrate on, by their names in the recipe."""
+    shared: dict[str, Task] = {}
+
+    def task(stage: Stage, label: str, params: dict[str, Any], **inputs: Task) -> Task:
+        """One task for equal work, under the label of the engine that asked first."""
+        key = hash_json([stage.name, params, {name: id(task) for name, task in inputs.items()}])
+        return shared.setdefault(key, Task(stage, label, params, inputs))
+
+    load = Task(LOAD, "", recipe.model.model_dump(), files={"source": source})
+    tokens = Task(CALIBRATE, "", recipe.calibration.model_dump(), {"model": load}, texts)
+    plan = Plan(load, tokens)
+    limit = min((export.max_seq_len for export in recipe.export if export.max_seq_len), default=None)
+    for name, engine in {TARGET: recipe.target, **recipe.drafters}.items():
+        model = load
+        prune, quantize = engine.prune, engine.quantize
+        if quantize and quantize.smoothing_strength != "none":
+            params = quantize.model_dump(exclude={"scheme"})
+            model = task(SMOOTH, name, params, model=model, tokens=tokens)
+        if prune:
+            unused = {"block_size", "dampening_frac"} if prune.method == "magnitude" else set()
+            params = prune.model_dump(exclude=unused) | {"joint_int8": quantize is not None}
+            model = task(PRUNE, name, params, model=model, tokens=tokens)
+        if quantize:
+            params = quantize.model_dump(include={"targets", "ignore"})
+            model = task(QUANTIZE, name, params, model=model, tokens=tokens)
+        plan.checkpoints[name] = model
+        params = {"max_seq_len": limit, "weights": describe_weights(engine)}
+        plan.exports[name] = task(EXPORT, name, params, model=model)
+    engines = {f"engine {name}": export for name, export in plan.exports.items()}
+    common = {"model": load, "tokens": tokens, **engines}
+    checkpoints = {f"checkpoint {name}": model for name, model in plan.checkpoints.items()}
+    plan.tune = Task(TUNE, "", recipe.speculate.model_dump(), common)
+    plan.check = Task(CHECK, "", {}, common | checkpoints)
+    plan.bench = Task(BENCH, "", {}, common | {"plan": plan.tune})
+    return plan
+
+
+def describe_weights(engine: Engine) -> str:
+    """What a manifest calls the weights of an engine; empty for those of the model itself."""
+    structure = ""
+    if engine.prune:
+        sparse = engine.prune.mask_structure
+        structure = f"{engine.prune.sparsity:.0%} sparse" if sparse == "unstructured" else f"{sparse} sparse"
+    return " ".join(filter(None, [structure, engine.quantize.scheme if engine.quantize else ""]))

@@ -50,6 +50,12 @@ def multiply_dynamic(graph: Graph, x: str, linear: StoredLinear) -> str:
     scale = graph.op("Max", graph.op("Div", peak, graph.scalar(127)), graph.scalar(TINY))
     rounded = graph.op("QuantizeLinear", graph.op("Div", x, scale), one, zero_point)
     total = graph.op("MatMulInteger", rounded, graph.weight(f"{linear.name}.weight"), zero_point)
-    # Written so that ONNX Runtime makes one operator of it: the product of both scales on the right.
-    scales = graph.op("Mul", scale, graph.weight(f"{linear.name}.weight_scale"))
-    return graph.op("Mul", graph.op("Cast", total, to=TensorProto.FLOAT), scales)
+    y, weight_scale = (
+        graph.op("Cast", total, to=TensorProto.FLOAT),
+        graph.weight(f"{linear.name}.weight_scale"),
+    )
+    if linear.has_bias:
+        # As below, ONNX Runtime 1.31 would take in the bias too, and multiply it by the scale of the row.
+        return graph.op("Mul", graph.op("Mul", y, scale), weight_scale)
+    # Both scales on one side: ONNX Runtime makes one operator of all from the integer product on.
+    return graph.op("Mul", y, graph.op("Mul", scale, weight_scale))

@@ -159,7 +159,13 @@ class GgufModel:
         # The 27B scales its queries by the width per head, which there is not the head's size.
         wide = self._key("block_count") == 62
         per_head = self._key("embedding_length") // self._key("attention.head_count")
-        return {"sliding_window": window, "query_pre_attn_scalar": per_head if wide else head_dim}
+        return {
+            "sliding_window": window,
+            "sliding_window_pattern": self._key("attention.sliding_window_pattern", 6),
+            "rope_local_base_freq": self._key("rope.freq_base_swa", 10000.0),
+            "query_pre_attn_scalar": per_head if wide else head_dim,
+            "final_logit_softcapping": self._key("final_logit_softcapping", None),
+        }
 
     def _scale_rotary(self, config: DecoderConfig) -> DecoderConfig:
         """Llama 3's scaling is kept as a divisor for each frequency."""

@@ -83,12 +83,17 @@ def write_part(folder: Path, part: str, tensors: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        # Clones, since safetensors refuses views that share storage.
-        save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+        save_file({name: _own_storage(tensor) for name, tensor in tensors.items()}, temporary)
         temporary.chmod(0o644)  # the library makes files that only their owner may read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """safetensors refuses views that share a storage."""
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def link_part(src: Path, dst: Path, part: str) -> None:
@@ -101,7 +106,7 @@ def link_file(src: Path, dst: Path) -> None:
     temporary = dst.with_name(f"{dst.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(src, temporary)
+        os.link(src.resolve(), temporary)
     except OSError:
         shutil.copyfile(src, temporary)
     temporary.replace(dst)

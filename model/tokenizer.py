@@ -1,6 +1,7 @@
 """Carries a model's tokenizer, chat template and generation defaults into a checkpoint folder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from .config import DecoderConfig
 from .errors import ModelError
-from .store import link_file, write_text
+from .store import write_text
 
 # Vocabularies (tokenizer.ggml.pre) that set each digit apart before all else, which transformers leaves out.
 DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")
@@ -19,7 +20,8 @@ def write_tokenizer_of_folder(folder: Path, out: Path, config: DecoderConfig) ->
     """From a Hugging Face folder. A tokenizer kept in another form than tokenizer.json is converted by
     transformers."""
     if (folder / "tokenizer.json").exists():
-        link_file(folder / "tokenizer.json", out / "tokenizer.json")
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
     else:
         write_text(out / "tokenizer.json", _convert_tokenizer(folder))
     if template := _read_chat_template(folder):

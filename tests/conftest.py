@@ -71,6 +71,10 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             "final_logit_softcapping": 20.0,
         },
     ),
+    "gemma3-pattern": (
+        "gemma3_text",
+        {"head_dim": 16, "sliding_window": 6, "num_hidden_layers": 7, "query_pre_attn_scalar": 16},
+    ),
     "phi3": ("phi3", {"partial_rotary_factor": 0.5}),
     "phi3-longrope": (
         "phi3",

@@ -79,6 +79,16 @@ def add_rotary(writer: gguf.GGUFWriter, config, family: str) -> None:
     writer.add_key_length(head_dim)
     writer.add_rope_freq_base(parameters["rope_theta"])
     writer.add_rope_dimension_count(int(head_dim * parameters.get("partial_rotary_factor", 1)))
+    if parameters["rope_type"] == "longrope":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(
+            AutoModelForCausalLM.from_config(config).model.rotary_emb.attention_scaling
+        )
+        for kind in ("short", "long"):
+            writer.add_tensor(
+                f"rope_factors_{kind}.weight", np.array(parameters[f"{kind}_factor"], np.float32)
+            )
     if parameters["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(parameters["factor"])
@@ -130,7 +140,9 @@ VARIANTS_IN_GGUF = [
     "llama-linear",
     "qwen2",
     "qwen3",
+    "gemma3-pattern",
     "phi3",
+    "phi3-longrope",
     "gpt2",
 ]
 
@@ -156,17 +168,6 @@ def test_tokenizer_is_that_of_the_original(tiny_folder, tmp_path):
     # The digits of a vocabulary of kind "smollm" stand apart, and so do the blanks before them.
     assert tokenizer.encode("  12").tokens == ["ĠĠ", "1", "2"] or "ĠĠ" not in tokenizer.get_vocab()
     assert (tmp_path / "checkpoint/chat_template.jinja").read_text() == TEMPLATE
-
-
-def test_gemmas_pattern_of_windows_is_known(tiny_folder, tmp_path):
-    """The file names only the window: five layers of six have it, and the local frequencies."""
-    save_gguf("gemma3_text", tiny_folder("gemma3_text"), tmp_path / "model.gguf")
-    load_model(str(tmp_path / "model.gguf"), "float32", tmp_path / "checkpoint", CACHE)
-    config = Checkpoint(tmp_path / "checkpoint").config
-    original = np.array(config.rotary.inv_freq) * 8  # the linear factor
-    assert config.sliding_layers == (0, 1, 2) and config.sliding_window == 6
-    np.testing.assert_allclose(original, 1e6 ** -(np.arange(0, 10, 2) / 10), rtol=1e-6)
-    np.testing.assert_allclose(config.rotary_local.inv_freq, 1e4 ** -(np.arange(0, 10, 2) / 10), rtol=1e-6)
 
 
 def test_a_file_cut_short_is_named(tiny_folder, tmp_path):

@@ -91,6 +91,17 @@ def test_shards_are_one_model(tiny_folder, tiny_checkpoint, tmp_path):
     assert_same_checkpoint(tmp_path / "out", tiny_checkpoint("llama"))
 
 
+def test_a_checkpoint_stands_alone(folder, tiny_checkpoint, tmp_path):
+    """The hub's cache is full of symbolic links; what is made of it must not hang on them."""
+    (tmp_path / "links").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(Path("..") / "model" / file.name)
+    load(tmp_path / "links", tmp_path / "out")
+    shutil.rmtree(folder)
+    assert_same_checkpoint(tmp_path / "out", tiny_checkpoint("llama"))
+    assert load_tokenizer(tmp_path / "out").get_vocab_size() == 300
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_tensors_may_leave_out_the_models_root(family, tiny_folder, tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_folder(family), tmp_path / "model")

@@ -29,8 +29,7 @@ class KVCache:
         self.length = 0  # moved by the decoder once all layers have written
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores [B, H_kv, S, D] after the filled slots and returns all that is filled, the new ones
-        included."""
+        """Stores [B, H_kv, S, D] behind the filled slots; returns all that is filled, the new included."""
         end = self.length + key.shape[2]
         self.keys[layer][:, :, self.length : end] = key
         self.values[layer][:, :, self.length : end] = value
@@ -83,8 +82,8 @@ class Attention(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """query [B, H, S, D], key and value [B, H_kv, T, D] → [B, H, S, D]; head h reads key head h // (H /
-    H_kv)."""
+    """query [B, H, S, D], key and value [B, H_kv, T, D] → [B, H, S, D]; H / H_kv neighbouring heads share
+    one head of keys and values."""
     batch, num_heads, num_tokens, size = query.shape
     num_kv_heads = key.shape[1]
     if num_tokens == 1:

@@ -1,5 +1,4 @@
-"""The description of a decoder: everything that the graph, the walker and the kernels need to know of an
-architecture.
+"""The description of a decoder: all that graph, walker and kernels need to know of an architecture.
 
 A family (Llama, Qwen, Gemma, …) is a function that fills in this description and renames tensors; nothing
 past `families.py` asks which family a model came from.
@@ -13,8 +12,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 class Rotary(BaseModel):
-    """Rotary embedding of the first ``2 * len(inv_freq)`` channels of each head, in the half-split ("NeoX")
-    layout."""
+    """Rotary embedding of the first ``2 * len(inv_freq)`` channels of a head, in half-split (NeoX) layout."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,5 +1,4 @@
-"""The decoder that `DecoderConfig` describes, in torch: the reference for every graph and engine made from
-it.
+"""The decoder that `DecoderConfig` describes, in torch: the reference for every graph and engine made of it.
 
 Arithmetic is float32 whatever dtype the weights are stored in, unless asked otherwise.
 """

@@ -1,5 +1,4 @@
-"""The error that a user can mend: its message says what was found, what was wanted, and which key or flag
-fixes it."""
+"""The error that a user can mend: it says what was found, what was wanted, and which key or flag fixes it."""
 
 
 class ModelError(ValueError):

@@ -91,8 +91,7 @@ class FolderModel:
         return dict.fromkeys(open_safetensors(files[0]).keys(), files[0])
 
     def _find_root(self) -> str:
-        """What stands before the decoder's tensors: files may leave out the model's root or add a text
-        model's."""
+        """What stands before the decoder's tensors: the model's root, nothing, or a text model's as well."""
         root = self.family.root
         embed = self.family.names["model.embed_tokens"].removeprefix(root) + ".weight"
         candidates = (root, "", f"language_model.{root}", f"{root}language_model.")

@@ -32,8 +32,7 @@ def resolve(source: str, cache_dir: Path) -> Path:
 
 
 def fetch_snapshot(repo: str, revision: str | None) -> Path:
-    """The safetensors, config and tokenizer of a hub model; from the local cache alone if HF_HUB_OFFLINE is
-    set."""
+    """Safetensors, config and tokenizer of a hub model; with HF_HUB_OFFLINE from the local cache alone."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

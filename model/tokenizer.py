@@ -17,8 +17,7 @@ GENERATION_KEYS = ("temperature", "top_k", "top_p", "do_sample")
 
 
 def write_tokenizer_of_folder(folder: Path, out: Path, config: DecoderConfig) -> None:
-    """From a Hugging Face folder. A tokenizer kept in another form than tokenizer.json is converted by
-    transformers."""
+    """From a Hugging Face folder; transformers converts a tokenizer that is not a tokenizer.json."""
     if (folder / "tokenizer.json").exists():
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
@@ -40,8 +39,7 @@ def write_generation_config(out: Path, config: DecoderConfig, defaults: dict[str
 
 
 def read_end_tokens(folder: Path) -> tuple[int, ...]:
-    """The end-of-text tokens in a folder's generation_config.json, which overrule its config.json; () if it
-    names none."""
+    """Of a folder's generation_config.json, which overrules its config.json; () if it names none."""
     eos = _read_optional(folder / "generation_config.json").get("eos_token_id")
     return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
 
@@ -97,4 +95,7 @@ def _read_chat_template(folder: Path) -> str | None:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from None

@@ -23,9 +23,10 @@ def run_linear(folder, x, weight, weight_scale, bias, multiply: Multiply, input_
     with WeightFile(folder / "model.data") as weights:
         weights.add("linear.weight", torch.tensor(weight))
         weights.add("linear.weight_scale", torch.tensor(weight_scale))
-        weights.add("linear.bias", torch.tensor(bias))
+        if has_bias := bool(bias.any()):
+            weights.add("linear.bias", torch.tensor(bias))
     graph = Graph("linear", weights)
-    linear = StoredLinear("linear", (weight.shape[1],), True, True, input_scale)
+    linear = StoredLinear("linear", (weight.shape[1],), True, has_bias, input_scale)
     graph.input("x", onnx.TensorProto.FLOAT, ["batch", "tokens", weight.shape[0]])
     graph.op("Identity", *apply_linears(graph, "x", [linear], multiply), output="y")
     graph.output("y", onnx.TensorProto.FLOAT, ["batch", "tokens", weight.shape[1]])
@@ -33,8 +34,8 @@ def run_linear(folder, x, weight, weight_scale, bias, multiply: Multiply, input_
     return open_session(folder / "model.onnx").run(None, {"x": x})[0]
 
 
-@pytest.fixture
-def numbers():
+@pytest.fixture(params=[False, True], ids=["plain", "bias"])
+def numbers(request):
     """x with rows of every size, zeros and exact ties among them; weights at full scale."""
     rng = np.random.default_rng(3)
     x = rng.standard_normal((2, 7, 96)) * 10.0 ** rng.integers(-6, 4, (2, 7, 1))
@@ -44,7 +45,7 @@ def numbers():
     x[1, 2] = rng.choice([-1, 1], 96)  # every product at full scale
     weight = rng.integers(-127, 128, (96, 40))
     weight[:, :3] = [-127, 127, 0]
-    scale, bias = rng.uniform(1e-4, 1e-2, 40), rng.standard_normal(40)
+    scale, bias = rng.uniform(1e-4, 1e-2, 40), rng.standard_normal(40) * request.param
     return (
         x.astype(np.float32),
         weight.astype(np.int8),

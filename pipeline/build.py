@@ -66,7 +66,8 @@ def build(
                     say(f"warning: {warning}")
         packing = time.monotonic()
         layout = _lay_out_bundle(loaded.recipe, plan, done, out)
-        why = publish(out, layout)
+        with cache.lock({"bundle": str(out)}, lambda: say(f"pack: another build is writing {out}; waiting")):
+            why = publish(out, layout)
         size = sum(file["size"] for file in layout.manifest["files"].values())
         tell("pack", "", not why, why or f"{out} is this bundle", time.monotonic() - packing, size)
     chosen = done[plan.tune].report

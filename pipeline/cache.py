@@ -28,6 +28,8 @@ from .hashing import FileHashes, hash_file, hash_json, list_files, write_json
 Record = dict[str, Any]  # what goes into a key: JSON data
 Make = Callable[[Path, Path], dict]  # (empty output folder, work folder) → the stage's report
 
+IN_USE = "in-use"
+
 
 def default_root() -> Path:
     return Path(os.environ.get("DRAFTSMITH_CACHE") or "~/.cache/draftsmith").expanduser()
@@ -163,14 +165,20 @@ class Cache:
 
     @contextmanager
     def lock(self, record: Record, waiting: Callable[[], None]) -> Iterator[None]:
-        """Only one process makes a stage; `waiting` is called once if another one is at it."""
+        """Only one process makes what `record` describes; `waiting` is called if another one is at it."""
         with _flock(self._locks / hash_json(record), fcntl.LOCK_EX, waiting):
             yield
+
+    def drop_locks(self) -> None:
+        """Only where no other process uses the cache: a lock that is waited for must stay where it is."""
+        for path in self._locks.iterdir():
+            if path.name != IN_USE:
+                path.unlink()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """While any process is in here, nothing is collected."""
-        with _flock(self._locks / "in-use", fcntl.LOCK_SH, lambda: None):
+        with _flock(self._locks / IN_USE, fcntl.LOCK_SH, lambda: None):
             yield
 
     @contextmanager
@@ -180,7 +188,7 @@ class Cache:
         def refuse() -> None:
             raise RecipeError(f"a build is using the cache {self.root}; try again when it has ended")
 
-        with _flock(self._locks / "in-use", fcntl.LOCK_EX, refuse):
+        with _flock(self._locks / IN_USE, fcntl.LOCK_EX, refuse):
             yield
 
 

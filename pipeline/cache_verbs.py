@@ -73,6 +73,7 @@ def collect_cache(unused_days: float, max_bytes: int | None, everything: bool) -
             if everything or _age(folder) > unused_days:
                 shutil.rmtree(folder)
                 removed.append(folder.name)
+        cache.drop_locks()
         after = _disk_use(cache.stages, cache.work)
     return {"root": str(cache.root), "removed": removed, "freed_bytes": before - after, "bytes": after}
 

@@ -1,6 +1,7 @@
 """Results on standard output: JSON for machines, a table for people."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,10 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 
 def emit(result: Any, as_json: bool, show: Callable[[Any], str]) -> None:
     """Print `result` as one JSON document, or what `show` makes of it."""
-    print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else show(result), flush=True)
+    if as_json:
+        print(json.dumps(_without_nan(result), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+    else:
+        print(show(result), flush=True)
 
 
 def teller(as_json: bool) -> Callable[[str], None]:
@@ -52,3 +56,15 @@ def _cell(value: Any) -> str:
         case float():
             return f"{value:.4g}"
     return str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no number for NaN and infinity; null stands for them."""
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case dict():
+            return {key: _without_nan(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_without_nan(item) for item in value]
+    return value

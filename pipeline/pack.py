@@ -95,7 +95,7 @@ def try_bundle(work: Path, inputs: Mapping[str, Path]) -> Path:
     plan = json.loads((inputs["plan"] / PLAN).read_text()) if "plan" in inputs else NO_PLAN
     names = [name for name in inputs if name.startswith("engine ")]
     engines = {name.removeprefix("engine "): inputs[name] for name in names}
-    lay_out(engines, inputs["model"], {PLAN: json.dumps(plan)}, {}).write(folder, os.link)
+    lay_out(engines, inputs["model"], {PLAN: json.dumps(plan)}, {}).write(folder, link_file)
     return folder
 
 
@@ -119,15 +119,17 @@ def check_output(out: Path) -> None:
 def publish(out: Path, layout: Layout) -> str:
     """Make `out` the bundle; returns why it had to be written, or "" if it was there.
 
-    It is copied: a bundle is its user's to edit, and the cache must not change with it.
+    It is copied: a bundle is its user's to edit, and the cache must not change with it. Only one process at a
+    time may do this to one folder.
     """
     check_output(out)
     why = layout.difference(out)
     if not why:
         return ""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (out.parent / f".{out.name}.{os.getpid()}.{suffix}" for suffix in ("part", "old"))
+    part, old = (out.parent / f".{out.name}.{suffix}" for suffix in ("part", "old"))
     try:
+        shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
         part.mkdir()
         layout.write(part, copy_file)
         if out.exists():
@@ -141,6 +143,14 @@ def publish(out: Path, layout: Layout) -> str:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return why
+
+
+def link_file(source: Path, destination: Path) -> None:
+    """A second name for the same file, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        copy_file(source, destination)
 
 
 def copy_file(source: Path, destination: Path) -> None:

@@ -34,19 +34,12 @@ def _bar(title: str) -> Iterator[Progress]:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     times = TimeElapsedColumn(), TimeRemainingColumn()
     bars = Bars(*columns, *times, console=Console(stderr=True), transient=True)
-    started, task, current = time.monotonic(), None, ""
+    started, task = time.monotonic(), bars.add_task(title)
 
     def progress(done: int, total: int, label: str) -> None:
-        nonlocal task, current
-        if time.monotonic() - started < PATIENCE_S:
-            return
-        if task is None or label != current:
-            if task is None:
-                bars.start()
-            else:
-                bars.remove_task(task)
-            task, current = bars.add_task(f"{title}: {label}", total=total), label
-        bars.update(task, completed=done, total=total)
+        if time.monotonic() - started >= PATIENCE_S:
+            bars.start()  # does nothing if it has
+            bars.update(task, description=f"{title}: {label}", completed=done, total=total)
 
     try:
         yield progress

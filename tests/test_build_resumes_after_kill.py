@@ -148,6 +148,15 @@ def dying(title):
 stage.show_progress = dying
 build.build(sys.argv[1], out=Path(sys.argv[2]))
 """
+CACHED_BUILD = """
+import sys
+from pathlib import Path
+from draftsmith.pipeline.build import build
+
+result = build(sys.argv[1], out=Path(sys.argv[2]))
+heavy = {"torch", "transformers", "onnx", "onnxruntime"} & set(sys.modules)
+print(all(row["hit"] for row in result["stages"]), heavy)
+"""
 RECIPE = """
 version: 1
 model: {source: model, dtype: float32}
@@ -195,3 +204,6 @@ def test_a_real_build_killed_between_two_layers(tmp_path, tiny_tokenizer, monkey
     assert len(lines) == len(hits)
     hits, _, _ = run("killed", "two")
     assert all(hits.values())
+    command = [sys.executable, "-c", CACHED_BUILD, str(recipe), str(tmp_path / "killed")]
+    cached = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert cached.stdout.endswith("True set()\n"), "a build that finds everything needs nothing heavy"

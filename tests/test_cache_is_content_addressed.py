@@ -287,6 +287,7 @@ def test_collection_takes_the_longest_unused_first(cache, verbs):
     assert crashed.exists(), "of a build that may be taken up again"
     verbs.collect_cache(30, None, True)
     assert not cache.entries() and not crashed.exists()
+    assert [path.name for path in (cache.root / "locks").iterdir()] == ["in-use"]
     assert verbs.collect_cache(30, None, True)["removed"] == []
 
 

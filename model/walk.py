@@ -163,6 +163,7 @@ def walk(
     progress: Progress,
     label: str,
     exact: bool = False,
+    max_tokens: int | None = None,
 ) -> Rows:
     """Make the checkpoint `out` of `src` by visiting each layer and the head in order; return all report
     rows.
@@ -170,10 +171,13 @@ def walk(
     `visit` gets a part and returns its new tensors, or None to leave it as it is, and rows of JSON values.
     `tokens` is a safetensors file with "tokens" int32 [N, L]. Finished parts are kept in `work`; a work
     folder of other `settings` or tokens is an error that names the difference. An `exact` stage does not
-    change what a part computes: then the states go on through the parts of `src`.
+    change what a part computes: then the states go on through the parts of `src`. With `max_tokens` the walk
+    takes only as many windows as hold them.
     """
     checkpoint = Checkpoint(src)
     windows = load_file(tokens)["tokens"]
+    if max_tokens is not None:
+        windows = windows[: -(-max_tokens // windows.shape[1])]
     _claim(work, settings | {"tokens": hashlib.sha256(tokens.read_bytes()).hexdigest()})
     parts = checkpoint.parts()[1:]
     finished = [(work / f"{part}.json").exists() for part in parts]

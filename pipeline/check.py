@@ -12,10 +12,11 @@ from .errors import CheckFailed
 from .progress import Progress, no_progress
 
 CHECK_TOKENS = 64
-# Largest difference of a logit, relative to the largest logit. In floating point both sides differ by the
-# order of their sums; in int8 such a difference can also move an activation across a rounding boundary, by
-# a whole step of 1/127 of its row.
-TOLERANCE = {"float": 1e-3, "int8": 5e-2}
+# Root mean square difference of the logits, relative to their own spread. In floating point the two sides
+# differ by the order of their sums. In int8 such a difference moves some activation across a rounding
+# boundary, by a whole step of 1/127 of its row, and the layers behind it amplify that to a share of what
+# quantization itself costs.
+TOLERANCE = {"float": 1e-4, "int8": 0.3}
 
 
 def check(
@@ -36,19 +37,17 @@ def check(
     for index, (name, checkpoint) in enumerate(checkpoints.items()):
         reference, quantized = _reference_logits(checkpoint, ids)
         logits = bundle.logits(ids, engine=name)
-        error = float(np.abs(logits - reference).max() / np.abs(reference).max())
+        error = float(np.sqrt(np.mean((logits - reference) ** 2)) / reference.std())
         tolerance = TOLERANCE["int8" if quantized else "float"]
         agreement = float(np.mean(logits.argmax(-1) == reference.argmax(-1)))
-        result[name] = {"max_relative_error": error, "tolerance": tolerance, "argmax_agreement": agreement}
+        result[name] = {"relative_error": error, "tolerance": tolerance, "argmax_agreement": agreement}
         progress(index + 1, len(checkpoints), "graphs against checkpoints")
     (out / "check.json").write_text(json.dumps(result, indent=2) + "\n")
-    if failed := {
-        name: row for name, row in result.items() if not row["max_relative_error"] <= row["tolerance"]
-    }:
+    if failed := {name: row for name, row in result.items() if not row["relative_error"] <= row["tolerance"]}:
         name, row = next(iter(failed.items()))
         raise CheckFailed(
             f"the exported graph of {name!r} is not its checkpoint: logits differ by "
-            f"{row['max_relative_error']:.2e} of the largest, rounding explains {row['tolerance']:.0e}; "
+            f"{row['relative_error']:.2e} of their spread, rounding explains {row['tolerance']:.0e}; "
             "please report this with the recipe"
         )
     return result

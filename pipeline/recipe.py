@@ -180,7 +180,7 @@ class Speculate(Section):
         Literal["block", "token", "exact"],
         BeforeValidator(lambda rule: VERIFY_ALIASES.get(rule, rule) if isinstance(rule, str) else rule),
     ] = "block"
-    tune_prompts: Count = Field(default=16, description="calibration windows that the ladder is tuned on")
+    tune_prompts: Count = Field(default=8, description="calibration windows that the ladder is tuned on")
 
 
 class Export(Section):

@@ -17,7 +17,7 @@ from .replay import SUFFIX, CallCosts, Plan, best_plan, predict
 from .traces import Recording, record, trace
 
 PROMPT_TOKENS = 64  # of each calibration window, as the prompt to tune on
-NEW_TOKENS = 96
+NEW_TOKENS = 64
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 COST_CONTEXT = 256  # cache slots in use while calls are timed
 COST_REPEATS = 7

@@ -19,17 +19,8 @@ from ..model.walk import Part, Rows, linear_names, walk
 from .int8 import pack_int8, row_scale
 from .pairs import Fold, find_folds
 
-STRENGTHS = (
-    None,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-)  # what "auto" tries for each fold; None leaves the fold out
-SAMPLE_TOKENS = 1024  # of the calibration tokens, on which it compares them
+STRENGTHS = (None, 0.45, 0.6, 0.75, 0.9)  # what "auto" tries for each fold; None leaves the fold out
+SAMPLE_TOKENS = 512  # of the calibration tokens, on which it compares them
 SMALLEST = 1e-5
 
 

@@ -20,6 +20,7 @@ from ..model.store import Checkpoint
 from ..model.walk import Part, Rows, linear_names, linears_of, walk
 from .int8 import LIMIT, is_int8, pack_int8, row_scale
 
+PEAK_TOKENS = 8192  # calibration tokens that the static scales are taken from
 SAMPLE_TOKENS = 1024  # on which the two laws are compared
 STATIC_ERROR_LIMIT = 0.01
 
@@ -70,7 +71,7 @@ def quantize_model(
             rows.append(row)
         return tensors, rows
 
-    rows = walk(src, tokens, out, work, visit, settings, progress, "quantize")
+    rows = walk(src, tokens, out, work, visit, settings, progress, "quantize", max_tokens=PEAK_TOKENS)
     kept_out = [row["linear"] for row in rows if not row["static"]]
     return {"threads": torch.get_num_threads(), "linears": rows, "kept_out_of_static": kept_out}
 

@@ -8,7 +8,9 @@ NATIVE := $(wildcard speculate/native/*.[ch]) speculate/native/generate_cdefs.py
 .PHONY: demo install test test-all lint format clean
 
 demo: $(VENV)/installed
-	$(RUN)/draftsmith demo
+	$(RUN)/draftsmith build smollm2-lossless -o bundle
+	$(RUN)/draftsmith generate bundle --chat --max-new-tokens 64 "What should I look at first when I buy a used bicycle?"
+	$(RUN)/draftsmith bench bundle --prompts recipes/demo_prompts.jsonl --limit 4 --max-new-tokens 64
 
 install: $(VENV)/installed
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .decoder import Decoder
 from .errors import ModelError
+from .files import write_text
 from .progress import Progress, no_progress
 from .pypi import hash_file
 from .sample import sample_rows
-from .store import Checkpoint, write_part, write_text
+from .store import Checkpoint, write_part
 from .tokenizer import load_tokenizer
 from .turns import read_turns
 

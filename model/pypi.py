@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 from .errors import ModelError
-from .store import write_text
+from .files import write_text
 
 SPEC = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)")
 REQUIREMENT = re.compile(r"^Requires-Dist: *([\w.-]+) *\(?==([\w.!+-]+)\)? *$", re.MULTILINE)

@@ -12,7 +12,6 @@ A quantized linear `X` is `X.weight` int8 [N, K] with `X.weight_scale` float32 [
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .config import DecoderConfig
 from .errors import ModelError
+from .files import link_file, write_text
 from .layout import layer_part
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -101,26 +101,9 @@ def link_part(src: Path, dst: Path, part: str) -> None:
     link_file(part_path(src, part), part_path(dst, part))
 
 
-def link_file(src: Path, dst: Path) -> None:
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    temporary = dst.with_name(f"{dst.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(src.resolve(), temporary)
-    except OSError:
-        shutil.copyfile(src, temporary)
-    temporary.replace(dst)
-
-
 def write_config(folder: Path, config: DecoderConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", config.model_dump_json(indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def copy_tokenizer(src: Path, dst: Path) -> None:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from .config import DecoderConfig
 from .errors import ModelError
-from .store import write_text
+from .files import write_text
 
 # Vocabularies (tokenizer.ggml.pre) that set each digit apart before all else, which transformers leaves out.
 DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")

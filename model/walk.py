@@ -22,6 +22,7 @@ from .attention import causal_mask
 from .config import DecoderConfig
 from .decoder import DecoderLayer, Embedding, Head
 from .errors import ModelError
+from .files import write_text
 from .layout import EMBED_TOKENS, linear_shapes
 from .linear import Linear
 from .progress import Progress
@@ -34,7 +35,6 @@ from .store import (
     read_part,
     write_config,
     write_part,
-    write_text,
 )
 
 CHUNK_TOKENS = 4096  # per forward call; fixed, since another grouping of rows rounds differently

@@ -141,17 +141,12 @@ def _summarise(runs: list[Run]) -> dict:
 def _figures(stats: list[dict]) -> dict:
     """One mode's figures over its runs; rates pooled, times as quantiles."""
     gaps = np.concatenate([np.diff(s["token_times"]) for s in stats] or [np.zeros(0)])
-    levels = list(Counter(name for s in stats for name in s["levels"]))
-    pooled = {
-        name: {
-            key: sum(s["levels"].get(name, {}).get(key, 0) for s in stats) for key in ("drafted", "accepted")
-        }
-        for name in levels
-    }
-    for counts in pooled.values():
-        counts["draft_acceptance_rate"] = (
-            counts["accepted"] / counts["drafted"] if counts["drafted"] else None
-        )
+    levels: dict[str, dict] = {}
+    for name in Counter(name for s in stats for name in s["levels"]):
+        rows = [s["levels"][name] for s in stats if name in s["levels"]]
+        drafted, accepted = (sum(row[key] for row in rows) for key in ("drafted", "accepted"))
+        rate = accepted / drafted if drafted else None
+        levels[name] = {"drafted": drafted, "accepted": accepted, "draft_acceptance_rate": rate}
     tokens, steps, accepted = (sum(s[key] for s in stats) for key in ("emitted", "steps", "accepted"))
     parts: Counter[str] = Counter()
     for s in stats:
@@ -161,7 +156,7 @@ def _figures(stats: list[dict]) -> dict:
         "tokens": tokens,
         "target_calls": steps,
         "mean_acceptance_length": 1 + accepted / steps if steps else None,
-        "levels": pooled,
+        "levels": levels,
         "tokens_per_second": _spread([s["tokens_per_second"] for s in stats]),
         "decode_tokens_per_second": _spread([1e3 / s["tpot_ms"] for s in stats if s["tpot_ms"]]),
         "ttft_ms": _spread([s["ttft_ms"] for s in stats]),

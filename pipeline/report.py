@@ -25,7 +25,7 @@ def write_report(bundle_dir: Path, reports: Mapping[str, dict], out_file: Path) 
         bench=reports.get("bench", {}),
         check=reports.get("check", {}),
         provenance=reports.get("manifest", {}),
-        layer_tables={name: report["layers"] for name, report in reports.items() if report.get("layers")},
+        tables=_tables(reports),
         notes={
             name: _flat(report) for name, report in reports.items() if name.split()[0] in COMPRESSION_STAGES
         },
@@ -50,6 +50,17 @@ def _figure(value: object) -> str:
         case None:
             return "–"
     return str(value)
+
+
+def _tables(reports: Mapping[str, dict]) -> dict[str, list[dict]]:
+    """What the compressing stages report of each linear or part: their lists of rows."""
+    return {
+        f"{name}: {key}": value
+        for name, report in reports.items()
+        if name.split()[0] in COMPRESSION_STAGES
+        for key, value in report.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    }
 
 
 def _flat(report: Mapping) -> dict[str, object]:

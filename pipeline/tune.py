@@ -66,7 +66,7 @@ def tune(
             for name in bundle.drafters
         },
         "costs": {
-            "context": COST_CONTEXT,
+            "context_at_most": COST_CONTEXT,
             "rows": list(costs.rows),
             "milliseconds": dict(costs.milliseconds),
         },
@@ -81,14 +81,16 @@ def measure_costs(bundle: Bundle, progress: Progress = no_progress) -> CallCosts
     on all alike.
     """
     engines = {name: bundle.engine(name) for name in ["target", *bundle.drafters]}
+    context = min(COST_CONTEXT, min(engine.max_seq_len for engine in engines.values()) - max(ROWS))
+    ids = np.ones(context, np.int32)  # what they say does not matter to the clock
     for engine in engines.values():
-        engine.reserve(COST_CONTEXT + max(ROWS))
-        engine.forward([1] * COST_CONTEXT, 0)
+        engine.reserve(context + max(ROWS))
+        engine.forward(ids, 0)
     samples: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in engines for rows in ROWS}
     for repeat in range(COST_REPEATS + 1):
         for (name, rows), times in samples.items():
             started = time.perf_counter()
-            engines[name].forward([1] * rows, COST_CONTEXT)
+            engines[name].forward(ids[:rows], context)
             if repeat:  # the first round warms up
                 times.append(1e3 * (time.perf_counter() - started))
         progress(repeat, COST_REPEATS, "timing calls")
@@ -103,7 +105,8 @@ def _ladders(drafters: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _length_options(spec: Speculate, drafters: Sequence[str]) -> dict[str, Sequence[int]]:
-    options: dict[str, Sequence[int]] = {SUFFIX: SUFFIX_LENGTHS} | dict.fromkeys(drafters, ENGINE_LENGTHS)
+    options: dict[str, Sequence[int]] = {SUFFIX: SUFFIX_LENGTHS}
+    options.update((name, ENGINE_LENGTHS) for name in drafters)
     match spec.num_speculative_tokens:
         case "auto":
             return options

@@ -1,4 +1,4 @@
-"""The replay says, without decoding, which calls a ladder will make: exactly those that decoding then makes."""
+"""The replay says, without decoding, which calls a ladder will make: those that decoding then makes."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def test_next_misses():
 
 
 def test_the_best_lengths_follow_the_costs():
-    """A drafter that is always right: with free rows the longest draft wins, with rows at full price the shortest."""
+    """A drafter that is always right: the longest draft wins where rows are free, the shortest where they cost."""
     count = 30
     recorded = trace(Recording([0], np.arange(100, 100 + count), {"int8": np.arange(100, 100 + count)}))
     options = {"int8": (1, 2, 4, 8)}

@@ -30,7 +30,8 @@ def show_build(result: Result) -> str:
 def show_bench(result: Result) -> str:
     rows: list[list[Any]] = [["", "plain", "speculative"]]
     for label, key in [
-        ("tokens/s, median", "tokens_per_second"),
+        ("tokens/s, prefill included, median", "tokens_per_second"),
+        ("tokens/s decoding, median", "decode_tokens_per_second"),
         ("TTFT ms, median", "ttft_ms"),
         ("TPOT ms, median", "tpot_ms"),
         ("ITL ms, median", "itl_ms"),
@@ -40,7 +41,14 @@ def show_bench(result: Result) -> str:
         ["tokens per target call", *(result[m]["mean_acceptance_length"] for m in ("plain", "speculative"))]
     )
     for name, level in result["speculative"]["levels"].items():
-        rows.append([f"{name}: accepted of drafted", None, f"{level['accepted']} of {level['drafted']}"])
+        counts = f"{level['accepted']} of {level['drafted']}"
+        rate = level["draft_acceptance_rate"]
+        rows.append(
+            [f"{name}: accepted of drafted", None, counts if rate is None else f"{counts} ({rate:.0%})"]
+        )
+    plain, speculative = (result[mode]["ms_per_token"] for mode in ("plain", "speculative"))
+    for part in dict.fromkeys([*plain, *speculative]):
+        rows.append([f"ms per token: {part}", plain.get(part), speculative.get(part)])
     lines = [format_table(rows), ""]
     if result["speedup"]:
         lines.append(f"speedup: {_speedup(result['speedup'])}, over {result['prompts']} prompts")

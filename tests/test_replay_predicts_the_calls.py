@@ -67,7 +67,7 @@ def test_next_misses():
 
 
 def test_the_best_lengths_follow_the_costs():
-    """A drafter that is always right: the longest draft wins where rows are free, the shortest where they cost."""
+    """A drafter that is always right: long drafts win where rows are free, short ones where they cost."""
     count = 30
     recorded = trace(Recording([0], np.arange(100, 100 + count), {"int8": np.arange(100, 100 + count)}))
     options = {"int8": (1, 2, 4, 8)}

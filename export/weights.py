@@ -114,8 +114,13 @@ class _Store:
     def linears(
         self, prefix: str, names: Sequence[str], tensors: dict[str, Tensor], fused: str = ""
     ) -> list[StoredLinear]:
-        """Store the linears `names` of one input: as one named `fused` if they are alike, else one by one."""
-        if len(names) > 1 and len({_kind(tensors, name) for name in names}) > 1:
+        """Store the linears `names` of one input: as one named `fused` if they are alike, else one by one.
+
+        The static graph has int8 activations where all linears stored as one have a scale for them.
+        """
+        scales = {scale for name in names if (scale := _input_scale(tensors, name)) is not None}
+        alike = len({_kind(tensors, name) for name in names}) == 1 and len(scales) <= 1
+        if len(names) > 1 and not alike:
             return [self._linear(prefix + name, [name], tensors) for name in names]
         return [self._linear(prefix + (fused if len(names) > 1 else names[0]), names, tensors)]
 
@@ -123,21 +128,22 @@ class _Store:
         def joined(kind: str) -> Tensor:
             return torch.cat([tensors[f"{name}.{kind}"] for name in names])
 
-        is_quantized, has_bias, input_scale = _kind(tensors, names[0])
+        is_quantized, has_bias = _kind(tensors, names[0])
+        scales = [_input_scale(tensors, name) for name in names]
         self.matrix(f"{stored}.weight", joined("weight").T)
         if is_quantized:
             self.weights.add(f"{stored}.weight_scale", joined("weight_scale").float())
         if has_bias:
             self.weights.add(f"{stored}.bias", joined("bias").float())
         widths = tuple(len(tensors[f"{name}.weight"]) for name in names)
-        return StoredLinear(stored, widths, is_quantized, has_bias, input_scale)
+        return StoredLinear(stored, widths, is_quantized, has_bias, None if None in scales else scales[0])
 
 
-def _kind(tensors: dict[str, Tensor], name: str) -> tuple[bool, bool, float | None]:
-    """Int8 or not, with a bias or not, static scale of the input: what linears stored as one agree in."""
+def _kind(tensors: dict[str, Tensor], name: str) -> tuple[bool, bool]:
+    """Int8 or not, with a bias or not: what linears stored as one agree in."""
+    return tensors[f"{name}.weight"].dtype == torch.int8, f"{name}.bias" in tensors
+
+
+def _input_scale(tensors: dict[str, Tensor], name: str) -> float | None:
     scale = tensors.get(f"{name}.input_scale")
-    return (
-        tensors[f"{name}.weight"].dtype == torch.int8,
-        f"{name}.bias" in tensors,
-        None if scale is None else float(scale),
-    )
+    return None if scale is None else float(scale)

@@ -9,19 +9,21 @@ from draftsmith.model.store import Checkpoint, write_config, write_part
 
 # Small enough that some activations of the tiny models are cut off at both ends.
 INPUT_SCALE = 0.02
-NO_INPUT_SCALE = "mlp.down_proj"
+NO_INPUT_SCALE = ("mlp.down_proj",)
 
 
-def quantize_checkpoint(source: Path, out: Path, leave: tuple[str, ...] = ()) -> Path:
+def quantize_checkpoint(
+    source: Path, out: Path, leave: tuple[str, ...] = (), no_scale: tuple[str, ...] = NO_INPUT_SCALE
+) -> Path:
     """Every linear but those in `leave`, the output projection (which gets weights of its own) included.
-    All but `NO_INPUT_SCALE` have a static scale for their input."""
+    All but `no_scale` have a static scale for their input."""
     checkpoint = Checkpoint(source)
     config, embed, head = checkpoint.config, checkpoint.load_embed(), checkpoint.load_head()
     write_part(out, "embed", embed)
     for layer in range(config.num_layers):
         tensors = checkpoint.load_layer(layer)
         for name in set(linear_shapes(config)) - set(leave):
-            round_linear(tensors, name)
+            round_linear(tensors, name, name not in no_scale)
         write_part(out, layer_part(layer), tensors)
     head.setdefault("lm_head.weight", embed[EMBED_TOKENS])
     round_linear(head, "lm_head")
@@ -30,10 +32,10 @@ def quantize_checkpoint(source: Path, out: Path, leave: tuple[str, ...] = ()) ->
     return out
 
 
-def round_linear(tensors: dict[str, torch.Tensor], name: str) -> None:
+def round_linear(tensors: dict[str, torch.Tensor], name: str, has_input_scale: bool = True) -> None:
     weight = tensors[f"{name}.weight"]
     scale = weight.abs().amax(1) / 127
     tensors[f"{name}.weight"] = torch.round(weight / scale[:, None]).to(torch.int8)
     tensors[f"{name}.weight_scale"] = scale
-    if name != NO_INPUT_SCALE:
+    if has_input_scale:
         tensors[f"{name}.input_scale"] = torch.tensor(INPUT_SCALE)

@@ -121,7 +121,10 @@ def read_documents(path: Path) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line)["text"]
+            text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError
+            yield text
         except (ValueError, KeyError, TypeError):
             raise ModelError(
                 f'calibration.text: {path}, line {number}: wanted a JSON object with a "text"'

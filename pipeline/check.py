@@ -1,4 +1,4 @@
-"""Hold every exported graph against the compressed checkpoint that it was made from."""
+"""Hold the graph that this machine runs of each engine against the compressed checkpoint it is made from."""
 
 import json
 from collections.abc import Mapping

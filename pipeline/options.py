@@ -9,7 +9,7 @@ Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `dra
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document, and nothing else")]
 Threads = Annotated[int | None, typer.Option(help="compute threads; by default one a core")]
 Ladder = Annotated[str, typer.Option(help="auto (the plan), none, or drafters such as suffix,int8")]
-Limit = Annotated[int | None, typer.Option(help="prompts to take, evenly over the file")]
+Limit = Annotated[int | None, typer.Option(min=1, help="prompts to take, evenly over the file")]
 NewTokens = Annotated[int, typer.Option(help="tokens to decode, at most")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="decode on behind an end of text")]

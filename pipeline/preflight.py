@@ -16,6 +16,7 @@ from .recipe_file import LoadedRecipe
 BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime")
 TEXTS = "self, text files, or dataset:NAME"
 GIB = 2**30
+LEAST_CONTEXT = 160  # tokens: the prompts that are tuned and measured on, their continuation, and a draft
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -36,6 +37,8 @@ def find_texts(loaded: LoadedRecipe) -> dict[str, Path]:
     names = [text] if isinstance(text, str) else text
     if not names:
         raise RecipeError(f"calibration.text: an empty list; wanted {TEXTS}")
+    if len(names) > 1 and (odd := [name for name in names if name == "self" or name.startswith("dataset:")]):
+        raise RecipeError(f"calibration.text: {odd[0]} stands in a list with others; it can only stand alone")
     found = {name: loaded.find(name) for name in names if name != "self" and not name.startswith("dataset:")}
     for name, path in found.items():
         if path is None or not path.is_file():
@@ -58,6 +61,11 @@ def check_model(recipe: Recipe, config: DecoderConfig, cache: Path, out: Path) -
             _check_engine(engine, config)
         except ValueError as error:
             raise RecipeError(f"{where}.{error}") from None
+    limits = [export.max_seq_len for export in recipe.export if export.max_seq_len]
+    if (room := min([config.max_position_embeddings, *limits])) < LEAST_CONTEXT:
+        raise RecipeError(
+            f"{room} tokens of context are too few to tune on; at least {LEAST_CONTEXT} are needed"
+        )
     if recipe.calibration.max_seq_length > config.max_position_embeddings:
         raise RecipeError(
             f"calibration.max_seq_length is {recipe.calibration.max_seq_length}, but the model has "

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .errors import RecipeError
 from .progress import show_progress
 
 
@@ -61,6 +62,8 @@ def bench(
     from .bench import bench as measure
     from .prompts import read_prompts
 
+    if json_out and str(json_out) != "-" and not json_out.absolute().parent.is_dir():
+        raise RecipeError(f"--json {json_out}: its folder is not there; make it first")
     chosen, problems = read_prompts(prompts, limit)
     bundle = load(bundle_dir, threads)
     with show_progress("bench") as progress:

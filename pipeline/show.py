@@ -13,9 +13,7 @@ def show_starter(result: Result) -> str:
 
 
 def show_build(result: Result) -> str:
-    ladder = (
-        " → ".join([*result["ladder"], "target"]) if result["ladder"] else "no drafter pays on this machine"
-    )
+    ladder = " → ".join([*result["ladder"], "target"]) if result["ladder"] else "none: plain decoding"
     lengths = ", ".join(f"{name} {count}" for name, count in result["num_speculative_tokens"].items())
     lines = ["", f"ladder    {ladder}" + (f" (tokens proposed a call: {lengths})" if lengths else "")]
     bench = result["measurements"]["bench"]

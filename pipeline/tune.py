@@ -62,7 +62,7 @@ def tune(
         "predicted": _figures(best, plain),
         "candidates": [_figures(plan, plain) for plan in plans],
         "greedy_agreement": {
-            name: float(np.concatenate([r.choices[name] == r.tokens for r in recordings]).mean())
+            name: float(np.mean([recording.agreement(name) for recording in recordings]))
             for name in bundle.drafters
         },
         "costs": {

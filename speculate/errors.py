@@ -2,4 +2,4 @@
 
 
 class BundleError(ValueError):
-    """A bundle, prompt or setting that cannot be used as given; it says what was found and what was wanted."""
+    """A bundle, prompt or setting that cannot be used as given; it says what was found and wanted."""

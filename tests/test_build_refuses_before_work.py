@@ -13,7 +13,7 @@ from draftsmith.pipeline.recipe_file import LoadedRecipe
 
 CONFIG = DecoderConfig(
     family="llama", dtype="bfloat16", vocab_size=100, hidden_size=36, intermediate_size=50, num_layers=2,
-    num_heads=6, num_kv_heads=2, head_dim=6, max_position_embeddings=64, norm="rms", norm_eps=1e-5,
+    num_heads=6, num_kv_heads=2, head_dim=6, max_position_embeddings=256, norm="rms", norm_eps=1e-5,
     activation="silu", gated_mlp=True, rotary=Rotary(inv_freq=(1.0, 0.1, 0.01)), attention_scale=0.4,
     tied_head=True,
 )  # fmt: skip
@@ -59,8 +59,8 @@ def test_settings_that_fit(drafter, tmp_path):
 
 
 def test_samples_longer_than_the_model_can_read(tmp_path):
-    with pytest.raises(RecipeError, match="max_seq_length is 65, but the model has 64 positions"):
-        check_model(recipe(max_seq_length=65), CONFIG, tmp_path, tmp_path)
+    with pytest.raises(RecipeError, match="max_seq_length is 257, but the model has 256 positions"):
+        check_model(recipe(max_seq_length=257), CONFIG, tmp_path, tmp_path)
 
 
 def test_parameters_are_counted_right():
@@ -94,3 +94,9 @@ def test_texts_are_found_by_name(tmp_path, monkeypatch):
             texts(missing)
     with pytest.raises(RecipeError, match="an empty list"):
         texts([])
+
+
+def test_a_context_too_short_to_tune_on(tmp_path):
+    short = CONFIG.model_copy(update={"max_position_embeddings": 100})
+    with pytest.raises(RecipeError, match="100 tokens of context are too few .* at least 160"):
+        check_model(recipe(), short, tmp_path, tmp_path)

@@ -16,6 +16,10 @@ from torch import Tensor
 from ..model.errors import ModelError
 from .masks import MaskStructure, choose_n_of_m, choose_smallest
 
+PANEL = (
+    16  # columns whose updates are made one by one, before the rest of the block gets theirs in one product
+)
+
 
 class Hessian:
     """Running mean of 2 x xᵀ over tokens: products of a chunk in float32, their sum in float64."""
@@ -132,8 +136,8 @@ def prune_matrices(
         )
         work[stop:] -= upper[start:stop, stop:].T @ errors
         losses += errors.double().square().sum(0) / 2
-    change = (work - before).double()
-    traces = (change * (factor.damped @ change)).sum(0) / 2
+    change = work - before
+    traces = (change * (factor.damped.to(change.dtype) @ change)).sum(0) / 2
     return [
         Pruned(weight.T.contiguous(), float(loss.sum()), float(trace.sum()))
         for weight, loss, trace in zip(
@@ -162,16 +166,21 @@ def _sweep_block(
                 round(structure.sparsity * part.shape[1] * c) for c in (start, start + len(block))
             )
             mask.copy_(choose_smallest(part, after - before))
-    for i in range(len(block)):
-        if structure.group and i % structure.group == 0:
-            group = slice(i, i + structure.group)
-            scores = (block[group] / diagonal[group, None]).square()
-            pruned[group] = choose_n_of_m(scores, structure.pruned)
-        column = block[i]
-        kept = torch.where(pruned[i], 0.0, column if quantize is None else quantize(column))
-        error = torch.sub(column, kept, out=errors[i]).div_(diagonal[i])
-        block[i + 1 :].addr_(upper[i, i + 1 :], error, alpha=-1)
-        block[i] = kept
+    panel = structure.group or 1
+    panel *= max(1, PANEL // panel)
+    for first in range(0, len(block), panel):
+        stop = min(first + panel, len(block))
+        for i in range(first, stop):
+            if structure.group and i % structure.group == 0:
+                group = slice(i, i + structure.group)
+                scores = (block[group] / diagonal[group, None]).square()
+                pruned[group] = choose_n_of_m(scores, structure.pruned)
+            column = block[i]
+            kept = (column if quantize is None else quantize(column)).masked_fill(pruned[i], 0.0)
+            error = torch.sub(column, kept, out=errors[i]).div_(diagonal[i])
+            block[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
+            column.copy_(kept)
+        block[stop:] -= upper[first:stop, stop:].T @ errors[first:stop]
     return errors
 
 

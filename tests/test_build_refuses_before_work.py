@@ -98,5 +98,5 @@ def test_texts_are_found_by_name(tmp_path, monkeypatch):
 
 def test_a_context_too_short_to_tune_on(tmp_path):
     short = CONFIG.model_copy(update={"max_position_embeddings": 100})
-    with pytest.raises(RecipeError, match="100 tokens of context are too few .* at least 160"):
+    with pytest.raises(RecipeError, match=r"100 tokens of context are too few .* at least 160"):
         check_model(recipe(), short, tmp_path, tmp_path)

@@ -141,7 +141,7 @@ def _open_session(graph: Path, threads: int) -> Any:
     options.log_severity_level = 3
     # Engines take turns: threads that go on spinning after a call would take the cores from the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Without VNNI the usual int8 kernels add pairs of products in 16 bits, which saturates: take the exact ones.
+    # Without VNNI the usual int8 kernels add pairs of products in 16 bits, which saturates; these do not.
     options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])

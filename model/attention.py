@@ -59,11 +59,12 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(tensors["self_attn.q_norm.weight"], config.norm_eps, dtype)
             self.k_norm = RMSNorm(tensors["self_attn.k_norm.weight"], config.norm_eps, dtype)
 
-    def forward(
+    def mix(
         self, hidden: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None = None
     ) -> Tensor:
-        """hidden [B, S, d], positions int64 [B, S] → [B, S, d]. `mask` is bool, broadcast to [B, 1, S, T]
-        over the T tokens in the cache, these S included (no cache: T = S); None if every token sees all T."""
+        """hidden [B, S, d], positions int64 [B, S] → what enters `o_proj` [B, S, H · D]. `mask` is bool,
+        broadcast to [B, 1, S, T] over the T tokens in the cache, these S included (no cache: T = S); None if
+        every token sees all T."""
         config = self.config
         query = self._heads(self.q_proj(hidden), config.num_heads)
         key = self._heads(self.k_proj(hidden), config.num_kv_heads)
@@ -75,7 +76,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.write(self.layer, key, value)
         mixed = attend(query, key, value, mask, config.attention_scale)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:
         return x.unflatten(2, (num_heads, self.config.head_dim)).transpose(1, 2)

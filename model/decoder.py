@@ -3,6 +3,9 @@
 Arithmetic is float32 whatever dtype the weights are stored in, unless asked otherwise.
 """
 
+from collections import deque
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,6 +43,12 @@ class LayerNorm(nn.Module):
 
 
 Norm = RMSNorm | LayerNorm
+# Linears, by name relative to the layer, and the input that they are about to get; or none, and the output.
+Step = tuple[tuple[str, ...], Tensor]
+
+
+def last_of(steps: Iterator[Step]) -> Tensor:
+    return deque(steps, maxlen=1)[0][1]
 
 
 def make_norm(
@@ -58,10 +67,11 @@ class MLP(nn.Module):
         self.up_proj = Linear("mlp.up_proj", tensors, dtype)
         self.down_proj = Linear("mlp.down_proj", tensors, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def expand(self, x: Tensor) -> Tensor:
+        """x [..., d] → what enters `down_proj` [..., intermediate_size]."""
         if self.gate_proj is None:
-            return self.down_proj(self.activate(self.up_proj(x)))
-        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
+            return self.activate(self.up_proj(x))
+        return self.activate(self.gate_proj(x)) * self.up_proj(x)
 
 
 class DecoderLayer(nn.Module):
@@ -90,14 +100,27 @@ class DecoderLayer(nn.Module):
         """hidden [B, S, d], positions int64 [B, S], mask bool [B or 1, 1, S, T] → hidden [B, S, d]. Without a
         cache T = S; with one T counts what it holds, these S tokens included. A mask of None lets all see
         all."""
-        mixed = self.self_attn(self.input_layernorm(hidden), positions, mask, cache)
-        if self.config.post_norms:
-            mixed = self.get_submodule("post_attention_norm")(mixed)
-        hidden = hidden + mixed
-        mixed = self.mlp(self.post_attention_layernorm(hidden))
-        if self.config.post_norms:
-            mixed = self.get_submodule("post_mlp_norm")(mixed)
-        return hidden + mixed
+        return last_of(self.steps(hidden, positions, mask, cache))
+
+    def steps(
+        self, hidden: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None = None
+    ) -> Iterator[Step]:
+        """`forward` with a stop before each group of linears that share an input, at which they may be
+        changed."""
+        attention, mlp = self.self_attn, self.mlp
+        x = self.input_layernorm(hidden)
+        yield (attention.q_proj.name, attention.k_proj.name, attention.v_proj.name), x
+        x = attention.mix(x, positions, mask, cache)
+        yield (attention.o_proj.name,), x
+        hidden = hidden + self._norm_after("post_attention_norm", attention.o_proj(x))
+        x = self.post_attention_layernorm(hidden)
+        yield tuple(linear.name for linear in (mlp.gate_proj, mlp.up_proj) if linear is not None), x
+        x = mlp.expand(x)
+        yield (mlp.down_proj.name,), x
+        yield (), hidden + self._norm_after("post_mlp_norm", mlp.down_proj(x))
+
+    def _norm_after(self, name: str, x: Tensor) -> Tensor:
+        return self.get_submodule(name)(x) if self.config.post_norms else x
 
     def linears(self) -> dict[str, Linear]:
         """By relative name ("self_attn.q_proj"), in the order in which they run."""
@@ -150,8 +173,14 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, d] → float32 logits [B, S, V]."""
-        logits = self.lm_head(self.norm(hidden)).float()
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return last_of(self.steps(hidden))
+
+    def steps(self, hidden: Tensor) -> Iterator[Step]:
+        """As of a layer."""
+        x = self.norm(hidden)
+        yield (self.lm_head.name,), x
+        logits = self.lm_head(x).float()
+        yield (), logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 class Decoder(nn.Module):

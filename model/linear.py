@@ -21,14 +21,17 @@ class Linear(nn.Module):
     bias: Tensor | None
 
     def __init__(self, name: str, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32):
-        """`tensors` holds ``{name}.weight`` and, if any, ``.bias`` and ``.weight_scale``."""
         super().__init__()
-        self.name = name
-        weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-        scale = tensors.get(f"{name}.weight_scale")
-        self.register_buffer("weight", weight if weight.dtype == torch.int8 else weight.to(dtype))
+        self.name, self.dtype = name, dtype
+        self.load(tensors)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take ``{name}.weight`` and, if any, ``.bias`` and ``.weight_scale`` in place of what it has."""
+        weight, bias = tensors[f"{self.name}.weight"], tensors.get(f"{self.name}.bias")
+        scale = tensors.get(f"{self.name}.weight_scale")
+        self.register_buffer("weight", weight if weight.dtype == torch.int8 else weight.to(self.dtype))
         self.register_buffer("weight_scale", None if scale is None else scale.float())
-        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+        self.register_buffer("bias", None if bias is None else bias.to(self.dtype))
 
     @property
     def is_quantized(self) -> bool:

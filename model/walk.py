@@ -8,8 +8,7 @@ with the same result bit for bit.
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from .attention import causal_mask
 from .config import DecoderConfig
-from .decoder import DecoderLayer, Embedding, Head
+from .decoder import DecoderLayer, Embedding, Head, Step, last_of
 from .errors import ModelError
 from .files import write_text
 from .layout import EMBED_TOKENS, linear_shapes
@@ -42,10 +41,6 @@ CHUNK_TOKENS = 4096  # per forward call; fixed, since another grouping of rows r
 Rows = list[
     dict[str, Any]
 ]  # of a stage's report: one dict a linear, or a pair, or whatever the stage works on
-
-
-class _AllSeen(Exception):
-    """Ends a forward pass of which only some inputs were wanted."""
 
 
 @dataclass
@@ -79,74 +74,39 @@ class Part:
             return Head(self.config, copies, None, dtype)
         return DecoderLayer(self.config, self.index, copies, dtype)
 
-    def run(self, module: DecoderLayer | Head, hidden: Tensor) -> Tensor:
-        """Windows [B, L, d] through the part → [B, L, d], or logits [B, L, V] of the head."""
+    def steps(self, module: DecoderLayer | Head, hidden: Tensor) -> Iterator[Step]:
+        """Windows [B, L, d] through the part, with its stops."""
         if isinstance(module, Head):
-            return module(hidden)
+            return module.steps(hidden)
         batch, length, _ = hidden.shape
         mask = causal_mask(self.config, self.index, length)
-        return module(hidden, torch.arange(length).expand(batch, length), mask)
+        return module.steps(hidden, torch.arange(length).expand(batch, length), mask)
 
-    def inputs(
-        self, module: DecoderLayer | Head, wanted: Collection[str]
-    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-        """Run all windows and yield what enters the `wanted` linears (relative names): the names that share
-        one input, and a chunk of it [T, K]. Nothing behind the last of them is computed."""
-        for chunk in self._chunks():
-            with _watch(linears_of(module), wanted, stop=True) as seen:
-                self.run(module, chunk)
-            yield from seen
+    def run(self, module: DecoderLayer | Head, hidden: Tensor) -> Tensor:
+        """Windows [B, L, d] through the part → [B, L, d], or logits [B, L, V] of the head."""
+        return last_of(self.steps(module, hidden))
 
-    def advance(
-        self, module: DecoderLayer | Head, wanted: Collection[str] = ()
-    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-        """As `inputs`, but run to the end and leave the output in `hidden`: all that a stage need do where it
-        wants the inputs of the finished module. To be used up."""
-        for chunk in self._chunks():
-            with _watch(linears_of(module), wanted, stop=False) as seen:
-                chunk.copy_(self.run(module, chunk))
-            yield from seen
-        self.advanced = True
-
-    def _chunks(self) -> tuple[Tensor, ...]:
-        return self.hidden.split(max(1, CHUNK_TOKENS // self.hidden.shape[1]))
+    def inputs(self, module: DecoderLayer | Head) -> Iterator[tuple[tuple[str, ...], list[Tensor]]]:
+        """Run all windows side by side, with a stop before each group of linears that share an input: yields
+        their relative names and that input in chunks [T, K]. What is changed in the module at a stop holds
+        for all that follows. When it is used up, `hidden` is what leaves the layer; the head's logits, which
+        nobody needs, are not computed."""
+        chunks = self.hidden.split(max(1, CHUNK_TOKENS // self.hidden.shape[1]))
+        for stops in zip(*(self.steps(module, chunk) for chunk in chunks), strict=True):
+            names = stops[0][0]
+            if names:
+                yield names, [x.flatten(0, -2) for _, x in stops]
+                if self.is_head:
+                    return
+            else:
+                for chunk, (_, output) in zip(chunks, stops, strict=True):
+                    chunk.copy_(output)
+                self.advanced = True
 
 
 def linears_of(module: DecoderLayer | Head) -> dict[str, Linear]:
     """By name relative to the part, in the order in which they run."""
     return {"lm_head": module.lm_head} if isinstance(module, Head) else module.linears()
-
-
-@contextmanager
-def _watch(
-    linears: dict[str, Linear], wanted: Collection[str], stop: bool
-) -> Iterator[list[tuple[tuple[str, ...], Tensor]]]:
-    """Collect the inputs [T, K] of linears by identity: those that are handed the very same tensor share an
-    entry. With `stop`, the run ends at the last of them."""
-    seen: list[tuple[tuple[str, ...], Tensor]] = []
-    missing = set(wanted)
-    last: Tensor | None = None
-
-    def note(linear: Linear, args: tuple[Tensor]) -> None:
-        nonlocal last
-        if args[0] is last:
-            names, x = seen.pop()
-            seen.append(((*names, linear.name), x))
-        else:
-            last = args[0]
-            seen.append(((linear.name,), last.flatten(0, -2)))
-        missing.discard(linear.name)
-        if stop and not missing:
-            raise _AllSeen
-
-    handles = [linears[name].register_forward_pre_hook(note) for name in wanted]
-    try:
-        yield seen
-    except _AllSeen:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 Visit = Callable[[Part], tuple[dict[str, Tensor] | None, Rows]]
@@ -196,7 +156,7 @@ def walk(
         if not part.advanced and not all(finished[index + 1 :]):
             use_src = exact or not record["changed"]
             module = part.build(part.tensors if use_src else read_part(work, part_name))
-            for _ in part.advance(module):
+            for _ in part.inputs(module):
                 pass
         homes[part_name] = work if record["changed"] else src
     progress(len(parts), len(parts), label)

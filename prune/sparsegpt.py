@@ -136,14 +136,18 @@ def prune_matrices(
         )
         work[stop:] -= upper[start:stop, stop:].T @ errors
         losses += errors.double().square().sum(0) / 2
-    change = work - before
-    traces = (change * (factor.damped.to(change.dtype) @ change)).sum(0) / 2
+    traces = half_traces(work - before, factor)
     return [
         Pruned(weight.T.contiguous(), float(loss.sum()), float(trace.sum()))
         for weight, loss, trace in zip(
             work.split(rows, 1), losses.split(rows), traces.split(rows), strict=True
         )
     ]
+
+
+def half_traces(change: Tensor, factor: Factor) -> Tensor:
+    """½ δ H_damped δᵀ of each row's change δ; change [C, R] → [R]."""
+    return (change * (factor.damped.to(change.dtype) @ change)).sum(0) / 2
 
 
 def _sweep_block(

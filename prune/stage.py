@@ -1,7 +1,6 @@
 """The prune stage: every targeted linear of a checkpoint, layer by layer on what the pruned layers before it
 give."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +12,11 @@ from ..model.layout import linear_shapes
 from ..model.progress import Progress, no_progress
 from ..model.select import select_linears
 from ..model.store import Checkpoint
-from ..model.walk import Part, Rows, linear_names, walk
+from ..model.walk import Part, Rows, linear_names, linears_of, walk
 from ..quantize.int8 import is_int8, pack_int8, row_scale
 from .magnitude import prune_by_magnitude
 from .masks import MaskStructure
-from .sparsegpt import Hessian, factor_hessian, prune_matrices
+from .sparsegpt import Factor, Hessian, Pruned, factor_hessian, prune_matrices
 
 
 def prune_model(
@@ -61,59 +60,48 @@ def prune_model(
         }
         if not weights:
             return None, []
-        scales = {name: row_scale(weight) for name, weight in weights.items()} if joint_int8 else None
-        if method == "sparsegpt":
-            results = _by_sparsegpt(part, weights, scales, structure, dampening_frac)
-        else:
-            results = ((name, prune_by_magnitude(weight, structure), {}) for name, weight in weights.items())
-        tensors, rows = dict(part.tensors), []
-        for name, weight, facts in results:
-            if not weight.isfinite().all():
-                raise ModelError(
-                    f"{part.full_name(name)}: its pruned weights are not finite; raise dampening_frac"
-                )
-            tensors |= {f"{name}.weight": weight} if scales is None else pack_int8(name, weight, scales[name])
-            zeros = float((tensors[f"{name}.weight"] == 0).float().mean())
-            rows.append({"linear": part.full_name(name), "sparsity": zeros, **facts})
+        tensors, rows, module = dict(part.tensors), [], part.build(part.tensors)
+        for sharers, chunks in part.inputs(module):
+            names = [name for name in sharers if name in weights]
+            if not names:
+                continue
+            factor = _observe(chunks, dampening_frac, " and ".join(map(part.full_name, names)))
+            dense = [weights[name] for name in names]
+            scales = [row_scale(weight) for weight in dense] if joint_int8 else None
+            if method == "sparsegpt":
+                results = prune_matrices(dense, factor, structure, scales)
+            else:
+                results = [prune_by_magnitude(weight, factor, structure) for weight in dense]
+            for i, (name, result) in enumerate(zip(names, results, strict=True)):
+                weight = result.weight
+                tensors |= pack_int8(name, weight, scales[i]) if scales else {f"{name}.weight": weight}
+                # What runs behind is calibrated on what this linear gives from now on ("true sequential").
+                linears_of(module)[name].load(tensors)
+                rows.append(_describe(part.full_name(name), weight, result, factor.dampening_frac))
         return tensors, rows
 
     rows = walk(src, tokens, out, work, visit, settings, progress, "prune")
     return {"threads": torch.get_num_threads(), "linears": rows}
 
 
-def _by_sparsegpt(
-    part: Part,
-    weights: dict[str, Tensor],
-    scales: dict[str, Tensor] | None,
-    structure: MaskStructure,
-    dampening_frac: float,
-) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-    """Name, new weight and report of each linear; `loss` and `trace` are in squared output units per token,
-    on the damped Hessian."""
-    tensors = dict(part.tensors)
-    for names in _find_groups(part, list(weights)):
-        hessian = Hessian(tensors[f"{names[0]}.weight"].shape[1])
-        for _, x in part.inputs(part.build(tensors), names):
-            hessian.add(x)
-        factor = factor_hessian(hessian.mean(), dampening_frac, " and ".join(map(part.full_name, names)))
-        grids = None if scales is None else [scales[name] for name in names]
-        results = prune_matrices([weights[name] for name in names], factor, structure, grids)
-        for name, pruned in zip(names, results, strict=True):
-            facts = {"loss": pruned.loss, "trace": pruned.trace, "dampening_frac": factor.dampening_frac}
-            tensors[f"{name}.weight"] = pruned.weight
-            yield name, pruned.weight, facts
+def _observe(chunks: list[Tensor], dampening_frac: float, name: str) -> Factor:
+    hessian = Hessian(chunks[0].shape[1])
+    for x in chunks:
+        hessian.add(x)
+    return factor_hessian(hessian.mean(), dampening_frac, name)
 
 
-def _find_groups(part: Part, wanted: list[str]) -> list[tuple[str, ...]]:
-    """The linears that share an input, in the order in which they run. Each group is calibrated on what the
-    pruned groups before it give ("true sequential"), which costs forward passes and gains most for down_proj.
-    """
-    groups: list[tuple[str, ...]] = []
-    for names, _ in part.inputs(part.build(part.tensors), wanted):
-        if names in groups:  # the second chunk begins
-            break
-        groups.append(names)
-    return groups
+def _describe(name: str, weight: Tensor, result: Pruned, dampening_frac: float) -> dict[str, Any]:
+    """`loss` and `trace` are in squared output units per token, on the damped Hessian."""
+    if not weight.isfinite().all():
+        raise ModelError(f"{name}: its pruned weights are not finite; raise dampening_frac")
+    return {
+        "linear": name,
+        "sparsity": float((weight == 0).float().mean()),
+        "loss": result.loss,
+        "trace": result.trace,
+        "dampening_frac": dampening_frac,
+    }
 
 
 def _select(

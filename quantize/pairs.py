@@ -65,9 +65,9 @@ def find_folds(part: Part) -> list[Fold]:
 
 def _observe(probe: Part, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """What enters each linear [T, K], and the output of the part."""
-    module = probe.build(tensors, torch.float64)
-    inputs = {name: x for names, x in probe.inputs(module, set(probe.linears())) for name in names}
-    return inputs, probe.run(module, probe.hidden)
+    stops = dict(probe.steps(probe.build(tensors, torch.float64), probe.hidden))
+    output = stops.pop(())
+    return {name: x.flatten(0, -2) for names, x in stops.items() for name in names}, output
 
 
 def _trace(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:

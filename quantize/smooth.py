@@ -35,7 +35,7 @@ def smooth_model(
     ignore: list[str] | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Write the checkpoint `src` smoothed to `out`; return a report with one row a fold and one a part.
+    """Write the checkpoint `src` smoothed to `out`; return a report with one row a part.
 
     `smoothing_strength` is α of every fold, or "auto": the α of each fold, or leaving it out, that gives the
     least error of its part under the W8A8 law. `targets` and `ignore` choose the linears that may be touched.
@@ -140,12 +140,10 @@ class _Trial:
 
 def _find_peaks(part: Part) -> dict[str, Tensor]:
     """max|X| of each input channel [K] of each linear, over all tokens."""
-    module = part.build(part.tensors)
-    run = part.inputs if part.is_head else part.advance
     peaks: dict[str, Tensor] = {}
-    for names, x in run(module, part.linears()):
-        peak = x.abs().amax(0)
-        peaks |= {name: torch.maximum(peaks.get(name, peak), peak) for name in names}
+    for names, chunks in part.inputs(part.build(part.tensors)):
+        peak = torch.stack([x.abs().amax(0) for x in chunks]).amax(0)
+        peaks |= dict.fromkeys(names, peak)
     return peaks
 
 

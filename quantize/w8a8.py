@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.decoder import DecoderLayer, Head
 from ..model.linear import Linear, multiply_int8, quantize_rows
 from ..model.progress import Progress, no_progress
 from ..model.select import select_linears
@@ -54,39 +53,29 @@ def quantize_model(
             if not is_int8(tensors, name):
                 weight = tensors[f"{name}.weight"]
                 tensors |= pack_int8(name, weight, row_scale(weight))
-        module = part.build(tensors)
-        rows = []
-        for name, (peak, sample) in _observe(part, module, chosen).items():
-            scale = peak / LIMIT if peak > 0 else 1.0
-            exact, dynamic, static = _apply(linears_of(module)[name], sample, scale)
-            row = {
-                "linear": part.full_name(name),
-                "input_scale": scale,
-                "dynamic_error": _mean_error(dynamic, exact),
-                "static_error": _mean_error(static, exact),
-            }
-            row["static"] = row["static_error"] <= STATIC_ERROR_LIMIT
-            if row["static"]:
-                tensors[f"{name}.input_scale"] = torch.tensor(scale)
-            rows.append(row)
+        module, rows = part.build(tensors), []
+        for sharers, chunks in part.inputs(module):
+            peak = max(float(x.abs().max()) for x in chunks)
+            scale, sample = (peak / LIMIT if peak > 0 else 1.0), chunks[0][:SAMPLE_TOKENS]
+            for name in sharers:
+                if name not in chosen:
+                    continue
+                exact, dynamic, static = _apply(linears_of(module)[name], sample, scale)
+                row = {
+                    "linear": part.full_name(name),
+                    "input_scale": scale,
+                    "dynamic_error": _mean_error(dynamic, exact),
+                    "static_error": _mean_error(static, exact),
+                }
+                row["static"] = row["static_error"] <= STATIC_ERROR_LIMIT
+                if row["static"]:
+                    tensors[f"{name}.input_scale"] = torch.tensor(scale)
+                rows.append(row)
         return tensors, rows
 
     rows = walk(src, tokens, out, work, visit, settings, progress, "quantize", max_tokens=PEAK_TOKENS)
     kept_out = [row["linear"] for row in rows if not row["static"]]
     return {"threads": torch.get_num_threads(), "linears": rows, "kept_out_of_static": kept_out}
-
-
-def _observe(part: Part, module: DecoderLayer | Head, chosen: list[str]) -> dict[str, tuple[float, Tensor]]:
-    """max|x| over all tokens, and the first tokens' x [T, K], of what enters each linear of the quantized
-    part."""
-    run = part.inputs if part.is_head else part.advance
-    seen: dict[str, tuple[float, Tensor]] = {}
-    for names, x in run(module, chosen):
-        peak = float(x.abs().max())
-        for name in names:
-            before, sample = seen.get(name, (0.0, x[:SAMPLE_TOKENS]))
-            seen[name] = max(before, peak), sample
-    return seen
 
 
 def _apply(linear: Linear, x: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

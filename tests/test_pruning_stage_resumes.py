@@ -78,30 +78,34 @@ def test_a_work_folder_of_other_settings_is_refused(tiny_checkpoint, tokens, tmp
         prune_model(src, tokens, tmp_path / "other", tmp_path / "work", **changed)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen3", "opt", "gpt2"])
-def test_each_layer_is_calibrated_on_the_pruned_layers_before_it(tiny_checkpoint, tokens, tmp_path, variant):
-    """The reported losses, recomputed from the pruned model itself: query, key and value see layers 0 … l - 1
-    pruned and their own layer whole, which to them is the same as the finished model."""
+@pytest.mark.parametrize("joint_int8", [False, True])
+@pytest.mark.parametrize("variant", ["llama", "gemma3_text", "opt", "gpt2"])
+def test_each_linear_is_calibrated_on_what_the_finished_model_gives_it(
+    tiny_checkpoint, tokens, tmp_path, variant, joint_int8
+):
+    """The reported losses, recomputed from the pruned model itself: all that runs before a linear was
+    finished when its turn came."""
     src, out = tiny_checkpoint(variant), tmp_path / "out"
-    report = prune_model(src, tokens, out, tmp_path / "work", **SETTINGS)
-    losses = {row["linear"]: row["loss"] for row in report["linears"]}
+    report = prune_model(src, tokens, out, tmp_path / "work", **SETTINGS, joint_int8=joint_int8)
     pruned, dense = Decoder.from_checkpoint(Checkpoint(out)), Decoder.from_checkpoint(Checkpoint(src))
     inputs: dict[str, torch.Tensor] = {}
-    for index, layer in enumerate(pruned.layers):
-        for name in ("q_proj", "k_proj", "v_proj"):
-            linear = layer.get_submodule(f"self_attn.{name}")
-            linear.register_forward_pre_hook(
-                lambda _, x, key=f"model.layers.{index}.self_attn.{name}": inputs.update({key: x[0]})
-            )
+    names = [row["linear"].removeprefix("model.") for row in report["linears"]]
+    assert len(names) == 3 * len(pruned.layers[0].linears())
+    for name in names:
+        hook = lambda _, x, name=name: inputs.update({name: x[0]})  # noqa: E731
+        pruned.get_submodule(name).register_forward_pre_hook(hook)
     pruned(load_file(tokens)["tokens"].long())
-    assert len(inputs) == 9
-    for name, x in inputs.items():
-        relative = name.removeprefix("model.")
-        change = (pruned.get_submodule(relative).weight - dense.get_submodule(relative).weight).double()
-        x = x.flatten(0, 1).double()
+    for name, row in zip(names, report["linears"], strict=True):
+        before, after = dense.get_submodule(name).weight, pruned.get_submodule(name).weight.double()
+        if joint_int8:
+            after *= pruned.get_submodule(name).weight_scale[:, None]
+        x, change = inputs[name].flatten(0, 1).double(), after - before
+        live = x.square().sum(0) > 0  # behind a ReLU some channels are shut
+        x, change = x[:, live], change[:, live]
         hessian = 2 * x.T @ x / len(x)
         hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
-        assert losses[name] == pytest.approx(float(torch.trace(change @ hessian @ change.T)) / 2, rel=1e-4)
+        loss = float(torch.trace(change @ hessian @ change.T)) / 2
+        assert row["loss"] == pytest.approx(loss, rel=1e-4) and row["trace"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_report_and_result_agree(tiny_checkpoint, tokens, tmp_path):
@@ -134,16 +138,17 @@ def test_report_and_result_agree(tiny_checkpoint, tokens, tmp_path):
 def test_magnitude_is_the_worse_baseline(tiny_checkpoint, tokens, tmp_path):
     src, windows = tiny_checkpoint("llama"), load_file(tokens)["tokens"].long()
     dense = Decoder.from_checkpoint(Checkpoint(src))(windows)
-    errors = {}
+    errors, losses = {}, {}
     for method in ("magnitude", "sparsegpt"):
-        report = prune_model(
-            src, tokens, tmp_path / method, tmp_path / f"{method}-work", sparsity=0.5, method=method
-        )
+        out = tmp_path / method
+        report = prune_model(src, tokens, out, tmp_path / f"{method}-work", sparsity=0.5, method=method)
         assert all(row["sparsity"] == 0.5 for row in report["linears"])
-        errors[method] = (
-            (Decoder.from_checkpoint(Checkpoint(tmp_path / method))(windows) - dense).square().mean()
-        )
+        losses[method] = {row["linear"]: row["loss"] for row in report["linears"]}
+        errors[method] = (Decoder.from_checkpoint(Checkpoint(out))(windows) - dense).square().mean()
     assert errors["sparsegpt"] < 0.9 * errors["magnitude"]
+    for name in ("q_proj", "k_proj", "v_proj"):  # of the first layer, where both have the same inputs
+        name = f"model.layers.0.self_attn.{name}"
+        assert losses["sparsegpt"][name] < losses["magnitude"][name]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""Turn the public C header into the module through which cffi calls the library.
+"""Turn the public C headers into the module through which cffi calls the library.
 
-Usage: generate_cdefs.py HEADER OUTPUT. Runs once, when the wheel is built, so that importing parses nothing.
+Usage: generate_cdefs.py HEADER... OUTPUT. Runs once, when the wheel is built, so that importing parses
+nothing.
 """
 
 import re
@@ -20,9 +21,10 @@ def read_declarations(header: str) -> str:
 
 
 def main() -> None:
-    header, output = map(Path, sys.argv[1:])
+    *headers, output = map(Path, sys.argv[1:])
     ffi = cffi.FFI()
-    ffi.cdef(read_declarations(header.read_text()))
+    for header in headers:
+        ffi.cdef(read_declarations(header.read_text()))
     ffi.set_source("_cdefs", None)
     ffi.emit_python_code(str(output))
 

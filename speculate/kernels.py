@@ -1,0 +1,344 @@
+"""The native kernels over numpy arrays: for packing weights, for tests and for benchmarks.
+
+`native/kernels.h` says what each function computes and how packed weights are laid out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from .binding import check, ffi, lib, view
+
+LANES = 16
+Activation = Literal["identity", "relu", "silu", "gelu", "gelu_tanh"]
+Format = Literal["float32", "bfloat16", "int8", "int8_bitmask", "int8_2_4"]
+
+
+class Pool:
+    """Threads and an instruction set ("avx512_vnni", "avx2_vnni", "avx2", "portable"; default: the best)."""
+
+    def __init__(self, num_threads: int = 1, isa: str | None = None):
+        handle = lib.ds_pool_create(num_threads)
+        if handle == ffi.NULL:
+            check(lib.DS_ERROR_ARGUMENT)
+        self.handle = ffi.gc(handle, lib.ds_pool_free)
+        if isa is not None:
+            check(lib.ds_pool_use_isa(self.handle, isa.encode()))
+
+    @property
+    def isa(self) -> str:
+        return ffi.string(lib.ds_pool_isa(self.handle)).decode()
+
+
+# ---- Packing -----------------------------------------------------------------------------------------------
+
+
+def to_bfloat16(weight: np.ndarray) -> np.ndarray:
+    """float32 → the bits of the nearest bfloat16 (ties to even), uint16. Finite values only."""
+    bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _split_blocks(weight: np.ndarray, group: int) -> np.ndarray:
+    """[N, K] → [B, ceil(K / group), 16, group], padded with zeros."""
+    n, k = weight.shape
+    padded = np.pad(weight, ((0, -n % LANES), (0, -k % group)))
+    return padded.reshape(-1, LANES, padded.shape[1] // group, group).transpose(0, 2, 1, 3)
+
+
+def interleave(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Rows of the gate and up projections in the order of a gated linear: 16 of one, 16 of the other, padded
+    with zeros. For weights [N, K], scales [N] and biases [N]."""
+    pad = [(0, -len(gate) % LANES)] + [(0, 0)] * (gate.ndim - 1)
+    blocks = [np.pad(x, pad).reshape(-1, LANES, *x.shape[1:]) for x in (gate, up)]
+    return np.stack(blocks, axis=1).reshape(-1, *gate.shape[1:])
+
+
+def pack_float32(weight: np.ndarray) -> np.ndarray:
+    """[N, K] float32 → [B, K, 16]."""
+    return np.ascontiguousarray(_split_blocks(weight.astype(np.float32), 1)[..., 0])
+
+
+def pack_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """[N, K] bfloat16 bits (uint16) → [B, ceil(K / 2), 16, 2]."""
+    return np.ascontiguousarray(_split_blocks(bits, 2))
+
+
+def pack_int8(weight: np.ndarray) -> np.ndarray:
+    """[N, K] int8 → uint8 [B, ceil(K / 4), 16, 4]."""
+    if weight.dtype != np.int8 or (weight == -128).any():
+        raise ValueError("weights must be int8 in [-127, 127]")
+    return np.ascontiguousarray(_split_blocks(weight, 4)).view(np.uint8) ^ np.uint8(128)
+
+
+def pack_bitmask(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[N, K] int8 → bytes and the start of each block, int64 [B + 1]. Ends in 64 bytes of padding."""
+    blocks = pack_int8(weight)
+    blocks = blocks.reshape(len(blocks), -1, 64)
+    parts = []
+    for block in blocks:
+        kept = block != 128
+        parts.append(np.concatenate([np.packbits(kept, axis=1, bitorder="little").ravel(), block[kept]]))
+    starts = np.cumsum([0] + [len(part) for part in parts])
+    return np.concatenate([*parts, np.zeros(64, np.uint8)]), starts
+
+
+def pack_2_4(weight: np.ndarray) -> np.ndarray:
+    """[N, K] int8 with at most two nonzeros in each four inputs → uint8 [B, ceil(K / 4), 40]."""
+    groups = pack_int8(weight)  # [B, G, 16, 4]
+    kept = groups != 128
+    if (kept.sum(axis=-1) > 2).any():
+        raise ValueError("more than two nonzero weights in a group of four inputs")
+    # A stable sort puts the kept places first; the two that come first, in order, are what is stored.
+    places = np.sort(np.argsort(~kept, axis=-1, kind="stable")[..., :2], axis=-1)
+    pairs = np.take_along_axis(groups, places, axis=-1)
+    code_of = np.zeros((4, 4), np.uint64)
+    code_of[[0, 0, 0, 1, 1, 2], [1, 2, 3, 2, 3, 3]] = range(6)
+    codes = code_of[places[..., 0], places[..., 1]]
+    output = np.arange(LANES, dtype=np.uint64)
+    words = (codes << (4 * (output // 2) + 32 * (output % 2))).sum(axis=-1, dtype=np.uint64)
+    return np.concatenate([pairs.reshape(*words.shape, 32), words[..., None].view(np.uint8)], axis=-1)
+
+
+# ---- Linear layers -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Linear:
+    """Packed weights and what goes with them; `handle` is the C struct. A gated one takes rows that
+    `interleave` ordered, and `n` counts its outputs, half of those."""
+
+    handle: object
+    n: int
+    k: int
+    is_int8: bool
+    num_bytes: int
+    _keep: Sequence[object] = field(default=(), repr=False)
+
+
+def make_linear(
+    weight: np.ndarray,
+    format: Format,
+    scale: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    activation: Activation = "identity",
+    gated_outputs: int | None = None,
+) -> Linear:
+    """weight [N, K]: int8 for the int8 formats, bits (uint16) for bfloat16, float32. scale and bias [N]."""
+    starts = None
+    match format:
+        case "float32":
+            packed = pack_float32(weight)
+        case "bfloat16":
+            packed = pack_bfloat16(weight)
+        case "int8":
+            packed = pack_int8(weight)
+        case "int8_bitmask":
+            packed, starts = pack_bitmask(weight)
+        case "int8_2_4":
+            packed = pack_2_4(weight)
+    n, k = weight.shape
+
+    def pad(row: np.ndarray | None) -> np.ndarray | None:
+        return None if row is None else np.pad(np.asarray(row, np.float32), (0, -n % LANES))
+
+    arrays = [align(packed), starts, pad(scale), pad(bias)]
+    pointers = [
+        ffi.NULL if a is None else ffi.cast(kind, ffi.from_buffer(a))
+        for kind, a in zip(("void *", "int64_t *", "float *", "float *"), arrays, strict=True)
+    ]
+    handle = ffi.new("ds_linear *")
+    handle.n, handle.k = n if gated_outputs is None else gated_outputs, k
+    handle.format = getattr(lib, f"DS_{format.upper()}")
+    handle.activation = getattr(lib, f"DS_{activation.upper()}") + (
+        0 if gated_outputs is None else lib.DS_GATED
+    )
+    handle.weight, handle.starts, handle.scale, handle.bias = pointers
+    return Linear(handle, handle.n, k, format.startswith("int8"), packed.nbytes, arrays)
+
+
+def align(array: np.ndarray) -> np.ndarray:
+    """The same array, starting at a multiple of 64 bytes."""
+    room = np.empty(array.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    aligned = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    aligned[...] = array
+    return aligned
+
+
+def linear(
+    pool: Pool,
+    linear: Linear,
+    rows: np.ndarray,
+    residual: np.ndarray | None = None,
+    out: np.ndarray | None = None,
+    next: Linear | None = None,
+) -> np.ndarray:
+    """rows: float32 [S, K], or what `quantize_rows` gave for an int8 linear → float32 [S, N]."""
+    if out is None:
+        out = np.empty((len(rows), linear.n), np.float32)
+    run = lib.ds_linear_int8 if linear.is_int8 else lib.ds_linear_float
+    check(
+        run(
+            pool.handle,
+            linear.handle,
+            len(rows),
+            view("char[]", rows) if linear.is_int8 else view("float[]", rows),
+            ffi.NULL if residual is None else view("float[]", residual),
+            view("float[]", out),
+            ffi.NULL if next is None else next.handle,
+        )
+    )
+    return out
+
+
+# ---- Rows --------------------------------------------------------------------------------------------------
+
+
+def quantize_rows(pool: Pool, x: np.ndarray, static_scale: float = 0.0) -> np.ndarray:
+    """float32 [S, K] → quantized rows, uint8 [S, stride]; `split_rows` takes them apart."""
+    rows = np.empty((len(x), lib.ds_int8_stride(x.shape[1])), np.uint8)
+    check(lib.ds_quantize_rows(pool.handle, *x.shape, view("float[]", x), static_scale, view("char[]", rows)))
+    return rows
+
+
+def split_rows(rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantized rows → int8 [S, K], scales float32 [S], sums int32 [S]."""
+    return (
+        rows[:, :k].view(np.int8),
+        rows[:, -8:-4].copy().view(np.float32)[:, 0],
+        rows[:, -4:].copy().view(np.int32)[:, 0],
+    )
+
+
+def norm_rows(
+    pool: Pool,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    eps: float = 1e-5,
+    norm: Literal["rms", "layer"] = "rms",
+    static_scale: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [S, K] → the normalized rows, and those quantized."""
+    y = np.empty_like(x)
+    rows = np.empty((len(x), lib.ds_int8_stride(x.shape[1])), np.uint8)
+    check(
+        lib.ds_norm_rows(
+            pool.handle,
+            lib.DS_RMS_NORM if norm == "rms" else lib.DS_LAYER_NORM,
+            *x.shape,
+            view("float[]", x),
+            view("float[]", weight),
+            ffi.NULL if bias is None else view("float[]", bias),
+            eps,
+            view("float[]", y),
+            static_scale,
+            view("char[]", rows),
+        )
+    )
+    return y, rows
+
+
+# ---- Attention ---------------------------------------------------------------------------------------------
+
+
+class Heads:
+    """The heads of an attention layer and its cache's size; cos and sin are [positions, num_rotary / 2]."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_slots: int,
+        scale: float,
+        cos: np.ndarray | None = None,
+        sin: np.ndarray | None = None,
+        q_norm: np.ndarray | None = None,
+        k_norm: np.ndarray | None = None,
+        norm_eps: float = 1e-6,
+    ):
+        handle = self.handle = ffi.new("ds_heads *")
+        handle.n_heads, handle.n_kv_heads, handle.head_dim = num_heads, num_kv_heads, head_dim
+        handle.max_slots, handle.scale, handle.norm_eps = max_slots, scale, norm_eps
+        self._keep = [cos, sin, q_norm, k_norm]
+        if cos is not None:
+            handle.n_positions, handle.n_rotary = len(cos), 2 * cos.shape[1]
+        pointers = [ffi.NULL if a is None else ffi.cast("float *", ffi.from_buffer(a)) for a in self._keep]
+        handle.cos, handle.sin, handle.q_norm, handle.k_norm = pointers
+        self.num_heads, self.head_dim, self.max_slots = num_heads, head_dim, max_slots
+
+
+def write_heads(
+    pool: Pool,
+    heads: Heads,
+    qkv: np.ndarray,
+    positions: np.ndarray,
+    first_slot: int,
+    keys: np.ndarray,
+    values: np.ndarray,
+) -> None:
+    """Changes `qkv` and the caches in place."""
+    check(
+        lib.ds_write_heads(
+            pool.handle,
+            heads.handle,
+            len(qkv),
+            view("float[]", qkv),
+            view("int64_t[]", positions),
+            first_slot,
+            view("float[]", keys),
+            view("float[]", values),
+        )
+    )
+
+
+def list_slots(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """bool [S, slots] → the visible slots of each row, int32 [S, slots], and their number, int32 [S]."""
+    slots, counts = np.zeros(mask.shape, np.int32), np.empty(len(mask), np.int32)
+    check(
+        lib.ds_list_slots(
+            *mask.shape,
+            view("uint8_t[]", mask.view(np.uint8)),
+            view("int32_t[]", slots),
+            view("int32_t[]", counts),
+        )
+    )
+    return slots, counts
+
+
+def attend(
+    pool: Pool,
+    heads: Heads,
+    qkv: np.ndarray,
+    slots: np.ndarray,
+    counts: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+) -> np.ndarray:
+    """What `write_heads` left in `qkv` → float32 [S, num_heads * head_dim]."""
+    out = np.empty((len(qkv), heads.num_heads * heads.head_dim), np.float32)
+    check(
+        lib.ds_attend(
+            pool.handle,
+            heads.handle,
+            len(qkv),
+            view("float[]", qkv),
+            view("int32_t[]", slots),
+            view("int32_t[]", counts),
+            view("float[]", keys),
+            view("float[]", values),
+            view("float[]", out),
+        )
+    )
+    return out
+
+
+def keep_path(heads: Heads, path: np.ndarray, first_slot: int, cache: np.ndarray) -> None:
+    """Copies cache slots `path` to first_slot, first_slot + 1, … in place."""
+    check(
+        lib.ds_keep_path(heads.handle, len(path), view("int32_t[]", path), first_slot, view("float[]", cache))
+    )

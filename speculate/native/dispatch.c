@@ -1,0 +1,45 @@
+/* Which instruction set to use: the best one that both this build and this machine have. */
+#include "dispatch.h"
+#include "error.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+extern const ds_kernels ds_kernels_portable;
+#ifdef DS_HAVE_X86
+extern const ds_kernels ds_kernels_avx2, ds_kernels_avx2_vnni, ds_kernels_avx512_vnni;
+#endif
+
+/* Best first, ending in NULL; only what runs here. */
+static const ds_kernels **list_kernels(const ds_kernels *list[5]) {
+  int n = 0;
+#ifdef DS_HAVE_X86
+  __builtin_cpu_init();
+  int avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+  int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512vnni")) list[n++] = &ds_kernels_avx512_vnni;
+  if (avx2 && __builtin_cpu_supports("avxvnni")) list[n++] = &ds_kernels_avx2_vnni;
+  if (avx2) list[n++] = &ds_kernels_avx2;
+#endif
+  list[n++] = &ds_kernels_portable;
+  list[n] = NULL;
+  return list;
+}
+
+const ds_kernels *ds_find_kernels(const char *isa) {
+  const ds_kernels *list[5];
+  for (const ds_kernels **kernels = list_kernels(list); *kernels; ++kernels)
+    if (!strcmp((*kernels)->isa, isa)) return *kernels;
+  ds_fail(DS_ERROR_ARGUMENT,
+          "this machine, or this build, has no kernels named '%.40s'; the best here is '%s'", isa,
+          list_kernels(list)[0]->isa);
+  return NULL;
+}
+
+const ds_kernels *ds_choose_kernels(void) {
+  const ds_kernels *list[5];
+  const char *wanted = getenv("DRAFTSMITH_ISA");
+  return wanted && *wanted ? ds_find_kernels(wanted) : list_kernels(list)[0];
+}

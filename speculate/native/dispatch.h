@@ -1,0 +1,82 @@
+/* The kernels of one instruction set, and the jobs that they work on. */
+#ifndef DRAFTSMITH_DISPATCH_H
+#define DRAFTSMITH_DISPATCH_H
+
+#include "pool.h"
+
+typedef struct {
+  const char *next; /* where the next bytes to be read from memory start, and how many there are */
+  int64_t n_bytes;
+} ds_region;
+
+/* An item is a group of outputs, for all rows. */
+typedef struct {
+  const ds_linear *linear, *next;
+  int32_t n_rows, n_threads;
+  const float *x;   /* [n_rows, k], float formats */
+  const char *rows; /* quantized, int8 formats */
+  const float *residual;
+  float *y;
+} ds_linear_job;
+
+/* An item is a row. */
+typedef struct {
+  int32_t k, norm;
+  const float *x, *weight, *bias;
+  float eps, static_scale;
+  float *y;
+  char *rows;
+} ds_rows_job;
+
+/* An item is a row. */
+typedef struct {
+  const ds_heads *heads;
+  float *qkv;
+  const int64_t *positions;
+  int32_t first_slot;
+  float *keys, *values;
+} ds_heads_job;
+
+/* An item is `n_queries` of the queries of one key head: its heads of row 0, of row 1, ... */
+typedef struct {
+  const ds_heads *heads;
+  int32_t n_rows, n_queries;
+  const float *qkv;
+  const int32_t *slots, *n_slots;
+  const float *keys, *values;
+  float *out;
+} ds_attend_job;
+
+/* An item is DS_PROBE_BYTES to read, or DS_PROBE_STEPS of multiply-adds. */
+typedef struct {
+  const char *bytes;
+  int32_t *sink; /* [n_threads], so that nothing is optimized away */
+} ds_probe_job;
+
+enum { DS_PROBE_BYTES = 1 << 16, DS_PROBE_STEPS = 1 << 10 };
+
+typedef struct ds_kernels {
+  const char *isa;
+  ds_task *linear_float, *linear_int8, *quantize_rows, *norm_rows, *write_heads, *attend;
+  ds_task *probe_read, *probe_int8, *probe_float;
+  int32_t probe_lanes; /* multiply-adds of float32 in one step; of int8 four times as many */
+} ds_kernels;
+
+/* The end of a quantized row. */
+typedef struct {
+  float scale;
+  int32_t sum;
+} ds_row_end;
+
+/* The largest number of queries that an item of ds_attend_job may have. */
+enum { DS_MAX_QUERIES = 8, DS_MAX_HEAD_DIM = 256 };
+
+/* Packed blocks of 16 outputs that are one item, of a gated linear and of another. */
+enum { DS_ITEM_BLOCKS = 3, DS_GATED_ITEM_BLOCKS = 6 };
+
+/* The best set of kernels that this machine runs, or the one that DRAFTSMITH_ISA names; NULL, and an error,
+ * if there is none of that name. */
+const ds_kernels *ds_choose_kernels(void);
+const ds_kernels *ds_find_kernels(const char *isa);
+
+#endif

@@ -1,0 +1,253 @@
+/* The public face of the kernels: it checks what it is given, cuts the work into items and hands it to the
+ * pool. */
+#include "kernels.h"
+#include "dispatch.h"
+#include "error.h"
+#include "linear.h"
+
+#include <stdbool.h>
+#include <string.h>
+
+enum {
+  /* Above this the sum of unsigned weights times activations could pass 2^31. */
+  MAX_INT8_INPUTS = 65536,
+  MAX_SIDE = 1 << 24,
+};
+
+#define REQUIRE(condition, ...)                                                                              \
+  do {                                                                                                       \
+    if (!(condition)) return ds_fail(DS_ERROR_ARGUMENT, __VA_ARGS__);                                        \
+  } while (0)
+
+int32_t ds_pool_use_isa(ds_pool *pool, const char *isa) {
+  REQUIRE(pool && isa, "the pool or the name of the instruction set is NULL");
+  const ds_kernels *kernels = ds_find_kernels(isa);
+  if (!kernels) return DS_ERROR_ARGUMENT;
+  ds_pool_set_kernels(pool, kernels);
+  return DS_OK;
+}
+
+const char *ds_pool_isa(const ds_pool *pool) { return pool ? ds_pool_kernels(pool)->isa : ""; }
+
+/* ---- Linear layers ------------------------------------------------------------------------------------- */
+
+static bool is_int8(int32_t format) { return format >= DS_INT8; }
+
+static int32_t check_linear(const ds_linear *linear) {
+  REQUIRE(linear, "the linear is NULL");
+  REQUIRE(linear->n >= 1 && linear->n <= MAX_SIDE && linear->k >= 1 && linear->k <= MAX_SIDE,
+          "a linear of %d outputs and %d inputs; both must be 1 to %d", (int)linear->n, (int)linear->k,
+          MAX_SIDE);
+  REQUIRE(linear->format >= DS_FLOAT32 && linear->format <= DS_INT8_2_4, "%d is not a weight format",
+          (int)linear->format);
+  int32_t activation = linear->activation & ~DS_GATED;
+  REQUIRE(activation >= DS_IDENTITY && activation <= DS_GELU_TANH, "%d is not an activation",
+          (int)linear->activation);
+  REQUIRE(linear->weight, "the linear has no weight");
+  REQUIRE(!is_int8(linear->format) || linear->scale, "an int8 linear needs the scale of each output");
+  REQUIRE(!is_int8(linear->format) || linear->k <= MAX_INT8_INPUTS, "%d inputs; int8 sums hold at most %d",
+          (int)linear->k, MAX_INT8_INPUTS);
+  REQUIRE(linear->format != DS_INT8_BITMASK || linear->starts,
+          "a bitmask linear needs where its blocks start");
+  return DS_OK;
+}
+
+static int32_t run_linear(ds_pool *pool, ds_linear_job *job, bool int8) {
+  REQUIRE(pool, "the pool is NULL");
+  int32_t status = check_linear(job->linear);
+  if (status == DS_OK && job->next) status = check_linear(job->next);
+  if (status != DS_OK) return status;
+  REQUIRE(is_int8(job->linear->format) == int8, "weight format %d does not go with %s rows",
+          (int)job->linear->format, int8 ? "quantized" : "float");
+  REQUIRE(job->n_rows >= 0, "%d rows", (int)job->n_rows);
+  REQUIRE(job->n_rows == 0 || ((job->x || job->rows) && job->y), "the rows or the outputs are NULL");
+  if (job->n_rows == 0) return DS_OK;
+  job->n_threads = ds_pool_threads(pool);
+  const ds_kernels *kernels = ds_pool_kernels(pool);
+  ds_pool_run(pool, int8 ? kernels->linear_int8 : kernels->linear_float, job, count_items(job->linear));
+  return DS_OK;
+}
+
+int32_t ds_linear_float(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const float *x,
+                        const float *residual, float *y, const ds_linear *next) {
+  ds_linear_job job = {
+      .linear = linear, .next = next, .n_rows = n_rows, .x = x, .residual = residual, .y = y};
+  return run_linear(pool, &job, false);
+}
+
+int32_t ds_linear_int8(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const void *rows,
+                       const float *residual, float *y, const ds_linear *next) {
+  ds_linear_job job = {
+      .linear = linear, .next = next, .n_rows = n_rows, .rows = rows, .residual = residual, .y = y};
+  return run_linear(pool, &job, true);
+}
+
+/* ---- Rows ---------------------------------------------------------------------------------------------- */
+
+int64_t ds_int8_stride(int32_t k) {
+  int64_t lines = ((int64_t)k + (int64_t)sizeof(ds_row_end) + 63) / 64;
+  return (lines | 1) * 64;
+}
+
+static int32_t check_rows(const ds_pool *pool, int32_t n_rows, const ds_rows_job *job) {
+  REQUIRE(pool, "the pool is NULL");
+  REQUIRE(n_rows >= 0 && job->k >= 1 && job->k <= MAX_SIDE, "%d rows of %d", (int)n_rows, (int)job->k);
+  REQUIRE(n_rows == 0 || (job->x && (job->y || job->rows)), "the rows or the outputs are NULL");
+  return DS_OK;
+}
+
+int32_t ds_quantize_rows(ds_pool *pool, int32_t n_rows, int32_t k, const float *x, float static_scale,
+                         void *rows) {
+  ds_rows_job job = {.k = k, .x = x, .static_scale = static_scale, .rows = rows};
+  int32_t status = check_rows(pool, n_rows, &job);
+  if (status == DS_OK) ds_pool_run(pool, ds_pool_kernels(pool)->quantize_rows, &job, n_rows);
+  return status;
+}
+
+int32_t ds_norm_rows(ds_pool *pool, int32_t norm, int32_t n_rows, int32_t k, const float *x,
+                     const float *weight, const float *bias, float eps, float *y, float static_scale,
+                     void *rows) {
+  REQUIRE(norm == DS_RMS_NORM || norm == DS_LAYER_NORM, "%d is not a norm", (int)norm);
+  REQUIRE(weight, "the norm has no weight");
+  ds_rows_job job = {.k = k,
+                     .norm = norm,
+                     .x = x,
+                     .weight = weight,
+                     .bias = bias,
+                     .eps = eps,
+                     .static_scale = static_scale,
+                     .y = y,
+                     .rows = rows};
+  int32_t status = check_rows(pool, n_rows, &job);
+  if (status == DS_OK) ds_pool_run(pool, ds_pool_kernels(pool)->norm_rows, &job, n_rows);
+  return status;
+}
+
+/* ---- Attention ----------------------------------------------------------------------------------------- */
+
+static int32_t check_heads(const ds_heads *heads) {
+  REQUIRE(heads, "the description of the heads is NULL");
+  REQUIRE(heads->n_kv_heads >= 1 && heads->n_heads >= heads->n_kv_heads &&
+              heads->n_heads % heads->n_kv_heads == 0 && heads->n_heads <= MAX_SIDE,
+          "%d heads over %d key heads", (int)heads->n_heads, (int)heads->n_kv_heads);
+  REQUIRE(heads->head_dim >= 1 && heads->head_dim <= DS_MAX_HEAD_DIM,
+          "heads of %d channels; 1 to %d are supported", (int)heads->head_dim, DS_MAX_HEAD_DIM);
+  REQUIRE(heads->max_slots >= 1, "a cache of %d slots", (int)heads->max_slots);
+  return DS_OK;
+}
+
+int32_t ds_write_heads(ds_pool *pool, const ds_heads *heads, int32_t n_rows, float *qkv,
+                       const int64_t *positions, int32_t first_slot, float *keys, float *values) {
+  REQUIRE(pool, "the pool is NULL");
+  int32_t status = check_heads(heads);
+  if (status != DS_OK) return status;
+  REQUIRE(n_rows >= 0 && first_slot >= 0 && n_rows <= heads->max_slots &&
+              first_slot <= heads->max_slots - n_rows,
+          "the cache has %d slots; %d rows from slot %d on do not fit", (int)heads->max_slots, (int)n_rows,
+          (int)first_slot);
+  REQUIRE(heads->n_rotary >= 0 && heads->n_rotary % 2 == 0 && heads->n_rotary <= heads->head_dim,
+          "%d rotary channels in heads of %d", (int)heads->n_rotary, (int)heads->head_dim);
+  if (n_rows == 0) return DS_OK;
+  REQUIRE(qkv && keys && values, "the rows or the caches are NULL");
+  if (heads->n_rotary) {
+    REQUIRE(heads->cos && heads->sin && positions, "the rotary tables or the positions are NULL");
+    for (int32_t r = 0; r < n_rows; ++r)
+      REQUIRE(positions[r] >= 0 && positions[r] < heads->n_positions,
+              "position %lld of row %d; the tables have %lld", (long long)positions[r], (int)r,
+              (long long)heads->n_positions);
+  }
+  ds_heads_job job = {heads, qkv, positions, first_slot, keys, values};
+  ds_pool_run(pool, ds_pool_kernels(pool)->write_heads, &job, n_rows);
+  return DS_OK;
+}
+
+int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *mask, int32_t *slots,
+                      int32_t *n_slots) {
+  REQUIRE(n_rows >= 0 && max_slots >= 1, "a mask of %d rows and %d slots", (int)n_rows, (int)max_slots);
+  REQUIRE(n_rows == 0 || (mask && slots && n_slots), "the mask or the outputs are NULL");
+  for (int64_t r = 0; r < n_rows; ++r) {
+    const uint8_t *sees = mask + r * max_slots;
+    int32_t *row = slots + r * max_slots, n = 0;
+    for (int32_t s = 0; s < max_slots; ++s) {
+      row[n] = s; /* n <= s: always within the row */
+      n += sees[s] != 0;
+    }
+    n_slots[r] = n;
+  }
+  return DS_OK;
+}
+
+/* Enough items for every thread, but queries of one key head together while there are. */
+static int32_t choose_queries(const ds_heads *heads, int32_t n_rows, int32_t n_threads) {
+  int64_t wanted = (int64_t)n_rows * heads->n_heads / (4 * (int64_t)n_threads);
+  return wanted < 1 ? 1 : wanted > DS_MAX_QUERIES ? DS_MAX_QUERIES : (int32_t)wanted;
+}
+
+int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
+                  const int32_t *slots, const int32_t *n_slots, const float *keys, const float *values,
+                  float *out) {
+  REQUIRE(pool, "the pool is NULL");
+  int32_t status = check_heads(heads);
+  if (status != DS_OK) return status;
+  REQUIRE(n_rows >= 0 && n_rows <= MAX_SIDE, "%d rows", (int)n_rows);
+  if (n_rows == 0) return DS_OK;
+  REQUIRE(qkv && slots && n_slots && keys && values && out, "an input or the output is NULL");
+  for (int64_t r = 0; r < n_rows; ++r) {
+    REQUIRE(n_slots[r] >= 0 && n_slots[r] <= heads->max_slots, "row %d sees %d of %d slots", (int)r,
+            (int)n_slots[r], (int)heads->max_slots);
+    bool within = true;
+    for (int32_t i = 0; i < n_slots[r]; ++i)
+      within &= (uint32_t)slots[r * heads->max_slots + i] < (uint32_t)heads->max_slots;
+    REQUIRE(within, "row %d sees a slot that is not one of the %d of the cache", (int)r,
+            (int)heads->max_slots);
+  }
+  int32_t n_queries = choose_queries(heads, n_rows, ds_pool_threads(pool));
+  int32_t per_head = n_rows * (heads->n_heads / heads->n_kv_heads);
+  ds_attend_job job = {heads, n_rows, n_queries, qkv, slots, n_slots, keys, values, out};
+  ds_pool_run(pool, ds_pool_kernels(pool)->attend, &job,
+              heads->n_kv_heads * ((per_head + n_queries - 1) / n_queries));
+  return DS_OK;
+}
+
+int32_t ds_keep_path(const ds_heads *heads, int32_t n_path, const int32_t *path, int32_t first_slot,
+                     float *cache) {
+  int32_t status = check_heads(heads);
+  if (status != DS_OK) return status;
+  REQUIRE(n_path >= 0 && first_slot >= 0, "a path of %d slots to slot %d", (int)n_path, (int)first_slot);
+  if (n_path == 0) return DS_OK;
+  REQUIRE(path && cache, "the path or the cache is NULL");
+  for (int32_t i = 0; i < n_path; ++i)
+    REQUIRE(path[i] >= first_slot + i && path[i] < heads->max_slots && (i == 0 || path[i] > path[i - 1]),
+            "slot %d at place %d of a path: they must rise, from at least %d, below %d", (int)path[i], (int)i,
+            (int)(first_slot + i), (int)heads->max_slots);
+  int64_t size = heads->head_dim;
+  for (int64_t h = 0; h < heads->n_kv_heads; ++h) {
+    float *head = cache + h * heads->max_slots * size;
+    for (int32_t i = 0; i < n_path; ++i)
+      memmove(head + (first_slot + i) * size, head + path[i] * size, (size_t)size * sizeof *head);
+  }
+  return DS_OK;
+}
+
+/* ---- Yardsticks ---------------------------------------------------------------------------------------- */
+
+int64_t ds_probe_read(ds_pool *pool, const void *bytes, int64_t n_bytes) {
+  REQUIRE(pool && bytes, "the pool or the memory is NULL");
+  REQUIRE(n_bytes >= 0 && n_bytes / DS_PROBE_BYTES <= INT32_MAX, "%lld bytes to read", (long long)n_bytes);
+  int32_t sink[DS_MAX_THREADS], n_items = (int32_t)(n_bytes / DS_PROBE_BYTES);
+  ds_probe_job job = {bytes, sink};
+  ds_pool_run(pool, ds_pool_kernels(pool)->probe_read, &job, n_items);
+  return (int64_t)n_items * DS_PROBE_BYTES;
+}
+
+int64_t ds_probe_multiply(ds_pool *pool, int32_t int8, int64_t n_operations) {
+  REQUIRE(pool, "the pool is NULL");
+  const ds_kernels *kernels = ds_pool_kernels(pool);
+  int64_t per_item = (int64_t)DS_PROBE_STEPS * kernels->probe_lanes * (int8 ? 4 : 1);
+  int64_t n_items = n_operations / per_item + 1;
+  REQUIRE(n_operations >= 0 && n_items <= INT32_MAX, "%lld multiply-adds", (long long)n_operations);
+  int32_t sink[DS_MAX_THREADS];
+  ds_probe_job job = {NULL, sink};
+  ds_pool_run(pool, int8 ? kernels->probe_int8 : kernels->probe_float, &job, (int32_t)n_items);
+  return n_items * per_item;
+}

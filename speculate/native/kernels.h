@@ -1,0 +1,157 @@
+/* Draftsmith's kernels: what a decoder computes for the few rows (tokens) of a decode or verify step. This
+ * page is the whole interface.
+ *
+ * Invariance  A row's result depends, bit for bit, on that row alone: not on the rows beside it, the number
+ *             of threads or the instruction set. Every sum has one order, written down below; integer sums
+ *             are exact.
+ * Data        float32, row-major and dense unless a stride (in elements) is given. Any number of rows; what
+ *             is measured and tuned is 1 to 32.
+ * Ownership   Every pointer is borrowed for the call, and nothing is allocated in one. Outputs must not
+ *             overlap inputs, but for `residual`, which may be the output itself.
+ * Errors      As in draftsmith.h: a negative ds_status, the words in ds_error_message.
+ */
+#ifndef DRAFTSMITH_KERNELS_H
+#define DRAFTSMITH_KERNELS_H
+
+#include "draftsmith.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- Threads ------------------------------------------------------------------------------------------- */
+
+/* Threads that share the work of each call, and the instruction set they use. Calls on one pool run one after
+ * another, whichever threads they come from. */
+typedef struct ds_pool ds_pool;
+
+enum { DS_MAX_THREADS = 64 };
+
+/* NULL on failure. The calling thread is one of the `n_threads`. The instruction set is the best this machine
+ * has, or the one that the environment variable DRAFTSMITH_ISA names. */
+DS_API ds_pool *ds_pool_create(int32_t n_threads);
+DS_API void ds_pool_free(ds_pool *pool);
+
+/* "avx512_vnni", "avx2_vnni", "avx2" or "portable". An error if this machine or this build lacks it. */
+DS_API int32_t ds_pool_use_isa(ds_pool *pool, const char *isa);
+DS_API const char *ds_pool_isa(const ds_pool *pool);
+
+/* ---- Linear layers ------------------------------------------------------------------------------------- */
+
+/* Weights are packed by blocks of 16 outputs, so that the lanes of a vector are outputs; W [n, k] is padded
+ * with zeros to B = ceil(n / 16) blocks, and k to whole groups. One block after another:
+ *   DS_FLOAT32       float  [k][16]
+ *   DS_BFLOAT16      uint16 [ceil(k / 2)][16][2]
+ *   DS_INT8          uint8  [ceil(k / 4)][16][4], the weight plus 128: 1 to 255 (-128 is not a weight)
+ *   DS_INT8_BITMASK  uint64 mask [ceil(k / 4)], bit 4 i + j for output i and input j of a group; then
+ *                    the bytes of DS_INT8 whose bit is set, in order
+ *   DS_INT8_2_4      for each group of four inputs, of which each output keeps two: uint8 [16][2] as in
+ *                    DS_INT8, then a uint64 of 16 codes, output i's in bits 4 (i / 2) + 32 (i % 2) and up.
+ *                    Codes 0 to 5: the two are inputs 01 02 03 12 13 23 of the group, the others zero. */
+enum ds_format { DS_FLOAT32 = 0, DS_BFLOAT16 = 1, DS_INT8 = 2, DS_INT8_BITMASK = 3, DS_INT8_2_4 = 4 };
+
+/* What becomes of x W^T + bias. The gated ones take blocks in pairs, 16 outputs a of the gate projection
+ * before 16 outputs b of the up projection, and give act(a) b. */
+enum ds_activation {
+  DS_IDENTITY = 0,
+  DS_RELU = 1,
+  DS_SILU = 2,
+  DS_GELU = 3,      /* with the error function */
+  DS_GELU_TANH = 4, /* with tanh */
+  DS_GATED = 8,     /* added to one of the others: DS_SILU + DS_GATED is SwiGLU */
+};
+
+typedef struct ds_linear {
+  int32_t n, k;          /* outputs (of the whole, so half the packed ones if gated) and inputs */
+  int32_t format;        /* enum ds_format */
+  int32_t activation;    /* enum ds_activation */
+  const void *weight;    /* packed; reads may pass the end of a DS_INT8_BITMASK by up to 64 bytes */
+  const int64_t *starts; /* DS_INT8_BITMASK: [B + 1], the byte at which each block starts; else NULL */
+  const float *scale;    /* int8: [16 B], one a packed output; else NULL */
+  const float *bias;     /* [16 B], or NULL */
+} ds_linear;
+
+/* y [n_rows, n] = act(x W^T + bias) + residual, float32 arithmetic, x [n_rows, k]. Each output is one chain
+ * of fused multiply-adds over 256 inputs after another, and the sum of those from first to last.
+ * residual  [n_rows, n] or NULL
+ * next      the linear that will probably run next on this pool, or NULL: its first bytes are fetched early
+ */
+DS_API int32_t ds_linear_float(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const float *x,
+                               const float *residual, float *y, const ds_linear *next);
+
+/* The same over quantized rows: (float)(q W^T) * (scale[row] * scale[output]) + bias, each step
+ * rounded. */
+DS_API int32_t ds_linear_int8(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const void *rows,
+                              const float *residual, float *y, const ds_linear *next);
+
+/* ---- Rows ---------------------------------------------------------------------------------------------- */
+
+/* Bytes of a quantized row of k: int8 [k], zeros, and at the end the row's scale (float) and the sum of its
+ * int8 values (int32). An odd number of cache lines, so that the rows of a tile do not all fall into the same
+ * sets. */
+DS_API int64_t ds_int8_stride(int32_t k);
+
+/* q = clamp(round half to even(x / s), -127, 127), with s = static_scale if that is positive, else max|x| /
+ * 127 over the row (1 where that is 0). A NaN or an infinity in a row makes its s, and so all that is
+ * computed from it, not finite. rows: n_rows quantized rows. */
+DS_API int32_t ds_quantize_rows(ds_pool *pool, int32_t n_rows, int32_t k, const float *x, float static_scale,
+                                void *rows);
+
+enum ds_norm { DS_RMS_NORM = 0, DS_LAYER_NORM = 1 };
+
+/* RMSNorm, x / sqrt(mean(x^2) + eps) * weight, or LayerNorm, (x - mean) / sqrt(var + eps) * weight + bias, of
+ * rows of k. Writes y [n_rows, k] unless it is NULL, and quantizes as ds_quantize_rows does unless rows is
+ * NULL. */
+DS_API int32_t ds_norm_rows(ds_pool *pool, int32_t norm, int32_t n_rows, int32_t k, const float *x,
+                            const float *weight, const float *bias, float eps, float *y, float static_scale,
+                            void *rows);
+
+/* ---- Attention ----------------------------------------------------------------------------------------- */
+
+typedef struct ds_heads {
+  int32_t n_heads, n_kv_heads, head_dim; /* head h reads key head h / (n_heads / n_kv_heads) */
+  int32_t max_slots;                     /* the caches are [n_kv_heads, max_slots, head_dim] */
+  float scale;                           /* of query . key */
+  int32_t n_rotary;                      /* channels that turn: i with i + n_rotary / 2; 0 for none */
+  int64_t n_positions;                   /* rows of the tables */
+  const float *cos, *sin;                /* [n_positions, n_rotary / 2] */
+  const float *q_norm, *k_norm; /* [head_dim], RMSNorm over each head before it turns, or both NULL */
+  float norm_eps;
+} ds_heads;
+
+/* Take the rows of a fused projection, [n_rows, (n_heads + 2 n_kv_heads) head_dim] as queries, keys, values:
+ * norm and turn queries in place, norm and turn keys into the cache, copy values into the cache, at slots
+ * first_slot + row. */
+DS_API int32_t ds_write_heads(ds_pool *pool, const ds_heads *heads, int32_t n_rows, float *qkv,
+                              const int64_t *positions, int32_t first_slot, float *keys, float *values);
+
+/* The slots that each row may see, ascending, from a mask [n_rows, max_slots] of 0 and 1: slots [n_rows,
+ * max_slots] and their count a row. A parent's slot is below its child's, so this is the order of
+ * the path. */
+DS_API int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *mask, int32_t *slots,
+                             int32_t *n_slots);
+
+/* out [n_rows, n_heads head_dim] = softmax(scale q . k) v over each row's slots, in their order, by blocks of
+ * 64 with a running maximum (Milakov & Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691). A row that sees
+ * nothing gives zeros. `qkv` is what ds_write_heads left. */
+DS_API int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
+                         const int32_t *slots, const int32_t *n_slots, const float *keys, const float *values,
+                         float *out);
+
+/* Keep one path of a tree: copy cache slots path[0] < path[1] < ... to first_slot, first_slot + 1, ...
+ * (path[i] >= first_slot + i), in one cache [n_kv_heads, max_slots, head_dim]. */
+DS_API int32_t ds_keep_path(const ds_heads *heads, int32_t n_path, const int32_t *path, int32_t first_slot,
+                            float *cache);
+
+/* ---- Yardsticks ---------------------------------------------------------------------------------------- */
+
+/* Read `n_bytes` of memory, whole multiples of 64 KiB of it, or do at least `n_operations` multiply-adds of
+ * int8 or float32 in registers, with all threads. For the caller to time: what no kernel can beat. Returns
+ * how many of either it did. */
+DS_API int64_t ds_probe_read(ds_pool *pool, const void *bytes, int64_t n_bytes);
+DS_API int64_t ds_probe_multiply(ds_pool *pool, int32_t int8, int64_t n_operations);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

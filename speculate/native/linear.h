@@ -1,0 +1,142 @@
+/* What all linear kernels share: which blocks an item has, what to fetch early, and what happens to a
+ * finished tile of outputs. */
+#ifndef DRAFTSMITH_LINEAR_H
+#define DRAFTSMITH_LINEAR_H
+
+#include "dispatch.h"
+#include "vmath.h"
+
+/* The blocks first .. end of an item. Those from .. end are computed: where an item is smaller than a tile, the
+ * tile begins in the item before it. */
+typedef struct {
+  int32_t from, first, end;
+} block_range;
+
+INLINE int32_t is_gated(const ds_linear *linear) { return linear->activation & DS_GATED; }
+
+INLINE int32_t count_blocks(const ds_linear *linear) {
+  int32_t blocks = (linear->n + LANES - 1) / LANES;
+  return is_gated(linear) ? 2 * blocks : blocks;
+}
+
+INLINE int32_t count_item_blocks(const ds_linear *linear) {
+  return is_gated(linear) ? DS_GATED_ITEM_BLOCKS : DS_ITEM_BLOCKS;
+}
+
+INLINE int32_t count_items(const ds_linear *linear) {
+  int32_t size = count_item_blocks(linear);
+  return (count_blocks(linear) + size - 1) / size;
+}
+
+INLINE block_range blocks_of(const ds_linear *linear, int32_t item) {
+  int32_t size = count_item_blocks(linear), blocks = count_blocks(linear);
+  int32_t first = item * size, end = first + size < blocks ? first + size : blocks, from = first;
+  if (end - from < TILE_BLOCKS) from = end < TILE_BLOCKS ? 0 : end - TILE_BLOCKS;
+  return (block_range){from, first, end};
+}
+
+/* Where packed block `block` starts. */
+INLINE int64_t block_start(const ds_linear *linear, int32_t block) {
+  int64_t k = linear->k;
+  switch (linear->format) {
+  case DS_FLOAT32: return block * k * LANES * 4;
+  case DS_BFLOAT16: return block * ((k + 1) / 2) * LANES * 4;
+  case DS_INT8: return block * ((k + 3) / 4) * LANES * 4;
+  case DS_INT8_2_4: return block * ((k + 3) / 4) * (LANES * 2 + LANES / 2);
+  default: return linear->starts[block];
+  }
+}
+
+/* The bytes that this thread will need after the present item: those of its next item, or of the first one
+ * that it will have of the next linear. */
+INLINE ds_region region_after(const ds_linear_job *job, int32_t next_item, int32_t thread) {
+  const ds_linear *linear = job->linear;
+  if (next_item < 0) {
+    linear = job->next;
+    if (!linear) return (ds_region){0};
+    next_item = (int32_t)((int64_t)thread * count_items(linear) / job->n_threads);
+  }
+  block_range blocks = blocks_of(linear, next_item);
+  int64_t start = block_start(linear, blocks.first);
+  return (ds_region){(const char *)linear->weight + start, block_start(linear, blocks.end) - start};
+}
+
+/* Fetches a region from memory into the second-level cache, a few lines at each of a known number of steps.
+ * Without this the kernels wait for memory about a third of their time: the hardware's own prefetching stops
+ * at each page. */
+typedef struct {
+  const char *next;
+  int64_t stride;
+} fetcher;
+
+enum { FETCH_LINES = 3 };
+
+INLINE fetcher make_fetcher(ds_region region, int64_t n_steps) {
+  int64_t stride = (region.n_bytes + n_steps - 1) / n_steps;
+  return (fetcher){region.next, stride < FETCH_LINES * 64 ? stride : FETCH_LINES * 64};
+}
+
+INLINE void fetch(fetcher *f) {
+  UNROLL for (int i = 0; i < FETCH_LINES; ++i) __builtin_prefetch(f->next + 64 * i, 0, 2);
+  f->next += f->stride;
+}
+
+/* Rows are computed by tiles of TILE_ROWS x TILE_BLOCKS, all rows of a chunk before the next blocks, so that
+ * weights come from memory once and from a near cache for the other tiles. */
+enum { CHUNK_ROWS = 32, OUTPUT_STRIDE = DS_GATED_ITEM_BLOCKS * LANES };
+typedef float output_chunk[CHUNK_ROWS][OUTPUT_STRIDE];
+
+INLINE int64_t count_tiles(const ds_linear_job *job, block_range range) {
+  return ((job->n_rows + TILE_ROWS - 1) / TILE_ROWS) *
+         ((range.end - range.from + TILE_BLOCKS - 1) / TILE_BLOCKS);
+}
+
+/* Evaluates `tile` for all tiles of `n_rows` rows (the first is `r`) and of the blocks of `range` (`block`), with
+ * ROWS and BLOCKS the constants that it is to be compiled for: TILE_BLOCKS blocks of any number of rows or, where
+ * the whole linear has not as many, one of one. */
+#define TILE_CASE(rows, tile)                                                                                \
+  case rows: {                                                                                               \
+    enum { ROWS = rows, BLOCKS = TILE_BLOCKS };                                                              \
+    tile;                                                                                                    \
+    break;                                                                                                   \
+  }
+#define TILE_CASES_2(tile) TILE_CASE(1, tile) TILE_CASE(2, tile)
+#define TILE_CASES_4(tile) TILE_CASES_2(tile) TILE_CASE(3, tile) TILE_CASE(4, tile)
+#define TILE_CASES_8(tile)                                                                                   \
+  TILE_CASES_4(tile) TILE_CASE(5, tile) TILE_CASE(6, tile) TILE_CASE(7, tile) TILE_CASE(8, tile)
+#define TILE_CASES(tile) JOIN(TILE_CASES, TILE_ROWS)(tile)
+#define FOR_TILES(range, n_rows, block, r, tile)                                                             \
+  if (range.end - range.from >= TILE_BLOCKS) {                                                               \
+    for (int32_t block = range.from; block < range.end; block += TILE_BLOCKS) {                              \
+      if (block > range.end - TILE_BLOCKS) block = range.end - TILE_BLOCKS;                                  \
+      for (int32_t r = 0; r < n_rows; r += TILE_ROWS) {                                                      \
+        switch (n_rows - r < TILE_ROWS ? n_rows - r : TILE_ROWS) { TILE_CASES(tile) }                        \
+      }                                                                                                      \
+    }                                                                                                        \
+  } else {                                                                                                   \
+    enum { ROWS = 1, BLOCKS = 1 };                                                                           \
+    for (int32_t block = range.from; block < range.end; ++block)                                             \
+      for (int32_t r = 0; r < n_rows; ++r) tile;                                                             \
+  }
+
+/* From x W^T + bias of the blocks that were computed to the outputs of the item: activation, gate, residual. */
+INLINE void finish_chunk(const ds_linear_job *job, int32_t row, int32_t n_rows, block_range range,
+                         output_chunk out) {
+  const ds_linear *linear = job->linear;
+  int32_t gated = is_gated(linear) != 0, activation = linear->activation & ~DS_GATED;
+  int32_t n_out = (range.end - range.first) >> gated;
+  for (int32_t r = 0; r < n_rows; ++r) {
+    for (int32_t b = 0; b < n_out; ++b) {
+      int32_t column = ((range.first >> gated) + b) * LANES;
+      int32_t n = linear->n - column < LANES ? linear->n - column : LANES;
+      int64_t at = (int64_t)(row + r) * linear->n + column;
+      const float *from = &out[r][(range.first - range.from + (b << gated)) * LANES];
+      vf y = f_activate(activation, f_load(from));
+      if (gated) y = f_mul(y, f_load(from + LANES));
+      if (job->residual) y = f_add(y, f_load_n(job->residual + at, n));
+      f_store_n(job->y + at, y, n);
+    }
+  }
+}
+
+#endif

@@ -1,0 +1,93 @@
+/* int8 weights, dense or sparse, times quantized rows. The integer sums are exact, so their order is free;
+ * the few float operations that follow are not, and are the same for every format and instruction set. */
+#include "linear.h"
+
+/* Where one block's weights are read: by groups of four inputs, 64 weights at a time. */
+typedef struct {
+  const uint8_t *masks, *bytes;
+} w_reader;
+
+INLINE w_reader start_reading(const int format, const ds_linear *linear, int32_t block) {
+  const uint8_t *start = (const uint8_t *)linear->weight + block_start(linear, block);
+  if (format == DS_INT8_BITMASK) return (w_reader){start, start + 8 * (int64_t)((linear->k + 3) / 4)};
+  return (w_reader){NULL, start};
+}
+
+INLINE vw read_group(const int format, w_reader *reader) {
+  const uint8_t *bytes = reader->bytes;
+  uint64_t word;
+  switch (format) {
+  case DS_INT8_BITMASK:
+    memcpy(&word, reader->masks, sizeof word);
+    reader->masks += sizeof word;
+    reader->bytes += __builtin_popcountll(word);
+    return w_expand(bytes, word);
+  case DS_INT8_2_4:
+    memcpy(&word, bytes + 2 * LANES, sizeof word);
+    reader->bytes += 2 * LANES + sizeof word;
+    return w_expand_2_4(bytes, word);
+  default: reader->bytes += 4 * LANES; return w_load(bytes);
+  }
+}
+
+/* The outputs of a row, whose record ends at `row_end`. */
+INLINE void dequantize_row(const int blocks, const ds_linear *linear, int32_t block, const char *row_end,
+                           const vi *sums, float *out) {
+  ds_row_end end;
+  memcpy(&end, row_end - sizeof end, sizeof end);
+  vi offset = i_set(DOT_OFFSET * end.sum);
+  UNROLL for (int b = 0; b < blocks; ++b) {
+    int64_t at = (int64_t)(block + b) * LANES;
+    vf y = f_mul(f_from_int(i_sub(sums[b], offset)), f_mul(f_set(end.scale), f_load(linear->scale + at)));
+    f_store(out + b * LANES, linear->bias ? f_add(y, f_load(linear->bias + at)) : y);
+  }
+}
+
+/* A tile: `rows` rows with `blocks` blocks of 16 outputs. `format` and both counts are constants wherever
+ * this is inlined, so the sums stay in registers. */
+INLINE void compute_tile(const int format, const int rows, const int blocks, const ds_linear *linear,
+                         int32_t block, const char *q, int64_t stride, fetcher *ahead, float *out) {
+  int32_t n_groups = (linear->k + 3) / 4;
+  w_reader reader[TILE_BLOCKS];
+  vi sums[TILE_ROWS][TILE_BLOCKS];
+  UNROLL for (int b = 0; b < blocks; ++b) reader[b] = start_reading(format, linear, block + b);
+  UNROLL for (int r = 0; r < rows; ++r) { UNROLL for (int b = 0; b < blocks; ++b) sums[r][b] = i_set(0); }
+  for (int32_t g = 0; g < n_groups; ++g) {
+    vw w[TILE_BLOCKS];
+    fetch(ahead);
+    UNROLL for (int b = 0; b < blocks; ++b) w[b] = read_group(format, &reader[b]);
+    UNROLL for (int r = 0; r < rows; ++r) {
+      vx x = x_load((const int8_t *)q + r * stride + 4 * (int64_t)g);
+      UNROLL for (int b = 0; b < blocks; ++b) sums[r][b] = i_dot(sums[r][b], w[b], x);
+    }
+  }
+  UNROLL for (int r = 0; r < rows; ++r)
+      dequantize_row(blocks, linear, block, q + (r + 1) * stride, sums[r], out + r * OUTPUT_STRIDE);
+}
+
+INLINE void compute_item(const int format, const ds_linear_job *job, int32_t item, int32_t next,
+                         int32_t thread) {
+  const ds_linear *linear = job->linear;
+  block_range range = blocks_of(linear, item);
+  int64_t stride = ds_int8_stride(linear->k);
+  fetcher ahead =
+      make_fetcher(region_after(job, next, thread), count_tiles(job, range) * ((linear->k + 3) / 4));
+  for (int32_t row = 0; row < job->n_rows; row += CHUNK_ROWS) {
+    output_chunk out;
+    int32_t n_rows = job->n_rows - row < CHUNK_ROWS ? job->n_rows - row : CHUNK_ROWS;
+    const char *q = job->rows + row * stride;
+    FOR_TILES(range, n_rows, block, r,
+              compute_tile(format, ROWS, BLOCKS, linear, block, q + r * stride, stride, &ahead,
+                           out[r] + (block - range.from) * LANES))
+    finish_chunk(job, row, n_rows, range, out);
+  }
+}
+
+void ISA(linear_int8)(const void *argument, int32_t item, int32_t next, int32_t thread) {
+  const ds_linear_job *job = argument;
+  switch (job->linear->format) {
+  case DS_INT8_BITMASK: compute_item(DS_INT8_BITMASK, job, item, next, thread); break;
+  case DS_INT8_2_4: compute_item(DS_INT8_2_4, job, item, next, thread); break;
+  default: compute_item(DS_INT8, job, item, next, thread);
+  }
+}

@@ -1,0 +1,49 @@
+/* What the machine can do at best: the yardsticks of the benchmarks. */
+#include "dispatch.h"
+#include "simd.h"
+
+/* One item reads 64 KiB, as the linear kernels do: in order, asking for what is some way ahead. */
+void ISA(probe_read)(const void *argument, int32_t item, int32_t next, int32_t thread) {
+  (void)next;
+  const ds_probe_job *job = argument;
+  const char *bytes = job->bytes + item * (int64_t)DS_PROBE_BYTES;
+  enum { AHEAD = 16384, STEP = 256 };
+  vi sums[4] = {i_set(0), i_set(0), i_set(0), i_set(0)};
+  for (int32_t i = 0; i < DS_PROBE_BYTES; i += STEP) {
+    UNROLL for (int j = 0; j < 4; ++j) {
+      __builtin_prefetch(bytes + i + AHEAD + 64 * j, 0, 2);
+      sums[j] = i_add(sums[j], i_load(bytes + i + 64 * j));
+    }
+  }
+  job->sink[thread] = i_sum_lanes(i_add(i_add(sums[0], sums[1]), i_add(sums[2], sums[3])));
+}
+
+enum { CHAINS = TILE_ROWS * TILE_BLOCKS };
+
+/* One item multiplies and adds in registers, in as many chains as a tile of the linear kernels has. */
+void ISA(probe_int8)(const void *argument, int32_t item, int32_t next, int32_t thread) {
+  (void)next;
+  const ds_probe_job *job = argument;
+  static const int8_t bytes[64] = {1, 2, 3};
+  vi sums[CHAINS];
+  vw w = w_load(bytes);
+  vx x = x_load(bytes + item % 4);
+  UNROLL for (int j = 0; j < CHAINS; ++j) sums[j] = i_set(j);
+  for (int32_t i = 0; i < DS_PROBE_STEPS; ++i) {
+    UNROLL for (int j = 0; j < CHAINS; ++j) sums[j] = i_dot(sums[j], w, x);
+  }
+  for (int j = 1; j < CHAINS; ++j) sums[0] = i_add(sums[0], sums[j]);
+  job->sink[thread] = i_sum_lanes(sums[0]);
+}
+
+void ISA(probe_float)(const void *argument, int32_t item, int32_t next, int32_t thread) {
+  (void)next;
+  const ds_probe_job *job = argument;
+  vf sums[CHAINS], w = f_set(0.5f), x = f_set((float)(item % 4 + 1)); /* never subnormal */
+  UNROLL for (int j = 0; j < CHAINS; ++j) sums[j] = f_set((float)j);
+  for (int32_t i = 0; i < DS_PROBE_STEPS; ++i) {
+    UNROLL for (int j = 0; j < CHAINS; ++j) sums[j] = f_fma(sums[j], w, x);
+  }
+  for (int j = 1; j < CHAINS; ++j) sums[0] = f_add(sums[0], sums[j]);
+  job->sink[thread] = (int32_t)f_sum(sums[0]);
+}

@@ -1,0 +1,64 @@
+/* Sixteen lanes. A kernel is written once over these few operations and compiled once per instruction set,
+ * against one of three files that give them. Each operation is exact or rounded once, as IEEE 754 says, and
+ * each reduction has one order, so the results are the same bits everywhere. Where one is not obvious:
+ *
+ *   f_max, f_min    a > b ? a : b, resp. a < b ? a : b; so b if either is NaN
+ *   f_round         to the nearest int32, ties to even; the value must fit
+ *   f_sum           lanes i + (i + 8), then i + (i + 4), i + (i + 2), i + (i + 1)
+ *   f_sums          lane i is f_sum(v[i])
+ *   f_max_lanes     as f_sum, with f_max
+ *   *_n             touch only the first n lanes, 0 <= n <= 16; the others load as zero
+ *   f_keep_n        zeroes the others
+ *   f_pick_less     a < b ? x : y
+ *   bf16_even, _odd the even, resp. odd bfloat16 of sixteen pairs, as floats
+ *
+ * w_expand(bytes, mask)       the bytes of the weights whose bit is set, zero for the others; may read 64
+ * w_expand_2_4(pairs, codes)  as DS_INT8_2_4 says
+ *
+ * i_dot(sums, w, x) adds to each of sixteen int32 the dot product of four weight bytes with the four
+ * activation bytes. The weights are stored plus 128, and DOT_OFFSET (128 or 0) is what an implementation
+ * leaves of that: the caller subtracts DOT_OFFSET times the sum of the activations. */
+#ifndef DRAFTSMITH_SIMD_H
+#define DRAFTSMITH_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+/* Tiles are compiled for constant sizes: what takes one is inlined and its loops unrolled, so that the sums stay
+ * in registers. Plain C leaves that to the compiler. */
+#if !defined(__AVX2__)
+#define INLINE static inline __attribute__((unused))
+#define UNROLL
+#elif defined(__clang__)
+#define INLINE static inline __attribute__((always_inline, unused))
+#define UNROLL _Pragma("unroll")
+#else
+#define INLINE static inline __attribute__((always_inline, unused))
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+
+/* Every function that is compiled once per instruction set is named with it. */
+#ifndef DS_ISA
+#define DS_ISA portable
+#endif
+#define ISA(name) JOIN(name, DS_ISA)
+
+enum { LANES = 16 };
+
+/* For codes 0 to 5 of DS_INT8_2_4, which byte of (first, second, zero) goes to each of four places, the first
+ * place lowest. */
+static const int32_t PLACES[LANES]
+    __attribute__((unused)) = {0x02020100, 0x02010200, 0x01020200, 0x02010002, 0x01020002, 0x01000202};
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__)
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+#endif
+
+#endif

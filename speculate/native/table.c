@@ -1,0 +1,25 @@
+/* The kernels compiled for one instruction set. */
+#include "dispatch.h"
+#include "simd.h"
+
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+
+ds_task ISA(linear_float), ISA(linear_int8), ISA(quantize_rows), ISA(norm_rows), ISA(write_heads),
+    ISA(attend);
+ds_task ISA(probe_read), ISA(probe_int8), ISA(probe_float);
+
+extern const ds_kernels ISA(ds_kernels);
+const ds_kernels ISA(ds_kernels) = {
+    .isa = TEXT(DS_ISA),
+    .linear_float = ISA(linear_float),
+    .linear_int8 = ISA(linear_int8),
+    .quantize_rows = ISA(quantize_rows),
+    .norm_rows = ISA(norm_rows),
+    .write_heads = ISA(write_heads),
+    .attend = ISA(attend),
+    .probe_read = ISA(probe_read),
+    .probe_int8 = ISA(probe_int8),
+    .probe_float = ISA(probe_float),
+    .probe_lanes = TILE_ROWS * TILE_BLOCKS * LANES,
+};

@@ -13,7 +13,10 @@ from .onnx_files import WeightFile
 OPSET = 24  # the first with TensorScatter
 IR_VERSION = 11  # goes with opset 24
 
+DOMAIN = "draftsmith"  # of our own operators
+
 Dim = int | str  # a name stands for a size known at run time
+Kind = tuple[int, Sequence[Dim]]  # element type and shape of a value
 
 
 class Graph:
@@ -23,11 +26,12 @@ class Graph:
     same inputs and attributes is added once.
     """
 
-    def __init__(self, name: str, weights: WeightFile) -> None:
+    def __init__(self, name: str, *weights: WeightFile) -> None:
         self._name = name
         self._weights = weights
         self._scope = ""
         self._nodes: list[onnx.NodeProto] = []
+        self._declared: dict[str, onnx.ValueInfoProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._initializers: dict[str, TensorProto] = {}
@@ -51,13 +55,13 @@ class Graph:
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
 
     def weight(self, name: str) -> str:
-        """A tensor of the weight file as a value."""
-        self._initializers[name] = self._weights[name]
+        """A tensor of the weight files as a value."""
+        self._initializers[name] = self._stored(name)
         return name
 
     def matrix(self, name: str) -> str:
-        """A tensor of the weight file in float32, the dtype of all arithmetic."""
-        if self._weights[name].data_type == TensorProto.FLOAT:
+        """A tensor of the weight files in float32, the dtype of all arithmetic."""
+        if self._stored(name).data_type == TensorProto.FLOAT:
             return self.weight(name)
         return self.op("Cast", self.weight(name), to=TensorProto.FLOAT)
 
@@ -79,6 +83,29 @@ class Graph:
         """Add an operator of the standard domain that has one output; return the output's name."""
         return self._add(kind, inputs, [output], attributes)[0]
 
+    def ours(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        made: Sequence[Kind],
+        names: Sequence[str] = (),
+        **attributes: Any,
+    ) -> list[str]:
+        """Add an operator of our domain; return the names of its outputs, which `names` may settle. Nobody
+        else can infer what it makes, so `made` says it."""
+        while inputs and not inputs[-1]:  # missing ones need no place at the end
+            inputs = inputs[:-1]
+        outputs = self._add(kind, inputs, list(names) or [""] * len(made), attributes | {"domain": DOMAIN})
+        for name, (dtype, shape) in zip(outputs, made, strict=True):
+            self.declare(name, dtype, shape)
+        return outputs
+
+    def declare(self, name: str, dtype: int, shape: Sequence[Dim]) -> str:
+        """Say what inference cannot find out: where shapes are not known, no memory is reused."""
+        if name not in self._declared and name not in {value.name for value in self._outputs}:
+            self._declared[name] = helper.make_tensor_value_info(name, dtype, shape)
+        return name
+
     def split(self, x: str, sizes: Sequence[int], axis: int) -> list[str]:
         """Cut `x` along `axis` into pieces of `sizes`."""
         if len(sizes) == 1:
@@ -87,8 +114,18 @@ class Graph:
 
     def model(self) -> onnx.ModelProto:
         initializers = list(self._initializers.values())
-        graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, initializers)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
+        graph = helper.make_graph(
+            self._nodes,
+            self._name,
+            self._inputs,
+            self._outputs,
+            initializers,
+            value_info=list(self._declared.values()),
+        )
+        domains = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == DOMAIN for node in self._nodes):
+            domains.append(helper.make_opsetid(DOMAIN, 1))
+        model = helper.make_model(graph, opset_imports=domains)
         model.ir_version, model.producer_name = IR_VERSION, "draftsmith"
         return model
 
@@ -101,6 +138,9 @@ class Graph:
             names = self._made[key] = [output or self._unique(kind) for output in outputs]
             self._nodes.append(helper.make_node(kind, inputs, names, name=names[0], **attributes))
         return self._made[key]
+
+    def _stored(self, name: str) -> TensorProto:
+        return next(file[name] for file in self._weights if name in file)
 
     def _unique(self, kind: str) -> str:
         name = self._scope + kind

@@ -7,18 +7,18 @@ ONNX Runtime reuses no buffer, and planning takes a time quadratic in the number
 import numpy as np
 from onnx import TensorProto
 
+from ..model.config import DecoderConfig
 from ..model.layout import EMBED_POSITIONS, EMBED_TOKENS
 from .builder import Graph
-from .linear import Multiply, apply_linears, multiply_dynamic, multiply_static
+from .linear import apply_linears
 from .onnx_files import WeightFile
 from .weights import StoredLayer, StoredModel
 
 BATCH, TOKENS, SLOTS = "batch", "tokens", "slots"
 
 
-def build_graph(model: StoredModel, weights: WeightFile, *, row_scales: bool) -> Graph:
-    """`row_scales`: int8 linears scale each row of their input by itself, else by a fixed scale for all."""
-    builder = _DecoderBuilder(model, weights, row_scales)
+def build_graph(model: StoredModel, weights: WeightFile) -> Graph:
+    builder = _DecoderBuilder(model, weights)
     hidden = builder.embed()
     for layer, stored in enumerate(model.layers):
         hidden = builder.layer(hidden, layer, stored)
@@ -26,24 +26,44 @@ def build_graph(model: StoredModel, weights: WeightFile, *, row_scales: bool) ->
     return builder.graph
 
 
+def embed_tokens(graph: Graph, config: DecoderConfig, tokens: str, positions: str) -> str:
+    hidden = _gather(graph, EMBED_TOKENS, tokens)
+    if config.embedding_scale != 1.0:
+        hidden = graph.op("Mul", hidden, graph.scalar(config.embedding_scale))
+    return add_positions(graph, config, hidden, positions)
+
+
+def add_positions(graph: Graph, config: DecoderConfig, hidden: str, positions: str) -> str:
+    """Learned positions, of the models whose queries and keys do not turn."""
+    if config.rotary is not None:
+        return hidden
+    return graph.op("Add", hidden, _gather(graph, EMBED_POSITIONS, positions))
+
+
+def soften(graph: Graph, config: DecoderConfig, logits: str) -> str:
+    """cap · tanh(logits / cap), of the models that cap their logits."""
+    if (cap := config.logit_softcap) is None:
+        return logits
+    logits = graph.op("Tanh", graph.op("Div", logits, graph.scalar(cap)))
+    return graph.op("Mul", logits, graph.scalar(cap))
+
+
+def _gather(graph: Graph, table: str, index: str) -> str:
+    """Rows are converted after they are picked: a float32 copy of the table would only cost memory."""
+    return graph.op("Cast", graph.op("Gather", graph.weight(table), index), to=TensorProto.FLOAT)
+
+
 class _DecoderBuilder:
-    def __init__(self, model: StoredModel, weights: WeightFile, row_scales: bool) -> None:
+    def __init__(self, model: StoredModel, weights: WeightFile) -> None:
         self.model, self.config = model, model.config
         self.graph = graph = Graph(self.config.family, weights)
         self.tokens = graph.input("input_ids", TensorProto.INT64, [BATCH, TOKENS])
         self.positions = graph.input("position_ids", TensorProto.INT64, [BATCH, TOKENS])
         self.write_index = graph.input("write_index", TensorProto.INT64, [BATCH])
         self.mask = graph.input("attention_mask", TensorProto.BOOL, [BATCH, 1, TOKENS, SLOTS])
-        self.multiply: Multiply = multiply_dynamic if row_scales else multiply_static
 
     def embed(self) -> str:
-        graph = self.graph
-        hidden = self._gather(EMBED_TOKENS, self.tokens)
-        if self.config.embedding_scale != 1.0:
-            hidden = graph.op("Mul", hidden, graph.scalar(self.config.embedding_scale))
-        if self.config.rotary is None:
-            hidden = graph.op("Add", hidden, self._gather(EMBED_POSITIONS, self.positions))
-        return hidden
+        return embed_tokens(self.graph, self.config, self.tokens, self.positions)
 
     def layer(self, hidden: str, layer: int, stored: StoredLayer) -> str:
         graph, name = self.graph, f"model.layers.{layer}"
@@ -61,24 +81,16 @@ class _DecoderBuilder:
         graph, vocab = self.graph, self.config.vocab_size
         hidden = self._norm(hidden, "model.norm")
         if self.model.head:
-            (logits,) = apply_linears(graph, hidden, self.model.head, self.multiply)
+            (logits,) = apply_linears(graph, hidden, self.model.head)
         else:
             table = graph.op("Transpose", graph.matrix(EMBED_TOKENS), perm=[1, 0])
             logits = graph.op("MatMul", hidden, table)
-        if (cap := self.config.logit_softcap) is not None:
-            logits = graph.op("Tanh", graph.op("Div", logits, graph.scalar(cap)))
-            logits = graph.op("Mul", logits, graph.scalar(cap))
-        graph.op("Identity", logits, output="logits")
+        graph.op("Identity", soften(graph, self.config, logits), output="logits")
         graph.output("logits", TensorProto.FLOAT, [BATCH, TOKENS, vocab])
-
-    def _gather(self, table: str, index: str) -> str:
-        """Rows are converted after they are picked: a float32 copy of the table would only cost memory."""
-        rows = self.graph.op("Gather", self.graph.weight(table), index)
-        return self.graph.op("Cast", rows, to=TensorProto.FLOAT)
 
     def _attention(self, x: str, layer: int, stored: StoredLayer) -> str:
         graph, config = self.graph, self.config
-        query, key, value = apply_linears(graph, x, stored.qkv, self.multiply)
+        query, key, value = apply_linears(graph, x, stored.qkv)
         query, key, value = (
             self._heads(query, config.num_heads),
             self._heads(key, config.num_kv_heads),
@@ -93,7 +105,7 @@ class _DecoderBuilder:
         mixed = graph.op("Attention", query, keys, values, mask, scale=config.attention_scale)
         mixed = graph.op("Transpose", mixed, perm=[0, 2, 1, 3])
         mixed = graph.op("Reshape", mixed, graph.ints(0, 0, config.num_heads * config.head_dim))
-        return apply_linears(graph, mixed, stored.o, self.multiply)[0]
+        return apply_linears(graph, mixed, stored.o)[0]
 
     def _heads(self, x: str, num_heads: int) -> str:
         """[B, S, heads · D] → [B, heads, S, D]."""
@@ -130,9 +142,9 @@ class _DecoderBuilder:
         return graph.op("And", self.mask, graph.op("LessOrEqual", from_end, graph.scalar(size, np.int32)))
 
     def _mlp(self, x: str, stored: StoredLayer) -> str:
-        *gate, up = apply_linears(self.graph, x, stored.gate_up, self.multiply)
+        *gate, up = apply_linears(self.graph, x, stored.gate_up)
         x = self.graph.op("Mul", self._activate(gate[0]), up) if gate else self._activate(up)
-        return apply_linears(self.graph, x, stored.down, self.multiply)[0]
+        return apply_linears(self.graph, x, stored.down)[0]
 
     def _activate(self, x: str) -> str:
         match self.config.activation:

@@ -18,6 +18,8 @@ _ONNX_TYPES = {
     torch.float16: TensorProto.FLOAT16,
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8,
+    torch.int64: TensorProto.INT64,
 }
 
 
@@ -47,7 +49,7 @@ class WeightFile:
             self._part.unlink()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Store `tensor` (float32, float16, bfloat16 or int8) under a name not used before."""
+        """Store `tensor` (a float, int8, uint8 or int64) under a name not used before."""
         if name in self._stored:
             raise ValueError(f"{name} is stored already")
         tensor = tensor.detach().contiguous()

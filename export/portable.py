@@ -1,6 +1,6 @@
-"""A checkpoint as ONNX: `model.onnx` for any runtime, `cpu.onnx` for ONNX Runtime's CPU, one file of weights.
+"""A checkpoint as ONNX: `model.onnx` for any runtime, `cpu.onnx` for our kernels on the CPU.
 
-Both consist of standard operators and have the same inputs and outputs:
+`model.onnx` consists of standard operators. Both have these inputs and outputs:
 
     input_ids       int64 [B, S]           new tokens: a chunk of the prompt, a chain, or a flattened tree
     position_ids    int64 [B, S]           depth in the sequence (siblings of a tree share one)
@@ -9,18 +9,21 @@ Both consist of standard operators and have the same inputs and outputs:
     past_key_values.N.key, .value          float32 [B, H_kv, S_max, D]; returned as present.N.key, .value
     logits          float32 [B, S, V]
 
-Along every path of a tree slots ascend. Slots that nobody sees may hold anything finite.
+Along every path of a tree slots ascend. Slots that nobody sees may hold anything finite. `cpu.onnx` has one
+more input, `num_logits` int64 [1]: logits come for the last `num_logits` tokens only.
 """
 
 from pathlib import Path
 
 from ..model.progress import Progress, no_progress
 from ..model.store import Checkpoint
+from .cpu import build_cpu_graph
 from .decoder import build_graph
 from .onnx_files import WeightFile, write_model
 from .weights import store_model
 
-PORTABLE, CPU, WEIGHTS = "model.onnx", "cpu.onnx", "model.data"
+PORTABLE, WEIGHTS = "model.onnx", "model.data"
+CPU, PACKED = "cpu.onnx", "cpu.data"
 
 
 def export_onnx(
@@ -34,8 +37,7 @@ def export_onnx(
 
     In `model.onnx` int8 linears are static Q/DQ, the form that TensorRT takes: int8 activations where the
     checkpoint has a scale for them, float elsewhere. `cpu.onnx` scales the activations of every token by
-    themselves; it is written only if some linear is int8, since otherwise it would be the same graph. A
-    sequence may get as long as the model allows, or `max_seq_len` if that is less.
+    themselves. A sequence may get as long as the model allows, or `max_seq_len` if that is less.
 
     Returns `graph` (for the CPU) and `portable`, both file names in `out`, and `max_seq_len`.
     Raises ModelError where the checkpoint is not complete.
@@ -43,11 +45,8 @@ def export_onnx(
     source = Checkpoint(checkpoint)
     longest = source.config.max_position_embeddings
     num_positions = min(max_seq_len or longest, longest)
-    with WeightFile(out / WEIGHTS) as weights:
-        model = store_model(source, weights, num_positions, progress)
-    graphs = {PORTABLE: False}
-    if any(linear.is_quantized for linear in model.linears()):
-        graphs[CPU] = True
-    for name, row_scales in graphs.items():
-        write_model(build_graph(model, weights, row_scales=row_scales).model(), out / name)
-    return {"graph": list(graphs)[-1], "portable": PORTABLE, "max_seq_len": num_positions}
+    with WeightFile(out / WEIGHTS) as weights, WeightFile(out / PACKED) as packed:
+        model = store_model(source, weights, packed, num_positions, progress)
+    write_model(build_graph(model, weights).model(), out / PORTABLE)
+    write_model(build_cpu_graph(model, weights, packed).model(), out / CPU)
+    return {"graph": CPU, "portable": PORTABLE, "max_seq_len": num_positions}

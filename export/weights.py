@@ -1,7 +1,8 @@
-"""The weights of a decoder as the graphs read them, put into one weight file.
+"""The weights of a decoder as the graphs read them, put into two weight files.
 
-Linears are stored [in, out], the way a matrix product reads them. Those of one input that are quantized alike
-(q, k, v; gate, up) stand side by side as one weight: one product and one quantized input serve them all.
+Linears are stored twice: [in, out], the way a matrix product reads them, and packed for the native kernels.
+Those of one input that are quantized alike (q, k, v; gate, up) stand side by side as one weight: one product
+and one quantized input serve them all.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from ..model.layout import EMBED_POSITIONS, EMBED_TOKENS
 from ..model.progress import Progress, no_progress
 from ..model.store import TORCH_DTYPES, Checkpoint
 from .onnx_files import WeightFile
+from .packed import PackedLinear, add_packed
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class StoredLinear:
     is_quantized: bool
     has_bias: bool
     input_scale: float | None  # None: a graph with static scales leaves these activations in float
+    packed: PackedLinear
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class StoredModel:
     num_positions: int
     layers: list[StoredLayer]
     head: list[StoredLinear]  # empty: the embedding is the output projection too
+    packed_head: PackedLinear
 
     def linears(self) -> list[StoredLinear]:
         groups = [group for layer in self.layers for group in (layer.qkv, layer.o, layer.gate_up, layer.down)]
@@ -54,11 +58,15 @@ class StoredModel:
 
 
 def store_model(
-    source: Checkpoint, weights: WeightFile, num_positions: int, progress: Progress = no_progress
+    source: Checkpoint,
+    weights: WeightFile,
+    packed: WeightFile,
+    num_positions: int,
+    progress: Progress = no_progress,
 ) -> StoredModel:
     """Write the weights of `source`, one part at a time. `num_positions`: how long a sequence may get."""
     config = source.config
-    store = _Store(weights, TORCH_DTYPES[config.dtype])
+    store = _Store(weights, packed, TORCH_DTYPES[config.dtype])
     embed = source.load_embed()
     store.matrix(EMBED_TOKENS, embed[EMBED_TOKENS])
     if config.rotary is None:
@@ -70,8 +78,11 @@ def store_model(
         progress(layer + 1, config.num_layers, "export")
     tensors = source.load_head()
     store.norms("", tensors)
-    head = [] if config.tied_head else store.linears("", ["lm_head"], tensors)
-    return StoredModel(config, num_positions, layers, head)
+    if config.tied_head:
+        table = add_packed(packed, EMBED_TOKENS, [store.cast(embed[EMBED_TOKENS])])
+        return StoredModel(config, num_positions, layers, [], table)
+    head = store.linears("", ["lm_head"], tensors)
+    return StoredModel(config, num_positions, layers, head, head[0].packed)
 
 
 def _store_layer(
@@ -99,12 +110,15 @@ def _store_rotary(weights: WeightFile, config: DecoderConfig, num_positions: int
 
 
 class _Store:
-    def __init__(self, weights: WeightFile, dtype: torch.dtype) -> None:
-        self.weights, self.dtype = weights, dtype
+    def __init__(self, weights: WeightFile, packed: WeightFile, dtype: torch.dtype) -> None:
+        self.weights, self.packed, self.dtype = weights, packed, dtype
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """A float matrix has the model's dtype whatever an earlier stage computed in."""
+        return tensor if tensor.dtype == torch.int8 else tensor.to(self.dtype)
 
     def matrix(self, name: str, tensor: Tensor) -> None:
-        """A float matrix has the model's dtype whatever an earlier stage computed in."""
-        self.weights.add(name, tensor if tensor.dtype == torch.int8 else tensor.to(self.dtype))
+        self.weights.add(name, self.cast(tensor))
 
     def norms(self, prefix: str, tensors: dict[str, Tensor]) -> None:
         for name in sorted(tensors):
@@ -125,18 +139,29 @@ class _Store:
         return [self._linear(prefix + (fused if len(names) > 1 else names[0]), names, tensors)]
 
     def _linear(self, stored: str, names: Sequence[str], tensors: dict[str, Tensor]) -> StoredLinear:
-        def joined(kind: str) -> Tensor:
-            return torch.cat([tensors[f"{name}.{kind}"] for name in names])
+        def parts(kind: str) -> list[Tensor]:
+            return [tensors[f"{name}.{kind}"] for name in names]
 
         is_quantized, has_bias = _kind(tensors, names[0])
         scales = [_input_scale(tensors, name) for name in names]
-        self.matrix(f"{stored}.weight", joined("weight").T)
+        weights, weight_scales = parts("weight"), parts("weight_scale") if is_quantized else []
+        biases = parts("bias") if has_bias else []
+        self.matrix(f"{stored}.weight", torch.cat(weights).T)
         if is_quantized:
-            self.weights.add(f"{stored}.weight_scale", joined("weight_scale").float())
+            self.weights.add(f"{stored}.weight_scale", torch.cat(weight_scales).float())
         if has_bias:
-            self.weights.add(f"{stored}.bias", joined("bias").float())
-        widths = tuple(len(tensors[f"{name}.weight"]) for name in names)
-        return StoredLinear(stored, widths, is_quantized, has_bias, None if None in scales else scales[0])
+            self.weights.add(f"{stored}.bias", torch.cat(biases).float())
+        packed = add_packed(
+            self.packed,
+            stored,
+            [self.cast(weight) for weight in weights],
+            weight_scales,
+            biases,
+            gated=names == ["mlp.gate_proj", "mlp.up_proj"],
+        )
+        widths = tuple(map(len, weights))
+        input_scale = None if None in scales else scales[0]
+        return StoredLinear(stored, widths, is_quantized, has_bias, input_scale, packed)
 
 
 def _kind(tensors: dict[str, Tensor], name: str) -> tuple[bool, bool]:

@@ -55,23 +55,31 @@ def check(
 
 def _reference_logits(folder: Path, ids: list[int]) -> tuple[np.ndarray, bool]:
     """float32 [T, V] of the checkpoint in torch, one layer in memory at a time, and whether any weight is
-    int8.
+    int8. Float matrices are rounded to the model's dtype, as they are exported: pruning leaves them so.
     """
     import torch
 
     from ..model.decoder import DecoderLayer, Embedding, Head, causal_mask
-    from ..model.store import Checkpoint
+    from ..model.store import TORCH_DTYPES, Checkpoint
 
     checkpoint = Checkpoint(folder)
-    config, embed = checkpoint.config, checkpoint.load_embed()
+    config = checkpoint.config
+
+    def rounded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        dtype = TORCH_DTYPES[config.dtype]
+        return {
+            name: x.to(dtype) if x.is_floating_point() and x.ndim == 2 else x for name, x in tensors.items()
+        }
+
+    embed = rounded(checkpoint.load_embed())
     tokens = torch.tensor([ids])
     positions = torch.arange(len(ids))[None]
     quantized = False
     with torch.inference_mode():
         hidden = Embedding(config, embed)(tokens, positions)
         for index in range(config.num_layers):
-            layer = DecoderLayer(config, index, checkpoint.load_layer(index))
+            layer = DecoderLayer(config, index, rounded(checkpoint.load_layer(index)))
             quantized |= any(linear.is_quantized for linear in layer.linears().values())
             hidden = layer(hidden, positions, causal_mask(config, index, len(ids), 0))
-        head = Head(config, checkpoint.load_head(), embed["model.embed_tokens.weight"])
+        head = Head(config, rounded(checkpoint.load_head()), embed["model.embed_tokens.weight"])
         return head(hidden)[0].numpy(), quantized or head.lm_head.is_quantized

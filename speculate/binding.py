@@ -1,5 +1,6 @@
 """The native core: `lib` holds the functions of `native/draftsmith.h`, `ffi` makes their arguments."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ except ImportError as error:
     ) from error
 
 ffi = _cdefs.ffi
-lib = ffi.dlopen(str(Path(_cdefs.__file__).with_name("libdraftsmith.so")))
+LIBRARY = Path(_cdefs.__file__).with_name("libdraftsmith.so")
+# Handles may be freed after the module at interpreter exit, so the library is never unloaded.
+lib = ffi.dlopen(str(LIBRARY), os.RTLD_NOW | os.RTLD_NODELETE)
 
 
 def check(status: int, subject: str = "") -> int:

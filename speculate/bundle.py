@@ -1,5 +1,6 @@
 """A bundle opened for decoding: the runtime's front door."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -21,8 +22,18 @@ from .ladder import (
     choose_ladder,
 )
 from .level import PREFILL_ROWS
-from .manifest import CHAT_TEMPLATE, PLAN, TOKENIZER, Plan, read_json, read_manifest, resolve_inside, validate
-from .onnx_engine import OnnxEngine, default_threads
+from .manifest import (
+    CHAT_TEMPLATE,
+    PLAN,
+    TOKENIZER,
+    EngineEntry,
+    Plan,
+    read_json,
+    read_manifest,
+    resolve_inside,
+    validate,
+)
+from .onnx_engine import OnnxEngine, OnnxRuntime, default_threads
 from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
 from .sequence import Sequence as Tokens
 from .settings import Rule, Sampling
@@ -54,6 +65,7 @@ class Bundle:
         self.tokenizer = load_tokenizer(path / TOKENIZER)
         self._check_vocabularies()
         self._engines: dict[str, Engine] = {}
+        self._runtime: OnnxRuntime | None = None
         self._busy = Lock()
 
     def generate(
@@ -190,9 +202,26 @@ class Bundle:
         """One of the bundle's engines, loaded at the first call."""
         if name not in self._engines:
             entry = self.manifest.engines[name]
-            graph = resolve_inside(self.path, entry.graph)
-            self._engines[name] = OnnxEngine(name, graph, entry, self.threads)
+            self._runtime = self._runtime or OnnxRuntime(self.threads)
+            engine = self._open(name, entry, self._runtime)
+            if engine.vocab_size != entry.vocab_size:
+                raise BundleError(
+                    f"{self.path}: the logits of {name} are {engine.vocab_size} wide, "
+                    f"the manifest wants {entry.vocab_size}: copy the whole bundle again"
+                )
+            self._engines[name] = engine
         return self._engines[name]
+
+    def _open(self, name: str, entry: EngineEntry, runtime: OnnxRuntime) -> Engine:
+        """The graph for this machine or, where that cannot be opened, the portable one, which is slower and
+        whose rows are not independent to the last bit."""
+        try:
+            return OnnxEngine(name, resolve_inside(self.path, entry.graph), entry, runtime)
+        except BundleError as error:
+            if entry.portable is None:
+                raise
+            warnings.warn(f"{name} runs on stock operators: {error}", stacklevel=3)
+            return OnnxEngine(name, resolve_inside(self.path, entry.portable), entry, runtime)
 
     def _planned_ladder(self) -> list[Rung]:
         counts = self.plan.num_speculative_tokens

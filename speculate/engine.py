@@ -32,8 +32,10 @@ class Engine(Protocol):
         start: int,
         position_ids: NDArray[np.int64] | None = None,
         mask: NDArray[np.bool_] | None = None,
+        num_logits: int | None = None,
     ) -> Logits:
-        """Read `token_ids` [S] into slots start..start+S; float32 logits [S, V] of the token after each.
+        """Read `token_ids` [S] into slots start..start+S; float32 logits [S, V] of the token after each, or
+        [num_logits, V] of those after the last ones.
 
         position_ids: int64 [S], the depth of each token in the sequence; by default its slot.
         mask: bool [S, start + S], which slots each token sees; by default every slot up to its own.

@@ -296,13 +296,15 @@ def write_heads(
     )
 
 
-def list_slots(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """bool [S, slots] → the visible slots of each row, int32 [S, slots], and their number, int32 [S]."""
+def list_slots(mask: np.ndarray, window: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """bool [S, slots] → the visible slots of each row, int32 [S, slots], and their number, int32 [S]; of more
+    than `window`, if that is positive, the last ones."""
     slots, counts = np.zeros(mask.shape, np.int32), np.empty(len(mask), np.int32)
     check(
         lib.ds_list_slots(
             *mask.shape,
             view("uint8_t[]", mask.view(np.uint8)),
+            window,
             view("int32_t[]", slots),
             view("int32_t[]", counts),
         )

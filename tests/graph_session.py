@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from draftsmith.speculate.binding import LIBRARY
 
 
 def open_session(path: Path) -> ort.InferenceSession:
@@ -11,6 +12,7 @@ def open_session(path: Path) -> ort.InferenceSession:
     options.intra_op_num_threads = 1
     # By default ONNX Runtime rounds the activations of weight-only linears to int8 as well.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.register_custom_ops_library(str(LIBRARY))
     options.log_severity_level = 3  # TensorScatter warns of every copy of a cache that is not bound in place
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
@@ -27,7 +29,7 @@ class GraphSession:
             if value.name.startswith("past_key_values.")
         }
 
-    def run(self, ids, write_index, positions=None, mask=None) -> np.ndarray:
+    def run(self, ids, write_index, positions=None, mask=None, num_logits=None) -> np.ndarray:
         """ids [B, S], write_index [B] → logits [B, S, V]. By default the tokens follow what stands before
         their first slot; `mask` is [B, S, S_max]."""
         ids, write_index = np.asarray(ids, np.int64), np.asarray(write_index, np.int64)
@@ -41,6 +43,8 @@ class GraphSession:
             "attention_mask": np.asarray(mask)[:, None],
             **self.cache,
         }
+        if any(value.name == "num_logits" for value in self.session.get_inputs()):
+            feeds["num_logits"] = np.array([num_logits or ids.shape[1]], np.int64)
         names = [name.replace("past_key_values", "present") for name in self.cache]
         logits, *present = self.session.run(["logits", *names], feeds)
         self.cache = dict(zip(self.cache, present, strict=True))

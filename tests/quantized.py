@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from draftsmith.model.config import DecoderConfig
 from draftsmith.model.layout import EMBED_TOKENS, layer_part, linear_shapes
-from draftsmith.model.store import Checkpoint, write_config, write_part
+from draftsmith.model.store import Checkpoint, read_part, write_config, write_part
 
 # Small enough that some activations of the tiny models are cut off at both ends.
 INPUT_SCALE = 0.02
@@ -13,17 +13,21 @@ NO_INPUT_SCALE = ("mlp.down_proj",)
 
 
 def quantize_checkpoint(
-    source: Path, out: Path, leave: tuple[str, ...] = (), no_scale: tuple[str, ...] = NO_INPUT_SCALE
+    source: Path,
+    out: Path,
+    leave: tuple[str, ...] = (),
+    no_scale: tuple[str, ...] = NO_INPUT_SCALE,
+    zeros: str = "",
 ) -> Path:
     """Every linear but those in `leave`, the output projection (which gets weights of its own) included.
-    All but `no_scale` have a static scale for their input."""
+    All but `no_scale` have a static scale for their input. `zeros`: "half" of the weights, or "2:4"."""
     checkpoint = Checkpoint(source)
     config, embed, head = checkpoint.config, checkpoint.load_embed(), checkpoint.load_head()
     write_part(out, "embed", embed)
     for layer in range(config.num_layers):
         tensors = checkpoint.load_layer(layer)
         for name in set(linear_shapes(config)) - set(leave):
-            round_linear(tensors, name, name not in no_scale)
+            round_linear(tensors, name, name not in no_scale, zeros)
         write_part(out, layer_part(layer), tensors)
     head.setdefault("lm_head.weight", embed[EMBED_TOKENS])
     round_linear(head, "lm_head")
@@ -32,8 +36,24 @@ def quantize_checkpoint(
     return out
 
 
-def round_linear(tensors: dict[str, torch.Tensor], name: str, has_input_scale: bool = True) -> None:
+def cast_checkpoint(source: Path, out: Path, dtype: str) -> Path:
+    """The same model, its matrices to be exported in `dtype`."""
+    checkpoint = Checkpoint(source)
+    for part in checkpoint.parts():
+        write_part(out, part, read_part(source, part))
+    write_config(out, checkpoint.config.model_copy(update={"dtype": dtype}))
+    return out
+
+
+def round_linear(
+    tensors: dict[str, torch.Tensor], name: str, has_input_scale: bool = True, zeros: str = ""
+) -> None:
     weight = tensors[f"{name}.weight"]
+    if zeros:
+        shape, group = weight.shape, 4 if zeros == "2:4" else weight.shape[1]
+        groups = weight.reshape(len(weight), -1, group)
+        least = groups.abs().argsort(-1)[..., : group // 2]
+        weight = groups.scatter(-1, least, 0).reshape(shape)
     scale = weight.abs().amax(1) / 127
     tensors[f"{name}.weight"] = torch.round(weight / scale[:, None]).to(torch.int8)
     tensors[f"{name}.weight_scale"] = scale

@@ -48,20 +48,34 @@ def test_inputs_and_outputs_are_those_of_the_contract(exported, tiny_checkpoint,
         "write_index": ("tensor(int64)", ["batch"]),
         "attention_mask": ("tensor(bool)", ["batch", 1, "tokens", "slots"]),
         **{f"past_key_values.{layer}": cache for layer in layers},
+        **({"num_logits": ("tensor(int64)", [1])} if graph == "cpu.onnx" else {}),
     }
+    rows = "num_logits" if graph == "cpu.onnx" else "tokens"
     assert shapes(session.get_outputs()) == {
         **{f"present.{layer}": cache for layer in layers},
-        "logits": ("tensor(float)", ["batch", "tokens", config.vocab_size]),
+        "logits": ("tensor(float)", ["batch", rows, config.vocab_size]),
     }
 
 
 @pytest.mark.parametrize("graph", BOTH)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_only_operators_of_standard_onnx(exported, variant, graph):
+def test_the_portable_graph_has_only_operators_of_standard_onnx(exported, variant, graph):
     model = onnx.load(exported(variant) / graph, load_external_data=False)
-    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
-    assert {node.domain for node in model.graph.node} == {""}
+    ours = {"draftsmith"} if graph == "cpu.onnx" else set()
+    assert {(opset.domain, opset.version) for opset in model.opset_import} == {
+        ("", 24),
+        *((domain, 1) for domain in ours),
+    }
+    assert {node.domain for node in model.graph.node} == {"", *ours}
     onnx.checker.check_model(exported(variant) / graph, full_check=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_cpu_graph_leaves_no_arithmetic_of_a_layer_to_stock_operators(exported, variant):
+    """What they sum depends on how many rows there are. Adding two values, or picking some, does not."""
+    model = onnx.load(exported(variant) / "cpu.onnx", load_external_data=False)
+    stock = {node.op_type for node in model.graph.node if not node.domain}
+    assert stock <= {"Gather", "Cast", "Add", "Mul", "Neg", "Slice", "Div", "Tanh", "Identity"}
 
 
 @pytest.mark.parametrize("graph", BOTH)
@@ -74,14 +88,14 @@ def test_every_shape_is_known_but_for_the_named_sizes(exported, variant, graph):
     for node in inferred.node[:-1]:
         for output in set(node.output) - {value.name for value in inferred.output}:
             sizes = [dim.dim_param or dim.dim_value for dim in known[output]]
-            assert all(isinstance(size, int) or size in ("batch", "tokens", "slots") for size in sizes), (
-                output
-            )
+            named = ("batch", "tokens", "slots", "num_logits")
+            assert all(isinstance(size, int) or size in named for size in sizes), output
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-tied", "opt"])
-def test_each_weight_is_stored_once_for_both_graphs(exported, variant):
-    stored: dict[str, tuple[int, int]] = {}
+def test_each_weight_is_stored_once_for_each_graph(exported, variant):
+    """What is not packed, both graphs read from one file."""
+    stored: dict[str, dict[str, tuple[int, int]]] = {"model.data": {}, "cpu.data": {}}
     for graph in BOTH:
         model = onnx.load(exported(variant) / graph, load_external_data=False)
         for tensor in model.graph.initializer:
@@ -89,18 +103,20 @@ def test_each_weight_is_stored_once_for_both_graphs(exported, variant):
                 assert len(tensor.raw_data) <= 64, "more than a scalar or a shape in the graph itself"
                 continue
             place = {entry.key: entry.value for entry in tensor.external_data}
-            assert place["location"] == "model.data"
+            assert place["location"] == "model.data" or graph == "cpu.onnx"
+            assert (place["location"] == "cpu.data") == (".packed" in tensor.name)
             where = int(place["offset"]), int(place["length"])
-            assert stored.setdefault(tensor.name, where) == where
-    data = (exported(variant) / "model.data").read_bytes()
-    end, seen = 0, set()
-    for offset, length in sorted(stored.values()):
-        assert end <= offset < end + 4096, "tensors overlap, or something is stored that no graph reads"
-        assert offset % 4096 == 0, "cannot be mapped"
-        end = offset + length
-        assert length < 4096 or data[offset:end] not in seen, "the same weight twice"
-        seen.add(data[offset:end])
-    assert len(data) == end
+            assert stored[place["location"]].setdefault(tensor.name, where) == where
+    for file, places in stored.items():
+        data = (exported(variant) / file).read_bytes()
+        end, seen = 0, set()
+        for offset, length in sorted(places.values()):
+            assert end <= offset < end + 4096, "tensors overlap, or something is stored that no graph reads"
+            assert offset % 4096 == 0, "cannot be mapped"
+            end = offset + length
+            assert length < 4096 or data[offset:end] not in seen, "the same weight twice"
+            seen.add(data[offset:end])
+        assert len(data) == end
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(tiny_checkpoint, tmp_path):
@@ -109,15 +125,22 @@ def test_the_same_checkpoint_gives_the_same_bytes(tiny_checkpoint, tmp_path):
     for name in ("first", "second"):
         export_onnx(tmp_path / "checkpoint", tmp_path / name)
         files = sorted((tmp_path / name).iterdir())
-        assert [file.name for file in files] == ["cpu.onnx", "model.data", "model.onnx"]
+        assert [file.name for file in files] == ["cpu.data", "cpu.onnx", "model.data", "model.onnx"]
         hashes.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
     assert hashes[0] == hashes[1]
 
 
-def test_a_float_model_needs_no_second_graph(tiny_checkpoint, tmp_path):
+def test_the_graph_for_the_cpu_is_named_beside_the_portable_one(tiny_checkpoint, tmp_path):
     result = export_onnx(tiny_checkpoint("llama"), tmp_path)
-    assert result == {"graph": "model.onnx", "portable": "model.onnx", "max_seq_len": 256}
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.data", "model.onnx"]
+    assert result == {"graph": "cpu.onnx", "portable": "model.onnx", "max_seq_len": 256}
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma3_text", "gpt2"])
+def test_logits_come_only_of_the_rows_that_are_asked_for(exported, variant):
+    ids = np.random.default_rng(0).integers(0, 300, (2, 20))
+    session = GraphSession(exported(variant) / "cpu.onnx", 24, batch=2)
+    every = session.run(ids, [0, 0])
+    assert np.array_equal(session.run(ids, [0, 0], num_logits=3), every[:, -3:])
 
 
 def test_a_failed_export_leaves_nothing(tiny_checkpoint, tmp_path):
@@ -167,6 +190,8 @@ def test_the_cache_is_written_in_place_where_input_and_output_are_one_buffer(exp
         binding.bind_cpu_input("position_ids", slot[None])
         binding.bind_cpu_input("write_index", np.array([start]))
         binding.bind_cpu_input("attention_mask", (np.arange(slots) <= slot[:, None])[None, None])
+        if graph == "cpu.onnx":
+            binding.bind_cpu_input("num_logits", np.array([end - start]))
         binding.bind_output("logits", "cpu")
         session.run_with_iobinding(binding)
         assert np.array_equal(binding.get_outputs()[-1].numpy(), expected)

@@ -12,14 +12,16 @@ from transformers import AutoModelForCausalLM
 # Longer than every sliding window of the variants.
 NUM_TOKENS = 40
 SLOTS = 64
+GRAPHS = ("model.onnx", "cpu.onnx")
 BOUND = 2e-5  # measured worst: 4e-6
 
 
 class Pair:
     """An exported graph and the model it was made from."""
 
-    def __init__(self, folder, checkpoint, out) -> None:
-        self.graph = out / export_onnx(checkpoint, out)["portable"]
+    def __init__(self, folder, checkpoint, out, graph) -> None:
+        export_onnx(checkpoint, out)
+        self.graph = out / graph
         self.reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         vocab = self.reference.config.vocab_size
         self.ids = np.random.default_rng(5).integers(0, vocab, (2, NUM_TOKENS))
@@ -33,10 +35,12 @@ class Pair:
         return GraphSession(self.graph, SLOTS, batch)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(
+    scope="module", params=[(variant, graph) for variant in VARIANTS for graph in GRAPHS], ids=str
+)
 def pair(request, tiny_folder, tiny_checkpoint, tmp_path_factory) -> Pair:
-    variant = request.param
-    return Pair(tiny_folder(variant), tiny_checkpoint(variant), tmp_path_factory.mktemp("graph"))
+    variant, graph = request.param
+    return Pair(tiny_folder(variant), tiny_checkpoint(variant), tmp_path_factory.mktemp("graph"), graph)
 
 
 def test_a_whole_prompt(pair):
@@ -96,11 +100,12 @@ def test_sequences_of_a_batch_stand_at_different_lengths(pair):
         assert error_of(logits[row], pair.expected[row, length : length + 9]) < BOUND
 
 
+@pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("variant", ["llama-tied", "gpt2", "gemma3_text"])
-def test_half_precision_weights_are_computed_with_in_float32(variant, dtype, tiny_folder, tmp_path):
+def test_half_precision_weights_are_computed_with_in_float32(variant, dtype, graph, tiny_folder, tmp_path):
     load_model(str(tiny_folder(variant)), dtype, tmp_path / "checkpoint", tmp_path)
-    pair = Pair(tiny_folder(variant), tmp_path / "checkpoint", tmp_path / "out")
+    pair = Pair(tiny_folder(variant), tmp_path / "checkpoint", tmp_path / "out", graph)
     with torch.no_grad():
         for parameter in pair.reference.parameters():
             if parameter.ndim > 1:  # norms and biases are kept as they are

@@ -24,6 +24,7 @@ enum ds_status {
   DS_OK = 0,
   DS_ERROR_ARGUMENT = -1, /* an input that the function's contract excludes */
   DS_ERROR_MEMORY = -2,   /* an allocation failed, or a handle reached its limit of tokens */
+  DS_ERROR_ENGINE = -3,   /* an engine, or ONNX Runtime, failed */
 };
 
 DS_API const char *ds_version(void);

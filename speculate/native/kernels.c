@@ -82,6 +82,33 @@ int32_t ds_linear_int8(ds_pool *pool, const ds_linear *linear, int32_t n_rows, c
   return run_linear(pool, &job, true);
 }
 
+static float read_weight(const ds_linear *linear, int64_t output, int64_t input) {
+  int64_t block = output / LANES, lane = output % LANES, k = linear->k;
+  if (linear->format == DS_FLOAT32)
+    return ((const float *)linear->weight)[(block * k + input) * LANES + lane];
+  int64_t pair = block * ((k + 1) / 2) + input / 2;
+  uint32_t bits = ((const uint16_t *)linear->weight)[(pair * LANES + lane) * 2 + input % 2];
+  float value;
+  bits <<= 16;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+int32_t ds_embed(const ds_linear *linear, int32_t n_rows, const int64_t *ids, float multiplier, float *x) {
+  int32_t status = check_linear(linear);
+  if (status != DS_OK) return status;
+  REQUIRE(!is_int8(linear->format), "embeddings are not read from int8 weights");
+  REQUIRE(n_rows >= 0 && (n_rows == 0 || (ids && x)), "the ids or the outputs of %d rows are NULL",
+          (int)n_rows);
+  for (int32_t r = 0; r < n_rows; ++r) {
+    REQUIRE(ids[r] >= 0 && ids[r] < linear->n, "token %lld of a vocabulary of %d", (long long)ids[r],
+            (int)linear->n);
+    for (int64_t i = 0; i < linear->k; ++i)
+      x[r * (int64_t)linear->k + i] = multiplier * read_weight(linear, ids[r], i);
+  }
+  return DS_OK;
+}
+
 /* ---- Rows ---------------------------------------------------------------------------------------------- */
 
 int64_t ds_int8_stride(int32_t k) {
@@ -161,7 +188,7 @@ int32_t ds_write_heads(ds_pool *pool, const ds_heads *heads, int32_t n_rows, flo
   return DS_OK;
 }
 
-int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *mask, int32_t *slots,
+int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *mask, int32_t window, int32_t *slots,
                       int32_t *n_slots) {
   REQUIRE(n_rows >= 0 && max_slots >= 1, "a mask of %d rows and %d slots", (int)n_rows, (int)max_slots);
   REQUIRE(n_rows == 0 || (mask && slots && n_slots), "the mask or the outputs are NULL");
@@ -171,6 +198,10 @@ int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *mask, in
     for (int32_t s = 0; s < max_slots; ++s) {
       row[n] = s; /* n <= s: always within the row */
       n += sees[s] != 0;
+    }
+    if (window > 0 && n > window) {
+      memmove(row, row + n - window, (size_t)window * sizeof *row);
+      n = window;
     }
     n_slots[r] = n;
   }

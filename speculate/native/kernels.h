@@ -84,6 +84,11 @@ DS_API int32_t ds_linear_float(ds_pool *pool, const ds_linear *linear, int32_t n
 DS_API int32_t ds_linear_int8(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const void *rows,
                               const float *residual, float *y, const ds_linear *next);
 
+/* x [n_rows, k] = multiplier * the weights of outputs ids[n_rows]: an output projection read as a table of
+ * embeddings. DS_FLOAT32 and DS_BFLOAT16 only; uses linear->n, k, format and weight. */
+DS_API int32_t ds_embed(const ds_linear *linear, int32_t n_rows, const int64_t *ids, float multiplier,
+                        float *x);
+
 /* ---- Rows ---------------------------------------------------------------------------------------------- */
 
 /* Bytes of a quantized row of k: int8 [k], zeros, and at the end the row's scale (float) and the sum of its
@@ -127,9 +132,9 @@ DS_API int32_t ds_write_heads(ds_pool *pool, const ds_heads *heads, int32_t n_ro
 
 /* The slots that each row may see, ascending, from a mask [n_rows, max_slots] of 0 and 1: slots [n_rows,
  * max_slots] and their count a row. A parent's slot is below its child's, so this is the order of
- * the path. */
-DS_API int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *mask, int32_t *slots,
-                             int32_t *n_slots);
+ * the path. Of a path longer than `window`, if that is positive, only the last `window` slots. */
+DS_API int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *mask, int32_t window,
+                             int32_t *slots, int32_t *n_slots);
 
 /* out [n_rows, n_heads head_dim] = softmax(scale q . k) v over each row's slots, in their order, by blocks of
  * 64 with a running maximum (Milakov & Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691). A row that sees

@@ -1,0 +1,29 @@
+/* Engines that are ONNX graphs, run by ONNX Runtime on the CPU. */
+#ifndef DRAFTSMITH_ONNX_H
+#define DRAFTSMITH_ONNX_H
+
+#include "engine.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ONNX Runtime and the threads that its engines share: they take turns, and are opened and closed by one thread
+ * at a time. What is freed stays until the last of its engines is closed. */
+typedef struct ds_onnx ds_onnx;
+
+/* library: the path of libonnxruntime.so. NULL, and an error, on failure. */
+DS_API ds_onnx *ds_onnx_create(const char *library, int32_t n_threads);
+DS_API void ds_onnx_free(ds_onnx *onnx);
+DS_API const char *ds_onnx_isa(const ds_onnx *onnx); /* the instruction set of its kernels */
+
+/* Open a graph of the kind that `export` writes.
+ * max_seq_len    the longest sequence that it was exported for
+ * n_ort_threads  threads for ONNX Runtime's own operators: 1 for a graph of ours, in which they do next to nothing
+ * NULL, and an error, if the file is not such a graph. */
+DS_API ds_engine *ds_onnx_open(ds_onnx *onnx, const char *graph, int32_t max_seq_len, int32_t n_ort_threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

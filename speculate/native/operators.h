@@ -1,0 +1,17 @@
+/* The kernels as operators of ONNX Runtime, domain "draftsmith". */
+#ifndef DRAFTSMITH_OPERATORS_H
+#define DRAFTSMITH_OPERATORS_H
+
+#include "kernels.h"
+#include "ort.h"
+
+/* The operators of one session: they work on `pool`, which must outlive the session, as must what is returned.
+ * NULL, and an error, on failure. */
+typedef struct ds_operators ds_operators;
+ds_operators *ds_operators_add(const OrtApi *api, OrtSessionOptions *options, ds_pool *pool);
+void ds_operators_free(ds_operators *operators);
+
+/* Keep an ONNX Runtime error as ours and release it; DS_OK for NULL. */
+int32_t ds_take_status(const OrtApi *api, OrtStatus *status);
+
+#endif

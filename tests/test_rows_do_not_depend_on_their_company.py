@@ -1,0 +1,153 @@
+"""The logits of a token are a function of its own path, bit for bit: not of how many rows share its call, of
+the order or the slots in which a tree stands, of the number of threads, or of what was taken back."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import VARIANTS
+from draftsmith.export.portable import export_onnx
+from draftsmith.model.store import Checkpoint
+from draftsmith.speculate.manifest import EngineEntry
+from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime
+from quantized import cast_checkpoint, quantize_checkpoint
+
+KINDS = ["float32", "bfloat16", "int8", "half", "2:4"]
+MAX_ROWS = 32
+
+
+def open_engine(folder: Path, threads: int) -> OnnxEngine:
+    config = Checkpoint(folder / "checkpoint").config
+    entry = EngineEntry(
+        graph="cpu.onnx",
+        vocab_size=config.vocab_size,
+        max_seq_len=config.max_position_embeddings,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+    )
+    return OnnxEngine(folder.name, folder / "cpu.onnx", entry, OnnxRuntime(threads))
+
+
+class Reader:
+    """Tokens read one by one: what every other way of reading them must repeat."""
+
+    def __init__(self, engine: OnnxEngine, room: int = 128) -> None:
+        self.engine, self.room = engine, room
+
+    def read(self, ids) -> np.ndarray:
+        self.engine.reserve(self.room)
+        return np.stack([self.engine.forward(ids[i : i + 1], i)[0].copy() for i in range(len(ids))])
+
+    def read_in_chunks(self, ids, sizes) -> np.ndarray:
+        self.engine.reserve(self.room)
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(self.engine.forward(ids[start : start + size], start).copy())
+            start += size
+        assert start == len(ids)
+        return np.concatenate(parts)
+
+
+@pytest.fixture(scope="module")
+def folder(request, tiny_checkpoint, tmp_path_factory):
+    variant, kind = request.param
+    folder = tmp_path_factory.mktemp(f"{variant}-{kind.replace(':', '')}")
+    source = tiny_checkpoint(variant)
+    if kind in ("float32", "bfloat16"):
+        cast_checkpoint(source, folder / "checkpoint", kind)
+    else:
+        quantize_checkpoint(source, folder / "checkpoint", zeros="" if kind == "int8" else kind)
+    export_onnx(folder / "checkpoint", folder)
+    return folder
+
+
+EVERY = [(variant, "int8") for variant in VARIANTS] + [("llama-bias", kind) for kind in KINDS]
+every = pytest.mark.parametrize("folder", EVERY, indirect=True, ids="-".join)
+
+
+def draw_ids(engine, count, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, engine.vocab_size, count).astype(np.int32)
+
+
+@every
+def test_a_chunk_of_any_size_gives_the_bits_of_single_tokens(folder):
+    engine = open_engine(folder, threads=1)
+    reader, ids = Reader(engine), draw_ids(engine, 48)
+    alone = reader.read(ids)
+    for sizes in ([48], [1, 2, 3, 4, 5, 6, 7, 8, 12], [16, 32], [15, 1, 31, 1], [9, 10, 11, 13, 5]):
+        assert np.array_equal(reader.read_in_chunks(ids, sizes), alone), sizes
+
+
+@every
+def test_two_threads_give_the_bits_of_one(folder):
+    one, two = open_engine(folder, threads=1), open_engine(folder, threads=2)
+    ids = draw_ids(one, 40)
+    assert np.array_equal(Reader(two).read_in_chunks(ids, [32, 1, 7]), Reader(one).read(ids))
+
+
+@every
+def test_every_node_of_a_random_tree_gives_the_bits_of_its_path(folder):
+    engine, rng = open_engine(folder, threads=2), np.random.default_rng(1)
+    reader, prompt = Reader(engine), draw_ids(engine, 21)
+    for _ in range(int(os.environ.get("DRAFTSMITH_TREES", "3"))):
+        count = int(rng.integers(2, MAX_ROWS + 1))
+        nodes = draw_ids(engine, count, int(rng.integers(1 << 30)))
+        parents = [int(rng.integers(-1, node)) for node in range(count)]
+        paths = []
+        for node, parent in enumerate(parents):
+            paths.append([*(paths[parent] if parent >= 0 else []), node])
+        reader.read_in_chunks(prompt, [len(prompt)])
+        seen = np.zeros((count, len(prompt) + count), bool)
+        seen[:, : len(prompt)] = True
+        for node, path in enumerate(paths):
+            seen[node, [len(prompt) + i for i in path]] = True
+        depths = np.array([len(prompt) + len(path) - 1 for path in paths])
+        logits = engine.forward(nodes, len(prompt), depths, seen).copy()
+        for node in rng.choice(count, min(count, 4), replace=False):
+            alone = reader.read(np.concatenate((prompt, nodes[paths[node]])))
+            assert np.array_equal(logits[node], alone[-1])
+
+
+@every
+def test_rejected_tokens_leave_no_trace(folder):
+    engine = open_engine(folder, threads=1)
+    reader, ids = Reader(engine), draw_ids(engine, 40)
+    alone = reader.read(ids)
+    reader.read_in_chunks(ids[:20], [20])
+    engine.forward((ids[20:36] + 1) % engine.vocab_size, 20)
+    assert np.array_equal(engine.forward(ids[20:25], 20), alone[20:25])
+    engine.forward((ids[25:28] + 1) % engine.vocab_size, 25)
+    assert np.array_equal(engine.forward(ids[25:], 25), alone[25:])
+
+
+@every
+def test_how_much_room_the_cache_has_does_not_show(folder):
+    engine = open_engine(folder, threads=1)
+    ids = draw_ids(engine, 24)
+    assert np.array_equal(Reader(engine, 64).read(ids), Reader(engine, 128).read(ids))
+
+
+@pytest.mark.parametrize(
+    ("folder", "layout"),
+    [(("llama-bias", kind), layout) for kind, layout in zip(KINDS, range(5), strict=True)],
+    indirect=["folder"],
+)
+def test_weights_are_stored_in_the_layout_of_their_kind(folder, layout):
+    nodes = onnx.load(folder / "cpu.onnx", load_external_data=False).graph.node
+    formats = {
+        a.i for node in nodes if "Linear" in node.op_type for a in node.attribute if a.name == "format"
+    }
+    assert formats - {2} == {layout} - {2}  # the head is never sparse
+    assert layout in formats
+
+
+@pytest.mark.parametrize("folder", [("llama-bias", "int8")], indirect=True)
+def test_every_instruction_set_gives_the_same_bits(folder, monkeypatch):
+    ids = np.arange(30, dtype=np.int32)
+    reference = Reader(open_engine(folder, threads=1)).read_in_chunks(ids, [30])
+    for isa in ("avx2", "portable"):
+        monkeypatch.setenv("DRAFTSMITH_ISA", isa)
+        assert np.array_equal(Reader(open_engine(folder, threads=1)).read_in_chunks(ids, [30]), reference)

@@ -32,11 +32,13 @@ class Engine(Protocol):
         start: int,
         position_ids: NDArray[np.int64] | None = None,
         mask: NDArray[np.bool_] | None = None,
+        num_logits: int | None = None,
     ) -> Logits:
         """Read `token_ids` [S] into slots start..start+S; float32 logits [S, V] of the token after each.
 
         position_ids: int64 [S], the depth of each token in the sequence; by default its slot.
         mask: bool [S, start + S], which slots each token sees; by default every slot up to its own.
+        num_logits: give those of the last so many tokens only; by default of all.
         The result may be a view of a buffer that the next call overwrites.
         """
         ...

@@ -55,6 +55,7 @@ class OnnxEngine:
         start: int,
         position_ids: NDArray[np.int64] | None = None,
         mask: NDArray[np.bool_] | None = None,
+        num_logits: int | None = None,
     ) -> Logits:
         count, end = len(token_ids), start + len(token_ids)
         if end > self._cache.shape[4]:
@@ -80,7 +81,7 @@ class OnnxEngine:
         self._session.run_with_iobinding(self._binding)
         self.calls += 1
         self.rows += count
-        return logits
+        return logits if num_logits is None else logits[count - num_logits :]
 
     def _new_cache(self, slots: int) -> NDArray[np.float32]:
         entry = self._entry

@@ -21,7 +21,7 @@ from .ladder import (
     check_names,
     choose_ladder,
 )
-from .level import PREFILL_ROWS
+from .loop import PREFILL_ROWS, Decoder
 from .manifest import (
     CHAT_TEMPLATE,
     PLAN,
@@ -35,7 +35,6 @@ from .manifest import (
 )
 from .onnx_engine import OnnxEngine, OnnxRuntime, default_threads
 from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
-from .sequence import Sequence as Tokens
 from .settings import Rule, Sampling
 
 # Vocabularies are padded to multiples of 64 to 512; a larger difference means another tokenizer.
@@ -92,7 +91,8 @@ class Bundle:
             innermost first.
         ignore_eos: decode on behind an end-of-text token.
         stop: strings at which to stop; the text ends before the first of them to appear.
-        num_speculative_tokens: drafted per call by the outermost drafter, or a dict by name; else as planned.
+        num_speculative_tokens: drafted per call by the outermost drafter, or a dict by name; else at most as
+            many as planned, and fewer where the plan's measured costs say that more would not pay.
         verify: how sampled drafts are verified ("block", "token" or "exact"); else as planned.
         """
         run = self.stream(
@@ -138,21 +138,19 @@ class Bundle:
         if not all(isinstance(string, str) and string for string in stops):
             raise BundleError(f"stop={stop!r}: wanted strings that are not empty")
         prompt_ids = self.encode(prompt)
-        capacity = self._check_room(len(prompt_ids), max_new_tokens, rungs)
+        self._check_room(len(prompt_ids), max_new_tokens, rungs)
         target = self.manifest.engines[TARGET]
-        tokens = Tokens.begin(
-            prompt_ids, capacity, frozenset() if ignore_eos else frozenset(target.eos_token_ids)
-        )
+        eos = frozenset() if ignore_eos else frozenset(target.eos_token_ids)
+        costs = self._planned_costs(rungs) if num_speculative_tokens is None else None
         for name in self._engine_names(rungs):
             self.engine(name)
-        return Run(
-            tokens,
-            lambda: build_ladder(rungs, self.engine, sampling, capacity),
-            self.tokenizer,
-            max_new_tokens,
-            stops,
-            self._busy,
-        )
+
+        def begin() -> Decoder:
+            decoder = build_ladder(rungs, self.engine, costs)
+            decoder.begin(prompt_ids, max_new_tokens, sampling, eos)
+            return decoder
+
+        return Run(prompt_ids, begin, eos, self.tokenizer, max_new_tokens, stops, self._busy)
 
     def logits(self, token_ids: Sequence[int], engine: str = TARGET) -> Logits:
         """float32 logits [T, V] of the token after each of `token_ids` [T], as one engine has them."""
@@ -227,11 +225,16 @@ class Bundle:
         counts = self.plan.num_speculative_tokens
         return [Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS)) for name in self.plan.ladder]
 
+    def _planned_costs(self, rungs: list[Rung]) -> dict[str, list[float]] | None:
+        """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes."""
+        if self.plan.costs is None or not rungs:
+            return None
+        return self.plan.costs.spread(1 + max(rung.num_speculative_tokens for rung in rungs))
+
     def _engine_names(self, rungs: list[Rung]) -> list[str]:
         return [TARGET, *(rung.name for rung in rungs if rung.name in self.manifest.engines)]
 
-    def _check_room(self, prompt_tokens: int, max_new_tokens: int, rungs: list[Rung]) -> int:
-        """The number of cache slots to reserve."""
+    def _check_room(self, prompt_tokens: int, max_new_tokens: int, rungs: list[Rung]) -> None:
         if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise BundleError(f"max_new_tokens={max_new_tokens!r}: wanted at least 1")
         wanted = prompt_tokens + int(max_new_tokens)
@@ -247,7 +250,6 @@ class Bundle:
                 f"the prompt has {prompt_tokens} tokens and max_new_tokens is {max_new_tokens}: "
                 f"together more than the {slots} that the cache of {name} holds; {way_out}"
             )
-        return wanted
 
     def _check_vocabularies(self) -> None:
         target = self.manifest.engines[TARGET].vocab_size

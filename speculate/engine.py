@@ -39,6 +39,7 @@ class Engine(Protocol):
 
         position_ids: int64 [S], the depth of each token in the sequence; by default its slot.
         mask: bool [S, start + S], which slots each token sees; by default every slot up to its own.
+        num_logits: give those of the last so many tokens only; by default of all.
         The result may be a view of a buffer that the next call overwrites.
         """
         ...

@@ -5,15 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from .decode import decode
 from .errors import BundleError
-from .level import EngineLevel, Level
-from .sequence import Sequence
-from .stats import GenerationStats
+from .loop import Decoder
+from .stats import DraftStats, GenerationStats
 from .text import StopStrings, TextStream
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -44,19 +42,20 @@ class Run(Iterator[Piece]):
 
     def __init__(
         self,
-        sequence: Sequence,
-        build_target: Callable[[], EngineLevel],
+        prompt: list[int],
+        begin: Callable[[], Decoder],
+        eos_token_ids: frozenset[int],
         tokenizer: Tokenizer,
         max_new_tokens: int,
         stop: tuple[str, ...],
         busy: Lock,
     ) -> None:
-        self.stats = GenerationStats(prompt_tokens=sequence.committed)
+        self.stats = GenerationStats(prompt_tokens=len(prompt))
         self.finish_reason: FinishReason = "length"
-        self._sequence = sequence
-        self._build_target = build_target
+        self._begin = begin
+        self._eos_token_ids = eos_token_ids
         self._max_new_tokens = max_new_tokens
-        self._text = TextStream(tokenizer, sequence.ids[: sequence.committed].tolist())
+        self._text = TextStream(tokenizer, prompt)
         self._stops = StopStrings(stop)
         self._stopping = bool(stop)
         self._pieces = self._decode(busy)
@@ -72,10 +71,8 @@ class Run(Iterator[Piece]):
         stats = self.stats
         with exclusive(busy):
             resumed = perf_counter()
-            target = self._build_target()
-            levels = list(_levels(target))
-            calls = {level.name: level.engine.calls for level in levels if isinstance(level, EngineLevel)}
-            for token_ids in decode(self._sequence, target, self._max_new_tokens):
+            decoder = self._begin()
+            while token_ids := decoder.step():
                 kept, text = self._read(token_ids)
                 stats.emitted += kept
                 last = self.finish_reason != "length" or stats.emitted == self._max_new_tokens
@@ -83,7 +80,7 @@ class Run(Iterator[Piece]):
                     text += self._stops.push(self._text.flush()) + self._stops.flush()
                 stats.total_ms += (perf_counter() - resumed) * 1e3
                 stats.ttft_ms = stats.ttft_ms or stats.total_ms
-                _collect(stats, levels, calls)
+                _collect(stats, decoder)
                 stats.discarded += len(token_ids) - kept
                 yield Piece(text, token_ids[:kept])
                 if last:
@@ -92,7 +89,7 @@ class Run(Iterator[Piece]):
 
     def _read(self, token_ids: list[int]) -> tuple[int, str]:
         """Take in the tokens of a round; how many of them stay, and the text that they add."""
-        ended = token_ids[-1] in self._sequence.eos_token_ids
+        ended = token_ids[-1] in self._eos_token_ids
         spoken = token_ids[:-1] if ended else token_ids
         text = ""
         if self._stopping:  # token by token: the output ends with the one that completes the stop string
@@ -123,29 +120,35 @@ def exclusive(busy: Lock) -> Iterator[None]:
         busy.release()
 
 
-def _levels(target: EngineLevel) -> Iterator[Level]:
-    """Innermost first, target last."""
-    if isinstance(target.inner, EngineLevel):
-        yield from _levels(target.inner)
-    elif target.inner:
-        yield target.inner
-    yield target
-
-
-def _collect(stats: GenerationStats, levels: list[Level], calls_before: dict[str, int]) -> None:
-    """Copy the levels' counters: they are the single source, and always consistent between rounds."""
-    target = levels[-1]
-    assert isinstance(target, EngineLevel)
+def _collect(stats: GenerationStats, decoder: Decoder) -> None:
+    """Copy the loop's counters: they are the single source, and always consistent between rounds."""
+    levels = [(level.name, decoder.counters(i)) for i, level in enumerate(decoder.levels)]
+    *drafters, (_, target) = levels
     stats.steps = target.rounds - 1
     stats.discarded = target.discarded
-    engine_levels = [level for level in levels if isinstance(level, EngineLevel)]
-    stats.drafts = [level.drafts for level in engine_levels if level.drafts]
-    stats.calls = {level.name: level.engine.calls - calls_before[level.name] for level in engine_levels}
-    stats.prefill_ms = sum(level.prefill_ms for level in engine_levels)
+    stats.drafts = [_read_drafts(name, counters) for name, counters in drafters]
+    stats.calls = {
+        level.name: counters.calls
+        for level, (_, counters) in zip(decoder.levels, levels, strict=True)
+        if level.engine
+    }
+    stats.prefill_ms = sum(counters.prefill_ms for _, counters in levels)
     below = 0.0
-    for level in levels[:-1]:
-        own_prefill = level.prefill_ms if isinstance(level, EngineLevel) else 0.0
-        stats.draft_ms[level.name] = level.busy_ms - below - own_prefill
-        below = level.busy_ms
+    for name, counters in drafters:
+        stats.draft_ms[name] = counters.busy_ms - below - counters.prefill_ms
+        below = counters.busy_ms
     stats.verify_ms = target.forward_ms
     stats.sampling_ms = target.decide_ms
+
+
+def _read_drafts(name: str, counters: Any) -> DraftStats:
+    drafted_at, accepted_at = list(counters.drafted_at), list(counters.accepted_at)
+    longest = sum(map(bool, drafted_at))
+    return DraftStats(
+        name,
+        counters.asked,
+        counters.drafted,
+        counters.accepted,
+        drafted_at[:longest],
+        accepted_at[:longest],
+    )

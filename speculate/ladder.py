@@ -1,20 +1,19 @@
 """Which levels decode together: from the name of a ladder to the chain of levels, target last."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
+from .binding import lib
 from .engine import Engine
 from .errors import BundleError
-from .level import EngineLevel, Level, SuffixLevel
-from .settings import Sampling
-from .verdict import Judge
+from .loop import Decoder, Level
 
 SUFFIX = "suffix"
 TARGET = "target"
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
-MAX_NUM_SPECULATIVE_TOKENS = 64
+MAX_NUM_SPECULATIVE_TOKENS: int = lib.DS_MAX_DRAFT
 
 Speculate = Literal["auto", "none"] | Iterable[str]
 
@@ -88,25 +87,22 @@ def check_names(names: list[str], engines: Iterable[str]) -> None:
 
 
 def build_ladder(
-    rungs: list[Rung], open_engine: Callable[[str], Engine], sampling: Sampling, capacity: int
-) -> EngineLevel:
-    """The target's level with all the drafters below it, caches reserved for `capacity` tokens."""
-    if (
-        not rungs
-    ):  # nothing to verify: draw as the exact rule does, so that its output and plain sampling's agree
-        sampling = replace(sampling, rule="exact")
-    target = open_engine(TARGET)
-    inner: Level | None = None
-    num_inner = 0
-    for i, rung in enumerate(rungs):
-        if rung.name == SUFFIX:
-            inner = SuffixLevel()
-        else:
-            engine = open_engine(rung.name)
-            engine.reserve(capacity)
-            judge = Judge(sampling, i, target.vocab_size, rung.num_speculative_tokens)
-            inner = EngineLevel(rung.name, engine, judge, inner, num_inner)
-        num_inner = rung.num_speculative_tokens
-    target.reserve(capacity)
-    judge = Judge(sampling, len(rungs), target.vocab_size, num_inner + 1)
-    return EngineLevel(TARGET, target, judge, inner, num_inner)
+    rungs: list[Rung],
+    open_engine: Callable[[str], Engine],
+    costs: Mapping[str, Sequence[float]] | None = None,
+) -> Decoder:
+    """The decoder of a ladder with the target on top.
+
+    costs: name -> milliseconds of a call with 1, 2, ... rows, by which drafts end where they stop to pay.
+    """
+    known = costs or {}
+    levels = [
+        Level(
+            rung.name,
+            None if rung.name == SUFFIX else open_engine(rung.name),
+            rung.num_speculative_tokens,
+            None if rung.name == SUFFIX else known.get(rung.name),
+        )
+        for rung in rungs
+    ]
+    return Decoder([*levels, Level(TARGET, open_engine(TARGET), costs=known.get(TARGET))])

@@ -20,20 +20,13 @@ class DraftStats:
     accepted: int = 0
     drafted_at: list[int] = field(default_factory=list)  # [i]: rounds with a draft at position i
     accepted_at: list[int] = field(default_factory=list)  # [i]: rounds that accepted it
-    histogram: Counter[int] = field(default_factory=Counter)  # accepted tokens -> rounds
 
-    def record(self, drafted: int, accepted: int) -> None:
-        self.rounds += 1
-        self.drafted += drafted
-        self.accepted += accepted
-        self.histogram[accepted] += 1
-        if drafted > len(self.drafted_at):
-            missing = [0] * (drafted - len(self.drafted_at))
-            self.drafted_at += missing
-            self.accepted_at += missing
-        for i in range(drafted):
-            self.drafted_at[i] += 1
-            self.accepted_at[i] += i < accepted
+    @property
+    def histogram(self) -> Counter[int]:
+        """Accepted tokens -> rounds. Who accepts the one at i has accepted all before it."""
+        reached = [self.rounds, *self.accepted_at, 0]
+        counts = {i: reached[i] - reached[i + 1] for i in range(len(reached) - 1)}
+        return Counter({accepted: rounds for accepted, rounds in counts.items() if rounds})
 
     @property
     def acceptance_rate(self) -> float | None:

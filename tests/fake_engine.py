@@ -47,7 +47,7 @@ class FakeEngine:
         assert num_slots <= self.max_seq_len
         self._slots[:] = -1
 
-    def forward(self, token_ids, start, position_ids=None, mask=None) -> np.ndarray:
+    def forward(self, token_ids, start, position_ids=None, mask=None, num_logits=None) -> np.ndarray:
         assert position_ids is None and mask is None
         assert len(token_ids) > 0 and start + len(token_ids) <= len(self._slots)
         assert np.all((token_ids >= 0) & (token_ids < self.vocab_size))
@@ -55,7 +55,10 @@ class FakeEngine:
         self.calls += 1
         self.rows += len(token_ids)
         self._slots[start : start + len(token_ids)] = token_ids
-        return np.stack([self.logits_after(self._slots[: start + i + 1]) for i in range(len(token_ids))])
+        first = 0 if num_logits is None else len(token_ids) - num_logits
+        return np.stack(
+            [self.logits_after(self._slots[: start + i + 1]) for i in range(first, len(token_ids))]
+        )
 
     def logits_after(self, tokens) -> np.ndarray:
         """float32 [V]: the logits after a sequence of tokens."""

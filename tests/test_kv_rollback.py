@@ -2,46 +2,45 @@
 
 import numpy as np
 import pytest
+from decoding import decode, random_costs
 from draftsmith.speculate.bundle import load
-from draftsmith.speculate.decode import decode
 from draftsmith.speculate.ladder import Rung, build_ladder
-from draftsmith.speculate.level import PREFILL_ROWS, EngineLevel
-from draftsmith.speculate.sequence import Sequence
+from draftsmith.speculate.loop import PREFILL_ROWS
 from draftsmith.speculate.settings import Sampling
 from fake_engine import FakeEngine
 
 
-def engine_levels(target):
-    levels = [target]
-    while isinstance(levels[-1].inner, EngineLevel):
-        levels.append(levels[-1].inner)
-    return levels
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("noise", [0.0, 0.7, 50.0], ids=["all-accepted", "some", "none"])
-def test_every_kept_slot_holds_the_committed_token(temperature, noise):
+@pytest.mark.parametrize(
+    "costs",
+    [None, random_costs(np.random.default_rng(3), ["target", "int8", "tiny"])],
+    ids=["fixed", "priced"],
+)
+def test_every_kept_slot_holds_the_committed_token(temperature, noise, costs):
     engines = {
         "target": FakeEngine(6, seed=1),
         "int8": FakeEngine(6, seed=1, noise=noise, own=1),
         "tiny": FakeEngine(6, seed=1, noise=noise, own=2),
     }
     prompt, length = [1, 2, 3, 1, 2], 40
-    rungs = [Rung("suffix", 3), Rung("tiny", 2), Rung("int8", 4)]
-    tokens = Sequence.begin(prompt, len(prompt) + length)
-    target = build_ladder(rungs, engines.__getitem__, Sampling(temperature, seed=4), len(prompt) + length)
-    emitted = set()
-    for block in decode(tokens, target, length):
+    decoder = build_ladder([Rung("suffix", 3), Rung("tiny", 2), Rung("int8", 4)], engines.__getitem__, costs)
+    decoder.begin(prompt, length, Sampling(temperature, seed=4))
+    tokens, emitted = list(prompt), set()
+    while block := decoder.step():
+        tokens += block
         emitted.add(len(block))
-        assert target.kept == tokens.committed - 1
-        for level in engine_levels(target):
-            kept = engines[level.name]._slots[: level.kept]
-            assert level.kept < tokens.committed
-            np.testing.assert_array_equal(kept, tokens.ids[: level.kept])
-        if 1 < len(prompt) + length - tokens.committed < length - 1:
+        assert decoder.kept(3) == len(tokens) - 1
+        for i, level in enumerate(decoder.levels):
+            if level.engine is None:
+                continue
+            kept = decoder.kept(i)
+            assert kept < len(tokens)
+            np.testing.assert_array_equal(level.engine._slots[:kept], tokens[:kept])
+        if costs is None and 1 < len(prompt) + length - len(tokens) < length - 1:
             # All that the drafter can lack is its own last token, if that was accepted, and the one after it.
-            assert tokens.committed - target.inner.kept in (1, 2)
-    assert (1 in emitted) if noise == 50 else (5 in emitted)
+            assert len(tokens) - decoder.kept(2) in (1, 2)
+    assert (1 in emitted) if noise == 50 else (costs or 5 in emitted)
 
 
 def test_a_long_prompt_is_read_in_chunks_once():
@@ -51,11 +50,9 @@ def test_a_long_prompt_is_read_in_chunks_once():
     }
     for prompt_length in (1, PREFILL_ROWS - 1, PREFILL_ROWS, PREFILL_ROWS + 1, 3 * PREFILL_ROWS + 7):
         prompt = np.arange(prompt_length) % 6
-        tokens = Sequence.begin(prompt.tolist(), prompt_length + 4)
-        target = build_ladder([Rung("int8", 2)], engines.__getitem__, Sampling(), prompt_length + 4)
         before = {name: engine.rows for name, engine in engines.items()}
-        blocks = list(decode(tokens, target, 4))
-        assert [len(block) for block in blocks] == [1, 3]
+        out = decode(engines, [Rung("int8", 2)], prompt.tolist(), 4)
+        assert [len(block) for block in out.blocks] == [1, 3]
         rows = {name: engine.rows - before[name] for name, engine in engines.items()}
         assert rows == {"target": prompt_length + 3, "int8": prompt_length + 2}
 

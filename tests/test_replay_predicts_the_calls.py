@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
+from decoding import decode
 from draftsmith.pipeline.replay import CallCosts, Plan, best_plan, next_misses, predict, replay
 from draftsmith.pipeline.traces import Recording, trace
-from draftsmith.speculate.decode import decode
-from draftsmith.speculate.ladder import Rung, build_ladder
-from draftsmith.speculate.sequence import Sequence
-from draftsmith.speculate.settings import Sampling
+from draftsmith.speculate.ladder import Rung
 from fake_engine import FakeEngine
 
 NUM_TOKENS = 40
@@ -28,10 +26,8 @@ def greedy_recording(target, int8, prompt):
 
 def decode_for_real(engines, rungs, prompt):
     """Calls of the target behind the prefill, and of int8."""
-    tokens = Sequence.begin(prompt, len(prompt) + NUM_TOKENS, frozenset())
-    target = build_ladder(rungs, engines.__getitem__, Sampling(), len(prompt) + NUM_TOKENS)
-    list(decode(tokens, target, NUM_TOKENS))
-    return target.rounds - 1, engines["int8"].calls
+    out = decode(engines, rungs, prompt, NUM_TOKENS)
+    return out.target.rounds - 1, engines["int8"].calls
 
 
 @pytest.mark.parametrize("seed", range(6))

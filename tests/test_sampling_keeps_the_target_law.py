@@ -1,23 +1,23 @@
 """Sampled output follows the target's law exactly, through the whole decode loop and at any depth of ladder.
 
-The first half enumerates: the native verdict is replaced by a branch over all its outcomes, whose
-probabilities come from the papers' formulas, and the loop is run along every branch. The second half runs the
-shipped code, with all its settings on, over many seeds.
+The first half enumerates: the rule is replaced by a branch over all its outcomes, whose probabilities come
+from the papers' formulas, and the shipped loop is run along every branch. The second half runs it with all
+its settings on, over many seeds.
 """
 
-import itertools
 import math
 from collections import Counter
 
 import numpy as np
 import pytest
-from draftsmith.speculate import verdict
-from draftsmith.speculate.decode import decode
-from draftsmith.speculate.ladder import Rung, build_ladder
-from draftsmith.speculate.level import EngineLevel, Proposal
-from draftsmith.speculate.sequence import Sequence
+from decoding import decode
+from draftsmith.speculate.binding import ffi
+from draftsmith.speculate.ladder import Rung
 from draftsmith.speculate.settings import Sampling
+from draftsmith.speculate.verify import RULES
 from fake_engine import FakeEngine
+
+RULE_NAMES = {number: name for name, number in RULES.items()}
 
 
 def list_verdicts(rule, p, q, draft):
@@ -56,10 +56,12 @@ def list_verdicts(rule, p, q, draft):
 
 
 class Branches:
-    """Stands in for the native verdict and walks, run by run, through every sequence of outcomes."""
+    """Stands in for the rules and walks, run by run, through every sequence of outcomes."""
 
-    def __init__(self):
+    def __init__(self, list_outcomes=list_verdicts):
         self.script = []
+        self.list_outcomes = list_outcomes
+        self.verify = ffi.callback("ds_verify_function", self._verify, error=-1)
 
     def __iter__(self):
         while True:
@@ -73,15 +75,21 @@ class Branches:
                 return
             self.script[-1] += 1
 
-    def chain_of_laws(self, rule, p, q, draft, uniforms):
-        outcomes = list(list_verdicts(rule, p, q, draft))
+    def _verify(self, rule, num_draft, vocab, p, q, draft, uniforms, num_accepted, next_token):
+        p = read_laws(p, num_draft + 1, vocab)
+        q = None if q == ffi.NULL else read_laws(q, num_draft, vocab)
+        outcomes = list(self.list_outcomes(RULE_NAMES[rule], p, q, list(draft[0:num_draft])))
         if self.at == len(self.script):
             self.script.append(0)
-        probability, accepted, token = outcomes[self.script[self.at]]
+        probability, num_accepted[0], next_token[0] = outcomes[self.script[self.at]]
         self.widths.append(len(outcomes))
         self.at += 1
         self.weight *= probability
-        return accepted, token
+        return 0
+
+
+def read_laws(pointer, rows, vocab):
+    return np.frombuffer(ffi.buffer(pointer, 8 * rows * vocab)).reshape(rows, vocab).copy()
 
 
 def softmax(logits):
@@ -104,19 +112,18 @@ def enumerate_target(target, prompt, length, eos):
     return law
 
 
-def enumerate_loop(monkeypatch, engines, ladder, rule, prompt, length, eos, level_type=None):
-    """The exact law of what the decode loop gives."""
-    law = Counter()
-    branches = Branches()
-    monkeypatch.setattr(verdict.verify, "chain_of_laws", branches.chain_of_laws)
+def enumerate_loop(engines, ladder, rule, prompt, length, eos=(), costs=None, list_outcomes=list_verdicts):
+    """The exact law of what the decode loop gives, and the lengths of draft that the target verified."""
+    law, lengths = Counter(), Counter()
+    branches = Branches(list_outcomes)
     for run in branches:
-        tokens = Sequence.begin(prompt, len(prompt) + length, frozenset(eos))
-        target = build_ladder(ladder, engines.__getitem__, Sampling(1.0, rule=rule), len(prompt) + length)
-        if level_type and target.inner:
-            target.inner.__class__ = level_type
-        output = tuple(itertools.chain.from_iterable(decode(tokens, target, length)))
-        law[output] += run.weight
-    return law
+        sampling = Sampling(1.0, rule=rule)
+        out = decode(engines, ladder, prompt, length, sampling, eos, costs, run.verify)
+        law[tuple(out.tokens)] += run.weight
+        reached = [out.drafter.asked, *out.drafter.drafted_at]
+        for drafted, rounds in enumerate(-np.diff(reached)):
+            lengths[drafted] += int(rounds)
+    return law, +lengths
 
 
 def largest_error(law, expected):
@@ -144,33 +151,30 @@ LADDERS = [
 @pytest.mark.parametrize(
     ("ladder", "length"), LADDERS, ids=lambda x: "-".join(r.name for r in x) if isinstance(x, list) else None
 )
-def test_the_law_of_the_whole_loop_is_exact(monkeypatch, rule, ladder, length):
+def test_the_law_of_the_whole_loop_is_exact(rule, ladder, length):
     engines, prompt = three_engines(2, seed=5), [0, 1, 0, 1, 1, 0, 1]
-    law = enumerate_loop(monkeypatch, engines, ladder, rule, prompt, length, eos=())
+    law, _ = enumerate_loop(engines, ladder, rule, prompt, length)
     assert math.isclose(sum(law.values()), 1, abs_tol=1e-12)
     assert largest_error(law, enumerate_target(engines["target"], prompt, length, ())) < 1e-12
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_an_end_of_text_inside_a_draft_keeps_the_law(monkeypatch, rule):
+def test_an_end_of_text_inside_a_draft_keeps_the_law(rule):
     engines, prompt = three_engines(3, seed=2), [0, 1, 0]
     ladder = [Rung("tiny", 1), Rung("int8", 2)]
-    law = enumerate_loop(monkeypatch, engines, ladder, rule, prompt, 4, eos=(2,))
+    law, _ = enumerate_loop(engines, ladder, rule, prompt, 4, eos=(2,))
     assert largest_error(law, enumerate_target(engines["target"], prompt, 4, (2,))) < 1e-12
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_a_draft_is_accepted_as_often_as_its_law_allows(monkeypatch, rule):
+def test_a_draft_is_accepted_as_often_as_its_law_allows(rule):
     # Judged as if it had not been sampled, a draft keeps the law too, but Σ pq are accepted, not Σ min(p, q).
     engines, prompt = three_engines(3, seed=5), [0, 1, 2]
-    branches = Branches()
-    monkeypatch.setattr(verdict.verify, "chain_of_laws", branches.chain_of_laws)
     accepted = 0.0
-    for run in branches:
-        tokens = Sequence.begin(prompt, len(prompt) + 3)
-        target = build_ladder([Rung("int8", 1)], engines.__getitem__, Sampling(1.0, rule=rule), 6)
-        list(itertools.islice(decode(tokens, target, 3), 2))
-        accepted += run.weight * target.drafts.accepted
+    for run in Branches():
+        # Three tokens: the prefill gives one, a draft is accepted or not, and there is no room for another.
+        out = decode(engines, [Rung("int8", 1)], prompt, 3, Sampling(1.0, rule=rule), verify=run.verify)
+        accepted += run.weight * out.drafter.accepted
     wanted = 0.0
     for first, mass in enumerate(softmax(engines["target"].logits_after(prompt))):
         p, q = (softmax(engines[name].logits_after([*prompt, first])) for name in ("target", "int8"))
@@ -178,34 +182,47 @@ def test_a_draft_is_accepted_as_often_as_its_law_allows(monkeypatch, rule):
     assert accepted == pytest.approx(wanted, abs=1e-12)
 
 
-class EndsWithARound(EngineLevel):
-    """Proposes what one inner round gave, however many tokens those are."""
-
-    def propose(self, sequence, length, count):
-        have = self.advance(sequence, length, count)
-        return Proposal(sequence.ids[length : length + have], self.judge.laws[:have])
-
-
-class DropsTheCorrection(EngineLevel):
-    """The tempting mistake: propose only what was accepted of the inner draft."""
-
-    def propose(self, sequence, length, count):
-        have = self.advance(sequence, length, count) - 1
-        return Proposal(sequence.ids[length : length + have], self.judge.laws[:have])
+# Where drafts end by cost: a verifier whose rows are dear enough for some drafts and not for others.
+PRICES = {
+    "target": [1.0, 1.2, 1.3, 1.4, 1.5],
+    "int8": [0.25, 0.28, 0.31, 0.34, 0.37],
+    "tiny": [0.03, 0.04, 0.05, 0.06, 0.07],
+}
+# The third row is dear and the fourth free: who might drop sampled tokens would keep three or one, by the law
+# that the second leads to.
+STAIRS = {"target": [1.0, 1.1, 1.6, 1.6], "int8": [0.05] * 4, "tiny": [0.01] * 4}
+PRICED_LADDERS = [
+    ([Rung("int8", 3)], 6, PRICES),
+    ([Rung("int8", 3)], 5, STAIRS),
+    ([Rung("suffix", 4)], 7, PRICES),
+    ([Rung("suffix", 3), Rung("int8", 3)], 6, PRICES),
+    ([Rung("tiny", 2), Rung("int8", 3)], 5, PRICES),
+    ([Rung("tiny", 1), Rung("int8", 3)], 5, STAIRS),
+]
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_a_proposal_may_end_with_a_round_but_not_without_its_correction(monkeypatch, rule):
-    # Given that a round of a lossless rule goes on behind token i, token i+1 still follows the law: that is
-    # what is left of Π p without the rounds that end at i, which draw i+1 afresh. Not so where i+1 itself
-    # decides the end.
+@pytest.mark.parametrize(("ladder", "length", "costs"), PRICED_LADDERS)
+def test_drafts_that_end_where_they_stop_to_pay_keep_the_law(rule, ladder, length, costs):
     engines, prompt = three_engines(2, seed=5), [0, 1, 0, 1, 1, 0, 1]
-    ladder = [Rung("tiny", 2), Rung("int8", 3)]
-    expected = enumerate_target(engines["target"], prompt, 5, ())
-    law = enumerate_loop(monkeypatch, engines, ladder, rule, prompt, 5, (), EndsWithARound)
-    assert largest_error(law, expected) < 1e-12
-    law = enumerate_loop(monkeypatch, engines, ladder, rule, prompt, 5, (), DropsTheCorrection)
-    assert largest_error(law, expected) > 1e-3
+    law, lengths = enumerate_loop(engines, ladder, rule, prompt, length, costs=costs)
+    assert len(lengths) > 1, "the lengths must vary for this to show anything"
+    assert largest_error(law, enumerate_target(engines["target"], prompt, length, ())) < 1e-12
+
+
+def forget_the_correction(rule, p, q, draft):
+    """The tempting mistake: what replaces a rejected draft comes from the target's whole law."""
+    for probability, accepted, _ in list_verdicts(rule, p, q, draft):
+        for token, mass in enumerate(p[accepted]):
+            yield probability * mass, accepted, token
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_the_enumeration_sees_a_verdict_that_is_not_lossless(rule):
+    engines, prompt = three_engines(2, seed=5), [0, 1, 0]
+    law, _ = enumerate_loop(engines, [Rung("int8", 2)], rule, prompt, 3, list_outcomes=forget_the_correction)
+    assert math.isclose(sum(law.values()), 1, abs_tol=1e-12)
+    assert largest_error(law, enumerate_target(engines["target"], prompt, 3, ())) > 1e-3
 
 
 def g_statistic(counts, law, total):
@@ -238,17 +255,16 @@ SETTINGS = [(1.0, 0, 1.0), (0.8, 4, 0.9)]
 
 @pytest.mark.parametrize("rule", ["token", "block", "exact"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_shipped_loop_samples_the_processed_law(rule, settings):
+@pytest.mark.parametrize("costs", [None, PRICES], ids=["fixed", "priced"])
+def test_the_shipped_loop_samples_the_processed_law(rule, settings, costs):
     temperature, top_k, top_p = settings
     vocab_size, length, total, prompt = 5, 4, 1500, [0, 1, 2, 0, 1]
     engines = three_engines(vocab_size, seed=11)
     ladder = [Rung("suffix", 2), Rung("tiny", 2), Rung("int8", 3)]
     counts = Counter()
     for seed in range(total):
-        tokens = Sequence.begin(prompt, len(prompt) + length)
         sampling = Sampling(temperature, top_k, top_p, seed, rule)
-        target = build_ladder(ladder, engines.__getitem__, sampling, len(prompt) + length)
-        counts[tuple(itertools.chain.from_iterable(decode(tokens, target, length)))] += 1
+        counts[tuple(decode(engines, ladder, prompt, length, sampling, costs=costs).tokens)] += 1
     law = {(): 1.0}
     for _ in range(length):
         law = {

@@ -4,14 +4,12 @@ import threading
 
 import numpy as np
 import pytest
-from draftsmith.speculate.decode import decode
+from decoding import decode, random_costs
 from draftsmith.speculate.errors import BundleError
-from draftsmith.speculate.ladder import Rung, build_ladder
-from draftsmith.speculate.sequence import Sequence
+from draftsmith.speculate.ladder import Rung
 from draftsmith.speculate.settings import Sampling
 from fake_engine import BYTE_VOCAB, EOS, FakeEngine, open_bundle, write_bundle
 
-GREEDY = Sampling()
 LADDERS = [
     ["suffix"],
     ["int8"],
@@ -19,13 +17,6 @@ LADDERS = [
     ["tiny", "int8"],
     ["suffix", "tiny", "int8"],
 ]
-
-
-def decode_all(engines, rungs, prompt, count, sampling=GREEDY, eos=()):
-    tokens = Sequence.begin(prompt, len(prompt) + count, frozenset(eos))
-    target = build_ladder(rungs, engines.__getitem__, sampling, len(prompt) + count)
-    blocks = list(decode(tokens, target, count))
-    return [token for block in blocks for token in block], target, blocks
 
 
 def decode_greedily(target, prompt, count, eos=()):
@@ -43,6 +34,7 @@ def random_engines(vocab_size, seed):
         "target": FakeEngine(vocab_size, seed),
         "int8": FakeEngine(vocab_size, seed, noise=0.8, own=1),
         "tiny": FakeEngine(vocab_size, seed, noise=1.6, own=2),
+        "mini": FakeEngine(vocab_size, seed, noise=2.4, own=3),
     }
 
 
@@ -60,11 +52,27 @@ def test_greedy_output_is_the_targets(ladder, seed):
                 for inner in (1, 3):
                     counts = [inner] * (len(ladder) - 1) + [outer]
                     rungs = [Rung(name, count) for name, count in zip(ladder, counts, strict=True)]
-                    output, target, _ = decode_all(engines, rungs, prompt, length)
-                    assert output == wanted
-                    drafted += target.drafts.drafted
-                    accepted += target.drafts.accepted
+                    out = decode(engines, rungs, prompt, length)
+                    assert out.tokens == wanted
+                    drafted += out.drafter.drafted
+                    accepted += out.drafter.accepted
     assert 0 < accepted < drafted, "drafts must be taken and refused for this to show anything"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_greedy_output_is_the_targets_whatever_the_ladder_and_its_costs(seed):
+    rng = np.random.default_rng(seed)
+    engines = random_engines(int(rng.choice([2, 3, 5, 8])), seed)
+    names = ["suffix", "mini", "tiny", "int8"]
+    for _ in range(8):
+        ladder = [name for name in names if rng.random() < 0.7] or ["int8"]
+        rungs = [Rung(name, int(rng.choice([1, 2, 4, 9]))) for name in ladder]
+        priced = [name for name in engines if rng.random() < 0.8]
+        prompt = rng.integers(engines["target"].vocab_size, size=int(rng.integers(1, 12))).tolist()
+        length = int(rng.integers(1, 60))
+        eos = rng.integers(engines["target"].vocab_size, size=int(rng.integers(2))).tolist()
+        out = decode(engines, rungs, prompt, length, eos=eos, costs=random_costs(rng, priced))
+        assert out.tokens == decode_greedily(engines["target"], prompt, length, eos)
 
 
 @pytest.mark.parametrize("ladder", LADDERS, ids="-".join)
@@ -72,32 +80,31 @@ def test_sampled_output_under_the_exact_rule_is_that_of_plain_sampling(ladder):
     engines, prompt = random_engines(6, seed=3), [0, 1, 2, 0, 1]
     for seed in range(12):
         settings = Sampling(temperature=0.9, top_k=5, top_p=0.95, seed=seed, rule="exact")
-        plain, _, _ = decode_all(engines, [], prompt, 20, settings)
+        plain = decode(engines, [], prompt, 20, settings).tokens
         for count in (1, 3, 6):
             rungs = [Rung(name, count) for name in ladder]
-            assert decode_all(engines, rungs, prompt, 20, settings)[0] == plain
+            costs = random_costs(np.random.default_rng(seed), engines) if seed % 2 else None
+            assert decode(engines, rungs, prompt, 20, settings, costs=costs).tokens == plain
 
 
 @pytest.mark.parametrize("rule", ["token", "block", "exact"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_drafter_equal_to_the_target_is_always_accepted(rule, temperature):
     engines = {name: FakeEngine(9, seed=1) for name in ("target", "int8")}
-    output, target, blocks = decode_all(
-        engines, [Rung("int8", 4)], [1, 2], 31, Sampling(temperature, seed=5, rule=rule)
-    )
-    assert len(output) == 31
-    assert target.drafts.accepted == target.drafts.drafted == 24
-    assert [len(block) for block in blocks] == [1] + [5] * 6
+    out = decode(engines, [Rung("int8", 4)], [1, 2], 31, Sampling(temperature, seed=5, rule=rule))
+    assert len(out.tokens) == 31
+    assert out.drafter.accepted == out.drafter.drafted == 24
+    assert [len(block) for block in out.blocks] == [1] + [5] * 6
     assert engines["target"].calls == 7
 
 
 def test_no_draft_is_longer_than_the_room_left():
     engines = {name: FakeEngine(9, seed=1) for name in ("target", "int8")}
     for length in range(1, 12):
-        output, target, blocks = decode_all(engines, [Rung("int8", 64)], [1, 2], length)
-        assert len(output) == length
-        assert [len(block) for block in blocks] == [1, length - 1][: 1 + (length > 1)]
-        assert target.drafts.drafted == max(length - 2, 0)
+        out = decode(engines, [Rung("int8", 64)], [1, 2], length)
+        assert len(out.tokens) == length
+        assert [len(block) for block in out.blocks] == [1, length - 1][: 1 + (length > 1)]
+        assert out.drafter.drafted == max(length - 2, 0)
 
 
 def test_an_end_of_text_inside_a_block_ends_the_output_there():
@@ -106,13 +113,13 @@ def test_an_end_of_text_inside_a_block_ends_the_output_there():
         engines = random_engines(8, seed)
         wanted = decode_greedily(engines["target"], [1, 2, 3], 20, eos=(5, 6))
         for ladder in LADDERS:
-            output, target, _ = decode_all(
-                engines, [Rung(name, 4) for name in ladder], [1, 2, 3], 20, eos=(5, 6)
-            )
-            assert output == wanted
-            steps, accepted = target.rounds - 1, target.drafts.accepted
-            assert 1 + steps + accepted == len(output) + target.discarded
-            ended += len(output) < 20 and target.drafts.accepted > 0
+            costs = random_costs(np.random.default_rng(seed), engines) if seed % 2 else None
+            rungs = [Rung(name, 4) for name in ladder]
+            out = decode(engines, rungs, [1, 2, 3], 20, eos=(5, 6), costs=costs)
+            assert out.tokens == wanted
+            steps, accepted = out.target.rounds - 1, out.drafter.accepted
+            assert 1 + steps + accepted == len(out.tokens) + out.target.discarded
+            ended += len(out.tokens) < 20 and accepted > 0
     assert ended > 20
 
 
@@ -125,10 +132,10 @@ def test_vocabularies_padded_differently_decode_alike(target_padding, drafter_pa
         "int8": FakeEngine(7, seed=4, noise=0.5, padding=drafter_padding, pad_logit=9),
     }
     settings = Sampling(temperature, seed=2, rule="exact")
-    plain, _, _ = decode_all(engines, [], [1, 2, 3], 30, settings)
-    output, target, _ = decode_all(engines, [Rung("int8", 4)], [1, 2, 3], 30, settings)
-    assert output == plain
-    assert target.drafts.accepted > 0.3 * target.drafts.drafted
+    plain = decode(engines, [], [1, 2, 3], 30, settings)
+    out = decode(engines, [Rung("int8", 4)], [1, 2, 3], 30, settings)
+    assert out.tokens == plain.tokens
+    assert out.drafter.accepted > 0.3 * out.drafter.drafted
 
 
 def test_the_targets_own_padding_ids_may_be_shown_to_a_drafter_without_them():
@@ -138,7 +145,7 @@ def test_the_targets_own_padding_ids_may_be_shown_to_a_drafter_without_them():
     }
     wanted = decode_greedily(engines["target"], [1, 2, 3], 30)
     assert max(wanted) >= 7
-    assert decode_all(engines, [Rung("int8", 4)], [1, 2, 3], 30)[0] == wanted
+    assert decode(engines, [Rung("int8", 4)], [1, 2, 3], 30).tokens == wanted
 
 
 @pytest.fixture

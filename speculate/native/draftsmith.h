@@ -32,6 +32,9 @@ DS_API const char *ds_version(void);
 /* This thread's last failure in one line of English, valid until its next one. */
 DS_API const char *ds_error_message(void);
 
+/* Say what failed, from a function that this library calls: ds_error_message of this thread. Copied. */
+DS_API void ds_set_error(const char *words);
+
 /* ---- Laws ---------------------------------------------------------------------------------------------- */
 
 /* The index of the first largest of `vocab` floats; an error if one is NaN. */
@@ -93,6 +96,9 @@ enum { DS_SUFFIX_MAX_MATCH = 64, DS_SUFFIX_MAX_TOKENS = 1 << 28 };
 DS_API ds_suffix *ds_suffix_create(void); /* NULL if memory ran out */
 DS_API void ds_suffix_free(ds_suffix *suffix);
 DS_API int32_t ds_suffix_append(ds_suffix *suffix, const int32_t *tokens, int32_t n_tokens);
+
+/* Make room for n_tokens in all: appends up to there allocate nothing and cannot fail for memory. */
+DS_API int32_t ds_suffix_reserve(ds_suffix *suffix, int32_t n_tokens);
 
 /* Let S be the committed tokens followed by tail[0..n_tail), which is not committed. Take the largest L in
  * [min_match, max_match] for which the last L tokens of S also end at an earlier place in S (the two may

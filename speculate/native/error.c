@@ -19,6 +19,8 @@ int32_t ds_fail(int32_t status, const char *format, ...) {
   return status;
 }
 
+void ds_set_error(const char *words) { ds_fail(DS_OK, "%s", words ? words : ""); }
+
 const char *ds_error_message(void) { return message; }
 
 const char *ds_version(void) { return DS_VERSION; }

@@ -2,6 +2,7 @@
 #ifndef DRAFTSMITH_ONNX_H
 #define DRAFTSMITH_ONNX_H
 
+#include "draftsmith.h"
 #include "engine.h"
 
 #ifdef __cplusplus

@@ -1,6 +1,7 @@
 /* From logits to the law that a token is sampled from. */
 #include "draftsmith.h"
 #include "error.h"
+#include "laws.h"
 #include "vector.h"
 
 #include <math.h>
@@ -290,13 +291,34 @@ static void compute_law(const float *row, int32_t n, int32_t best, processors wi
   for (int32_t i = 0; i < kept.n; ++i) law[kept.index[i]] /= total;
 }
 
-static int32_t check_processors(processors with) {
-  if (!(with.temperature >= 0 && with.temperature < INFINITY))
-    return ds_fail(DS_ERROR_ARGUMENT, "temperature is %g; a finite number >= 0 is wanted", with.temperature);
-  if (with.top_k < 0)
-    return ds_fail(DS_ERROR_ARGUMENT, "top_k is %d; a count is wanted, or 0 for off", with.top_k);
-  if (!(with.top_p >= 0 && with.top_p <= 1))
-    return ds_fail(DS_ERROR_ARGUMENT, "top_p is %g, outside [0, 1]; 1 turns it off", with.top_p);
+int32_t ds_check_processors(double temperature, int32_t top_k, double top_p) {
+  if (!(temperature >= 0 && temperature < INFINITY))
+    return ds_fail(DS_ERROR_ARGUMENT, "temperature is %g; a finite number >= 0 is wanted", temperature);
+  if (top_k < 0) return ds_fail(DS_ERROR_ARGUMENT, "top_k is %d; a count is wanted, or 0 for off", top_k);
+  if (!(top_p >= 0 && top_p <= 1))
+    return ds_fail(DS_ERROR_ARGUMENT, "top_p is %g, outside [0, 1]; 1 turns it off", top_p);
+  return DS_OK;
+}
+
+size_t ds_laws_scratch_size(int32_t vocab) {
+  size_t n = (size_t)vocab, n_blocks = (n + BLOCK - 1) / BLOCK;
+  return n * sizeof(double) + (2 * n + n_blocks) * sizeof(int32_t);
+}
+
+int32_t ds_write_laws(const float *logits, int32_t n_rows, int32_t vocab, double temperature, int32_t top_k,
+                      double top_p, void *memory, double *laws) {
+  double *weights = memory;
+  int32_t *integers = (int32_t *)(weights + vocab);
+  scratch room = {integers, integers + vocab, integers + 2 * (size_t)vocab, weights};
+  for (int32_t r = 0; r < n_rows; ++r) {
+    const float *row = logits + (size_t)r * (size_t)vocab;
+    int32_t best = scan_row(row, vocab, room.maxima);
+    if (best < 0) return ds_fail(DS_ERROR_ARGUMENT, "row %d of the logits holds NaN", r);
+    if (!isfinite(row[best]))
+      return ds_fail(DS_ERROR_ARGUMENT, "the largest logit of row %d is %g, so it has no law", r, row[best]);
+    compute_law(row, vocab, best, (processors){temperature, top_k, top_p}, &room,
+                laws + (size_t)r * (size_t)vocab);
+  }
   return DS_OK;
 }
 
@@ -305,26 +327,11 @@ int32_t ds_laws_from_logits(const float *logits, int32_t n_rows, int32_t vocab, 
   if (n_rows < 0 || vocab < 1)
     return ds_fail(DS_ERROR_ARGUMENT, "logits [%d, %d] have no vocabulary", n_rows, vocab);
   if (n_rows > 0 && (!logits || !laws)) return ds_fail(DS_ERROR_ARGUMENT, "logits and laws must not be NULL");
-  processors with = {temperature, top_k, top_p};
-  int32_t status = check_processors(with);
+  int32_t status = ds_check_processors(temperature, top_k, top_p);
   if (status != DS_OK) return status;
-
-  size_t n = (size_t)vocab, n_blocks = (n + BLOCK - 1) / BLOCK;
-  double *memory = malloc(n * sizeof(double) + (2 * n + n_blocks) * sizeof(int32_t));
+  void *memory = malloc(ds_laws_scratch_size(vocab));
   if (!memory) return ds_fail(DS_ERROR_MEMORY, "no memory to sort %d logits", vocab);
-  int32_t *integers = (int32_t *)(memory + n);
-  scratch room = {integers, integers + n, integers + 2 * n, memory};
-  for (int32_t r = 0; r < n_rows && status == DS_OK; ++r) {
-    const float *row = logits + (size_t)r * n;
-    int32_t best = scan_row(row, vocab, room.maxima);
-    if (best < 0)
-      status = ds_fail(DS_ERROR_ARGUMENT, "row %d of the logits holds NaN", r);
-    else if (!isfinite(row[best]))
-      status =
-          ds_fail(DS_ERROR_ARGUMENT, "the largest logit of row %d is %g, so it has no law", r, row[best]);
-    else
-      compute_law(row, vocab, best, with, &room, laws + (size_t)r * n);
-  }
+  status = ds_write_laws(logits, n_rows, vocab, temperature, top_k, top_p, memory, laws);
   free(memory);
   return status;
 }

@@ -199,6 +199,12 @@ int32_t ds_suffix_append(ds_suffix *s, const int32_t *tokens, int32_t n_tokens) 
   return DS_OK;
 }
 
+int32_t ds_suffix_reserve(ds_suffix *s, int32_t n_tokens) {
+  if (!s || n_tokens < 0)
+    return ds_fail(DS_ERROR_ARGUMENT, "reserve wants a handle and room for %d tokens", n_tokens);
+  return reserve(s, n_tokens);
+}
+
 /* ---- Drafting ------------------------------------------------------------------------------------------ */
 
 /* The text that is drafted for: the committed tokens, then the tail. */

@@ -1,0 +1,172 @@
+"""The native decode loop (`native/loop.h`): built from levels, started, asked for tokens."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .binding import check, ffi, lib
+from .engine import Engine
+from .onnx_engine import OnnxEngine
+from .settings import Sampling
+from .verify import RULES
+
+PREFILL_ROWS: int = lib.DS_PREFILL_ROWS  # rows of one call while reading a prompt
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a ladder. Each drafts for the next; the last is the target."""
+
+    name: str
+    engine: Engine | None  # None: the suffix drafter
+    num_draft: int = 0  # the longest proposal to the level above; 0 for the target
+    costs: Sequence[float] | None = (
+        None  # [r]: milliseconds of a call with r + 1 rows; None: lengths are fixed
+    )
+
+
+class EngineCalls:
+    """An `Engine` as the native loop calls it. What the engine raises is kept, to be raised again outside."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.error: BaseException | None = None
+        self._logits: np.ndarray | None = None  # alive until the next call
+        failing = {"error": lib.DS_ERROR_ENGINE, "onerror": self._keep}
+        self._callbacks = {
+            "reserve": ffi.callback("int32_t(ds_engine *, int32_t)", self._reserve, **failing),
+            "forward": ffi.callback(
+                "int32_t(ds_engine *, int32_t, const int32_t *, int32_t, const int64_t *, const uint8_t *, "
+                "int32_t, const float **)",
+                self._forward,
+                **failing,
+            ),
+        }
+        sizes = {"vocab": engine.vocab_size, "max_seq_len": engine.max_seq_len}
+        self.handle = ffi.new("ds_engine *", sizes | self._callbacks)
+
+    def _keep(self, kind: Any, error: BaseException, trace: Any) -> None:
+        self.error = error
+
+    def _reserve(self, handle: Any, num_slots: int) -> int:
+        self.engine.reserve(num_slots)
+        return lib.DS_OK
+
+    def _forward(
+        self,
+        handle: Any,
+        num_rows: int,
+        token_ids: Any,
+        start: int,
+        positions: Any,
+        mask: Any,
+        num_logits: int,
+        logits: Any,
+    ) -> int:
+        self._logits = np.ascontiguousarray(
+            self.engine.forward(
+                _read(token_ids, np.int32, num_rows),
+                start,
+                None if positions == ffi.NULL else _read(positions, np.int64, num_rows),
+                None if mask == ffi.NULL else _read(mask, np.bool_, num_rows, start + num_rows),
+                num_logits=num_logits,
+            ),
+            np.float32,
+        )
+        if self._logits.shape != (num_logits, self.engine.vocab_size):
+            raise ValueError(
+                f"an engine gave logits {self._logits.shape}: wanted {num_logits} rows of "
+                f"{self.engine.vocab_size}"
+            )
+        logits[0] = ffi.from_buffer("float[]", self._logits)
+        return lib.DS_OK
+
+
+class Decoder:
+    """The native loop over some levels, innermost first. While it decodes their engines are its own."""
+
+    def __init__(self, levels: Sequence[Level]) -> None:
+        self.levels = list(levels)
+        engines = [level.engine for level in self.levels if level.engine]
+        # A native engine is called as it is.
+        self._calls = [EngineCalls(engine) for engine in engines if not isinstance(engine, OnnxEngine)]
+        handles = {engine: engine.handle for engine in engines if isinstance(engine, OnnxEngine)}
+        handles |= {calls.engine: calls.handle for calls in self._calls}
+        costs = [ffi.NULL if level.costs is None else ffi.new("double[]", level.costs) for level in levels]
+        wanted = ffi.new(
+            "ds_level[]",
+            [
+                {
+                    "engine": handles[level.engine] if level.engine else ffi.NULL,
+                    "n_draft": level.num_draft,
+                    "n_costs": 0 if level.costs is None else len(level.costs),
+                    "costs": cost,
+                }
+                for level, cost in zip(self.levels, costs, strict=True)
+            ],
+        )
+        handle = lib.ds_decoder_create(wanted, len(self.levels))
+        if handle == ffi.NULL:
+            check(lib.DS_ERROR_ARGUMENT)
+        self._handle = ffi.gc(handle, lib.ds_decoder_free)
+        self._tokens = ffi.new("int32_t[]", lib.DS_MAX_DRAFT + 1)
+
+    def begin(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        eos_token_ids: Iterable[int] = (),
+        verify: Any = ffi.NULL,
+    ) -> None:
+        """Start a generation. verify: a `ds_verify_function` in place of the shipped rules, for tests."""
+        eos = list(eos_token_ids)
+        settings = {
+            "temperature": sampling.temperature,
+            "top_k": min(int(sampling.top_k), 2**31 - 1),
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+            "rule": RULES[sampling.rule],
+            "verify": verify,
+        }
+        self._check(
+            lib.ds_decoder_begin(
+                self._handle,
+                ffi.new("ds_sampling *", settings),
+                ffi.new("int32_t[]", prompt),
+                len(prompt),
+                max_new_tokens,
+                ffi.new("int32_t[]", eos),
+                len(eos),
+            )
+        )
+
+    def step(self) -> list[int]:
+        """The new tokens of one round of the target; none once the generation is finished."""
+        count = self._check(lib.ds_decoder_step(self._handle, self._tokens, len(self._tokens)))
+        return ffi.unpack(self._tokens, count)
+
+    def counters(self, level: int) -> Any:
+        """The `ds_level_stats` of a level, as they stand."""
+        stats = ffi.new("ds_level_stats *")
+        check(lib.ds_decoder_stats(self._handle, level, stats))
+        return stats
+
+    def kept(self, level: int) -> int:
+        """Cache slots of a level that hold the tokens that stand."""
+        return check(lib.ds_decoder_kept(self._handle, level))
+
+    def _check(self, status: int) -> int:
+        for calls in self._calls:
+            error, calls.error = calls.error, None
+            if error is not None:
+                raise error
+        return check(status)
+
+
+def _read(pointer: Any, dtype: Any, *shape: int) -> np.ndarray:
+    """An array over memory that is lent for a call."""
+    count = int(np.prod(shape))
+    return np.frombuffer(ffi.buffer(pointer, count * np.dtype(dtype).itemsize), dtype, count).reshape(shape)

@@ -1,0 +1,43 @@
+/* The state of the decode loop: made in decoder.c, moved on in loop.c. */
+#ifndef DRAFTSMITH_DECODER_H
+#define DRAFTSMITH_DECODER_H
+
+#include "loop.h"
+#include "schedule.h"
+
+enum { DS_MOST_ROWS = DS_PREFILL_ROWS + DS_MAX_DRAFT /* of one call */ };
+
+/* Invariant of an engine: cache slot i holds token i of the sequence for every i < `kept`. The newest token is
+ * never in the cache yet, so a round without drafts is a call with one row, and after a fully accepted
+ * proposal the next call also reads its last token, which nobody had to read before. */
+typedef struct level level;
+struct level {
+  ds_engine *engine; /* NULL: the suffix drafter */
+  ds_suffix *suffix; /* or NULL */
+  level *inner, *above;
+  int32_t n_draft;
+  int32_t kept; /* of a suffix drafter: the tokens it has learnt */
+  uint64_t stream, drawn;
+  double *laws; /* row i: the law of the i-th token of the proposal being built; NULL: none was sampled */
+  uint8_t buckets[DS_MAX_DRAFT]; /* of that proposal, for the schedule */
+  ds_pace pace;
+  ds_trust trust;
+  double clock; /* milliseconds by the cost tables, those of the levels below included */
+  ds_level_stats stats;
+};
+
+struct ds_decoder {
+  level levels[DS_MAX_LEVELS];
+  int32_t n_levels, vocab;
+  ds_sampling sampling;
+  int32_t *ids, *eos;
+  int32_t committed, n_eos, left;
+  int begun, first;
+  void *scratch;
+  double uniforms[DS_MAX_DRAFT + 2];
+  int32_t shown[DS_MOST_ROWS];
+};
+
+static inline int ds_is_greedy(const ds_decoder *d) { return d->sampling.temperature == 0; }
+
+#endif

@@ -1,0 +1,88 @@
+/* Draftsmith's decode loop: a target and the levels that draft for it, from a prompt to tokens.
+ *
+ * Lossless   Greedy tokens are those of the target alone; sampled ones follow its law exactly, and under
+ *            DS_RULE_EXACT are, token for token, those of sampling without drafts. Whatever drafts.
+ * Repeatable Tokens depend on the engines, the settings and the cost tables; never on a clock.
+ * Ownership  Levels and settings are copied, engines borrowed until ds_decoder_free; nobody here closes them.
+ *            All memory is taken by create and begin; step allocates nothing.
+ * Threads    A decoder is used by one thread at a time, and so are its engines.
+ * Errors     As in draftsmith.h. After one, begin again.
+ */
+#ifndef DRAFTSMITH_LOOP_H
+#define DRAFTSMITH_LOOP_H
+
+#include "draftsmith.h"
+#include "engine.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { DS_MAX_LEVELS = 8, DS_MAX_DRAFT = 64, DS_PREFILL_ROWS = 128 /* of a call that reads a prompt */ };
+
+/* One level of a ladder. Each drafts for the next and verifies the one before; the last is the target, whose
+ * vocabulary rules: a drafter may know fewer ids (it never drafts the rest) or more (those are masked). */
+typedef struct ds_level {
+  ds_engine *engine;   /* NULL: the suffix drafter of draftsmith.h, which needs no drafter and comes first */
+  int32_t n_draft;     /* the longest proposal to the level above, 1 .. DS_MAX_DRAFT; 0 for the target */
+  int32_t n_costs;     /* at least the n_draft of the level below + 1; 0 without costs */
+  const double *costs; /* [r]: milliseconds of an engine's call with r + 1 rows, positive; or NULL */
+} ds_level;
+
+/* Drafts are n_draft long where costs are NULL: those of the drafter (but of the suffix drafter, which has
+ * none) or of the level above it. Else a draft ends as soon as one more row does not pay (schedule.h). */
+
+/* As ds_verify_chain, whose arguments these are. */
+typedef int32_t ds_verify_function(int32_t rule, int32_t n_draft, int32_t vocab, const double *p,
+                                   const double *q, const int32_t *draft, const double *uniforms,
+                                   int32_t *n_accepted, int32_t *next_token);
+
+typedef struct ds_sampling {
+  double temperature; /* 0: greedy, and the rest is ignored */
+  int32_t top_k;      /* 0: off */
+  double top_p;       /* 1: off */
+  uint64_t seed;
+  int32_t rule;               /* enum ds_rule */
+  ds_verify_function *verify; /* a verdict of the caller's own, or NULL: ds_verify_chain */
+} ds_sampling;
+
+/* What one level did since begin. Times are wall milliseconds. */
+typedef struct ds_level_stats {
+  int64_t calls, rows; /* of its engine, prefill chunks included, and the tokens that they read */
+  int64_t rounds;      /* verdicts that it gave; the target's first is the prefill's */
+  int64_t discarded;   /* tokens that it decided behind an end-of-text token */
+  int64_t asked;       /* rounds of the level above in which it could draft */
+  int64_t drafted, accepted;
+  int64_t drafted_at[DS_MAX_DRAFT], accepted_at[DS_MAX_DRAFT]; /* [i]: rounds with a draft at position i */
+  double busy_ms;                                              /* drafting, the levels below included */
+  double prefill_ms;                                           /* the first call and the chunks before it */
+  double forward_ms;                                           /* all later calls */
+  double decide_ms;                                            /* laws, verdicts and choice */
+} ds_level_stats;
+
+typedef struct ds_decoder ds_decoder;
+
+/* levels [n_levels], 1 .. DS_MAX_LEVELS, innermost first. NULL on failure. */
+DS_API ds_decoder *ds_decoder_create(const ds_level *levels, int32_t n_levels);
+DS_API void ds_decoder_free(ds_decoder *decoder);
+
+/* Start a generation: at most max_new_tokens behind prompt [n_prompt >= 1], up to one of eos [n_eos]
+ * inclusive. Prompt and new tokens together must fit into the cache of every engine. */
+DS_API int32_t ds_decoder_begin(ds_decoder *decoder, const ds_sampling *sampling, const int32_t *prompt,
+                                int32_t n_prompt, int32_t max_new_tokens, const int32_t *eos, int32_t n_eos);
+
+/* One round of the target. Writes the new tokens and returns how many, 0 once the generation is finished.
+ * `room` of `tokens` must be at least the target drafter's n_draft + 1. The first round reads the prompt and
+ * gives one token. */
+DS_API int32_t ds_decoder_step(ds_decoder *decoder, int32_t *tokens, int32_t room);
+
+/* The counters of a level, which stand between steps until the next begin. */
+DS_API int32_t ds_decoder_stats(const ds_decoder *decoder, int32_t level, ds_level_stats *stats);
+
+/* Cache slots of a level that hold the tokens that stand; a suffix drafter's are those it has learnt. */
+DS_API int32_t ds_decoder_kept(const ds_decoder *decoder, int32_t level);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

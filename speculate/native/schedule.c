@@ -1,0 +1,150 @@
+/* Draft lengths from costs and frequencies; the rule is in schedule.h. */
+#include "schedule.h"
+#include "vector.h"
+
+#include <math.h>
+#include <string.h>
+
+enum {
+  PACE_TOKENS = 32,  /* the rate is that of about so many tokens */
+  TRUST_DRAFTS = 64, /* and a frequency that of at most so many drafts */
+  PRIOR_DRAFTS = 4,  /* what the first guess weighs */
+  IDLE_ROUNDS = 16,  /* between explorations */
+};
+
+static const double PRIOR[DS_BUCKETS] = {0.4, 0.55, 0.7, 0.85, 0.95};
+
+/* ---- Time ---------------------------------------------------------------------------------------------- */
+
+double ds_pace_of_call(const ds_pace *pace, int32_t n_rows) {
+  if (!pace->costs) return 0;
+  return pace->costs[(n_rows < pace->n_costs ? n_rows : pace->n_costs) - 1];
+}
+
+/* To begin with, the level decodes alone. */
+void ds_pace_reset(ds_pace *pace) {
+  pace->gained = PACE_TOKENS;
+  pace->spent = PACE_TOKENS * ds_pace_of_call(pace, 1);
+}
+
+void ds_pace_add(ds_pace *pace, double milliseconds, int32_t n_tokens) {
+  double keep = 1 - (double)n_tokens / PACE_TOKENS;
+  if (keep < 0) keep = 0;
+  pace->gained = keep * pace->gained + n_tokens;
+  pace->spent = keep * pace->spent + milliseconds;
+}
+
+/* Milliseconds a token: never more than without drafts, which is always to be had. */
+static double rate(const ds_pace *pace) {
+  if (!pace->costs) return 0;
+  double now = pace->spent / pace->gained;
+  return now < pace->costs[0] ? now : pace->costs[0];
+}
+
+/* ---- Acceptance ---------------------------------------------------------------------------------------- */
+
+void ds_trust_reset(ds_trust *trust) { memset(trust, 0, sizeof *trust); }
+
+static double frequency(double accepted, double tried, double prior) {
+  return (accepted + PRIOR_DRAFTS * prior) / (tried + PRIOR_DRAFTS);
+}
+
+static double trust_in(const ds_trust *trust, uint8_t bucket) {
+  return frequency(trust->accepted[bucket], trust->tried[bucket], PRIOR[bucket]);
+}
+
+/* Of a token that is not drafted yet, so that its bucket is unknown. */
+static double trust_in_next(const ds_trust *trust) {
+  double accepted = 0, tried = 0;
+  for (int b = 0; b < DS_BUCKETS; ++b) {
+    accepted += trust->accepted[b];
+    tried += trust->tried[b];
+  }
+  return frequency(accepted, tried, PRIOR[DS_BUCKETS / 2]);
+}
+
+static uint8_t bucket_of(double value, const double limits[DS_BUCKETS - 1]) {
+  uint8_t b = 0;
+  while (b < DS_BUCKETS - 1 && value >= limits[b]) ++b;
+  return b;
+}
+
+uint8_t ds_bucket_of_match(int32_t length) {
+  static const double limits[DS_BUCKETS - 1] = {3, 5, 9, 17};
+  return bucket_of(length, limits);
+}
+
+static inline void enter(float x, float *first, float *second) {
+  float low = x < *first ? x : *first;
+  *first = x > *first ? x : *first;
+  *second = low > *second ? low : *second;
+}
+
+/* The largest of a row less the second, lane by lane so that the loop vectorizes. */
+DS_WIDE static double lead_of_row(const float *row, int32_t n) {
+  float first[DS_LANES], second[DS_LANES];
+  for (int j = 0; j < DS_LANES; ++j) first[j] = second[j] = -INFINITY;
+  int32_t i = 0;
+  for (; i + DS_LANES <= n; i += DS_LANES)
+    for (int j = 0; j < DS_LANES; ++j) enter(row[i + j], &first[j], &second[j]);
+  for (int j = 0; i < n; ++i, ++j) enter(row[i], &first[j], &second[j]);
+  for (int j = 1; j < DS_LANES; ++j) {
+    enter(first[j], &first[0], &second[0]);
+    enter(second[j], &first[0], &second[0]);
+  }
+  return (double)first[0] - (double)second[0];
+}
+
+uint8_t ds_bucket_of_law(const float *logits, int32_t vocab) {
+  static const double limits[DS_BUCKETS - 1] = {0.5, 1, 2, 4};
+  return bucket_of(lead_of_row(logits, vocab), limits);
+}
+
+void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, int32_t n_draft, int32_t n_accepted) {
+  for (int32_t i = 0; i < n_draft && i <= n_accepted; ++i) {
+    uint8_t b = buckets[i];
+    if (trust->tried[b] >= TRUST_DRAFTS) {
+      trust->tried[b] /= 2;
+      trust->accepted[b] /= 2;
+    }
+    trust->tried[b] += 1;
+    trust->accepted[b] += i < n_accepted;
+  }
+}
+
+void ds_trust_note(ds_trust *trust, int32_t n_draft) { trust->idle = n_draft ? 0 : trust->idle + 1; }
+
+static bool explores(const ds_trust *trust) { return trust->idle >= IDLE_ROUNDS; }
+
+/* ---- Length -------------------------------------------------------------------------------------------- */
+
+bool ds_pays_to_go_on(const ds_pace *above, const ds_pace *own, const ds_trust *trust, const uint8_t *buckets,
+                      int32_t n_draft, int32_t room) {
+  if (n_draft == 0 && explores(trust)) return true;
+  double reach = 1, next = trust_in_next(trust), gain = 0;
+  for (int32_t i = 0; i < n_draft; ++i) reach *= trust_in(trust, buckets[i]);
+  for (int32_t n = 1; n <= room; ++n) {
+    reach *= next;
+    gain += rate(above) * reach;
+    double cost =
+        n * rate(own) + ds_pace_of_call(above, n_draft + n + 1) - ds_pace_of_call(above, n_draft + 1);
+    if (gain > cost) return true;
+  }
+  return false;
+}
+
+int32_t ds_length_that_pays(const ds_pace *above, const ds_trust *trust, const uint8_t *buckets,
+                            int32_t n_draft) {
+  double reach = 1, gain = 0, most = 0;
+  int32_t best = 0;
+  for (int32_t h = 1; h <= n_draft; ++h) {
+    reach *= trust_in(trust, buckets[h - 1]);
+    gain += rate(above) * reach;
+    double profit = gain - (ds_pace_of_call(above, h + 1) - ds_pace_of_call(above, 1));
+    if (profit > most || (h == 1 && explores(trust))) {
+      most = profit;
+      best = h;
+    }
+  }
+  return best;
+}

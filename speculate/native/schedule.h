@@ -1,0 +1,69 @@
+/* How long a draft should be, while it is being drafted.
+ *
+ * Tokens are worth time: a level that needs V milliseconds a token of late, all its calls and its drafters'
+ * included, saves V with every draft it accepts. (Who asks each draft to pay at the present rate is led to
+ * the best rate: Dinkelbach's method for a ratio.) So with h tokens drafted, all of which are accepted with
+ * probability S_h, the drafter goes on if for some number n of further ones
+ *
+ *     V * (S_h a + S_h a^2 + .. + S_h a^n)  >  n d + c(h + n + 1) - c(h + 1)
+ *
+ * where a is how often the drafter's next token is accepted if all before it were, d its own milliseconds a
+ * token (0 for the suffix drafter), and c(r) the cost of the call above with r rows. Looking n ahead steps
+ * over a table that rises in stairs. A draft that may be cut keeps the h with the most V (S_1 + .. + S_h) -
+ * c(h + 1).
+ *
+ * S_h is a product of learnt frequencies, one for each bucket of confidence, of what was verified so far in
+ * this generation. Every round that drafts nothing brings the next exploration nearer: one draft whether it
+ * pays or not, so that a drafter that did badly on one passage is not out for the rest.
+ *
+ * Non-anticipating: a decision uses tokens that are kept, laws given those, and verdicts of the past. No token
+ * of a sampled proposal is ever dropped, so each still follows its law given that it was proposed. No clock
+ * enters either: equal seeds give equal tokens.
+ */
+#ifndef DRAFTSMITH_SCHEDULE_H
+#define DRAFTSMITH_SCHEDULE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* The time of a level by its cost table. */
+typedef struct {
+  const double *costs; /* [n_costs], or NULL: free, as the suffix drafter is */
+  int32_t n_costs;
+  double spent, gained; /* milliseconds and tokens of late */
+} ds_pace;
+
+void ds_pace_reset(ds_pace *pace);
+void ds_pace_add(ds_pace *pace, double milliseconds, int32_t n_tokens);
+double ds_pace_of_call(const ds_pace *pace, int32_t n_rows);
+
+enum { DS_BUCKETS = 5 };
+
+/* What is known of a level's drafts. */
+typedef struct {
+  double tried[DS_BUCKETS], accepted[DS_BUCKETS]; /* tokens all before which were accepted */
+  int32_t idle;                                   /* rounds since it last proposed */
+} ds_trust;
+
+void ds_trust_reset(ds_trust *trust);
+
+/* The bucket of a draft by what is cheap to know: for an engine the lead of the first logit over the second,
+ * for the suffix drafter the number of tokens that match. */
+uint8_t ds_bucket_of_law(const float *logits, int32_t vocab);
+uint8_t ds_bucket_of_match(int32_t length);
+
+/* Of a proposal with these buckets [n_draft], the first n_accepted were accepted. */
+void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, int32_t n_draft, int32_t n_accepted);
+
+/* One round in which the level proposed n_draft tokens. */
+void ds_trust_note(ds_trust *trust, int32_t n_draft);
+
+/* Whether to go on drafting, at most `room` more behind those with the given buckets [n_draft]. */
+bool ds_pays_to_go_on(const ds_pace *above, const ds_pace *own, const ds_trust *trust, const uint8_t *buckets,
+                      int32_t n_draft, int32_t room);
+
+/* How many of a draft that may be cut are worth their rows in the call above. */
+int32_t ds_length_that_pays(const ds_pace *above, const ds_trust *trust, const uint8_t *buckets,
+                            int32_t n_draft);
+
+#endif

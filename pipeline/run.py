@@ -68,7 +68,7 @@ def bench(
     bundle = load(bundle_dir, threads)
     with show_progress("bench") as progress:
         result = measure(bundle, chosen, speculate=parse_ladder(speculate), progress=progress, **settings)
-    result |= {"prompts_file": str(prompts), "passed_over": problems}
+    result |= {"prompts_file": str(prompts), "passed_over": problems + result["passed_over"]}
     if json_out and str(json_out) != "-":
         json_out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from ..speculate.bundle import Bundle, load
 from .machine import describe_machine
+from .processor import num_threads
 from .progress import Progress, no_progress
 from .prompts import Prompt, encode_prompts
 
@@ -73,7 +74,8 @@ def bench(
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(),
-        "settings": options | {"speculate": speculate, "plan": bundle.plan_for(speculate)},
+        "settings": options
+        | {"speculate": speculate, "plan": bundle.plan_for(speculate), "threads": bundle.threads},
         "prompts": len(runs) // 2,
         "passed_over": passed_over,
         "interrupted": interrupted,
@@ -134,7 +136,11 @@ def bench_stage(bundle_dir: Path, tokens: Path, out: Path, progress: Progress = 
     ]
     prompts = [Prompt(ids, "calibration", index) for index, ids in enumerate(picked.tolist())]
     result = bench(
-        load(bundle_dir), prompts, max_new_tokens=STAGE_NEW_TOKENS, ignore_eos=True, progress=progress
+        load(bundle_dir, num_threads()),
+        prompts,
+        max_new_tokens=STAGE_NEW_TOKENS,
+        ignore_eos=True,
+        progress=progress,
     )
     if result["interrupted"]:
         raise KeyboardInterrupt  # what is kept in the cache is whole

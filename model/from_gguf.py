@@ -188,9 +188,22 @@ def unpermute(tensor: Tensor, head_dim: int) -> Tensor:
     return tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
+class PlainReader(gguf.GGUFReader):
+    """Reads the mapped pages as a plain array: a vocabulary takes a million slices, and one of a memmap costs
+    several times as much."""
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._data = np.asarray(mapped)
+
+
 def open_gguf(path: Path) -> gguf.GGUFReader:
     try:
-        return gguf.GGUFReader(path)
+        return PlainReader(path)
     except FileNotFoundError:
         raise ModelError(f"{path} is missing") from None
     except (ValueError, IndexError, OverflowError, KeyError, MemoryError) as error:

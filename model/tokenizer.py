@@ -46,10 +46,13 @@ def read_end_tokens(folder: Path) -> tuple[int, ...]:
 
 def write_tokenizer_of_gguf(path: Path, metadata: dict[str, Any], out: Path, config: DecoderConfig) -> None:
     """From the vocabulary, merges and template in a .gguf file, by way of transformers."""
-    from transformers import AutoTokenizer
+    # The file alone says how it tokenizes. AutoTokenizer would first read all of it once more for a config.
+    from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True
+        )
     except Exception as error:  # a vocabulary of a kind that transformers cannot convert
         raise ModelError(f"{path}: its tokenizer cannot be converted: {error}") from None
     backend = tokenizer.backend_tokenizer

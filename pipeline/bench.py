@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 
 from ..speculate.bundle import Bundle, load
 from .machine import describe_machine
+from .processor import num_threads
 from .progress import Progress, no_progress
-from .prompts import Prompt
+from .prompts import Prompt, encode_prompts
 
 # Kernels round differently for one row and for several, so where the target's two best logits are closer than
 # that moves them, the order of the two is chance. Anything wider that differs is a bug.
@@ -44,18 +45,19 @@ def bench(
 ) -> dict:
     """Decode every prompt plainly and speculatively, in alternating order, and compare.
 
-    An interrupt ends the run early and keeps what was measured. Figures are defined in docs/metrics.md.
+    A prompt that the bundle refuses is passed over. An interrupt ends the run early and keeps what was
+    measured. Figures are defined in docs/metrics.md.
     """
     modes = {"plain": "none", "speculative": speculate}
     options = {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos, "temperature": temperature}
-    for mode in modes.values():  # opens the engines and warms their kernels
-        bundle.generate(bundle.encode(prompts[0].content), max_new_tokens=4, speculate=mode, ignore_eos=True)
+    encoded, passed_over = encode_prompts(bundle, prompts, list(modes.values()), **options)
+    for mode in modes.values():  # warms the kernels
+        bundle.generate(encoded[0][1], max_new_tokens=min(4, max_new_tokens), speculate=mode, ignore_eos=True)
     runs: list[Run] = []
     divergences: list[dict] = []
     interrupted = False
     try:
-        for index, prompt in enumerate(prompts):
-            ids = bundle.encode(prompt.content)
+        for index, (prompt, ids) in enumerate(encoded):
             pair: dict[str, Run] = {}
             for mode in list(modes) if index % 2 == 0 else reversed(modes):
                 pair[mode] = _decode(bundle, ids, mode, modes[mode], prompt.category, options)
@@ -63,7 +65,7 @@ def bench(
                 found = find_divergence(bundle, ids, pair["plain"].token_ids, pair["speculative"].token_ids)
                 divergences.append({"prompt": index, "line": prompt.line} | found)
             runs += pair.values()
-            progress(index + 1, len(prompts), "plain and speculative in turn")
+            progress(index + 1, len(encoded), "plain and speculative in turn")
     except KeyboardInterrupt:
         interrupted = True
         runs = runs[: len(runs) // 2 * 2]
@@ -72,8 +74,10 @@ def bench(
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(),
-        "settings": options | {"speculate": speculate, "plan": bundle.plan_for(speculate)},
+        "settings": options
+        | {"speculate": speculate, "plan": bundle.plan_for(speculate), "threads": bundle.threads},
         "prompts": len(runs) // 2,
+        "passed_over": passed_over,
         "interrupted": interrupted,
         "identical": len(runs) // 2 - len(divergences) if temperature == 0.0 else None,
         "divergences": divergences,
@@ -132,7 +136,11 @@ def bench_stage(bundle_dir: Path, tokens: Path, out: Path, progress: Progress = 
     ]
     prompts = [Prompt(ids, "calibration", index) for index, ids in enumerate(picked.tolist())]
     result = bench(
-        load(bundle_dir), prompts, max_new_tokens=STAGE_NEW_TOKENS, ignore_eos=True, progress=progress
+        load(bundle_dir, num_threads()),
+        prompts,
+        max_new_tokens=STAGE_NEW_TOKENS,
+        ignore_eos=True,
+        progress=progress,
     )
     if result["interrupted"]:
         raise KeyboardInterrupt  # what is kept in the cache is whole

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from ..speculate.bundle import load
 from .errors import CheckFailed
+from .processor import num_threads
 from .progress import Progress, no_progress
 
 CHECK_TOKENS = 64
@@ -31,7 +32,7 @@ def check(
 
     Raises CheckFailed, naming engine and figure, if one is further off than rounding explains.
     """
-    bundle = load(bundle_dir)
+    bundle = load(bundle_dir, num_threads())
     ids = load_file(tokens / "tokens.safetensors")["tokens"][0, :CHECK_TOKENS].tolist()
     result: dict[str, dict] = {}
     for index, (name, checkpoint) in enumerate(checkpoints.items()):

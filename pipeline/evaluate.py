@@ -9,7 +9,7 @@ import numpy as np
 from ..speculate.bundle import Bundle
 from ..speculate.errors import BundleError
 from .progress import Progress, no_progress
-from .prompts import read_prompts
+from .prompts import encode_prompts, read_prompts
 from .traces import record
 
 
@@ -29,7 +29,7 @@ def evaluate(
     The text is tokenised whole and cut into non-overlapping windows of `window` tokens, each predicted
     without the ones before it; perplexity is exp(mean negative log-likelihood) over every token but each
     window's first. Agreement is the share of positions of the target's own greedy output at which a
-    drafter, given the same text, chooses the same token.
+    drafter, given the same text, chooses the same token. A prompt that the bundle refuses is passed over.
     """
     if text is None and prompts is None:
         raise BundleError(
@@ -43,14 +43,16 @@ def evaluate(
         for name, figures in _perplexities(bundle, windows, progress).items():
             result["engines"][name] |= figures
     if prompts is not None:
-        chosen, problems = read_prompts(prompts, limit)
-        result["prompts"] = {"file": str(prompts), "prompts": len(chosen), "passed_over": problems}
+        chosen, unread = read_prompts(prompts, limit)
+        alone = [[name] for name in bundle.drafters]
+        encoded, refused = encode_prompts(bundle, chosen, ["none", *alone], max_new_tokens=max_new_tokens)
+        result["prompts"] = {"file": str(prompts), "prompts": len(encoded), "passed_over": unread + refused}
         agreed = {name: [] for name in bundle.drafters}
-        for index, prompt in enumerate(chosen):
-            recording = record(bundle, bundle.encode(prompt.content), bundle.drafters, max_new_tokens)
+        for index, (_, ids) in enumerate(encoded):
+            recording = record(bundle, ids, bundle.drafters, max_new_tokens)
             for name in bundle.drafters:
                 agreed[name].append(recording.choices[name] == recording.tokens)
-            progress(index + 1, len(chosen), "agreement")
+            progress(index + 1, len(encoded), "agreement")
         for name, flags in agreed.items():
             result["engines"][name]["greedy_agreement"] = float(np.concatenate(flags).mean())
     return result

@@ -10,7 +10,9 @@ KNOWN_EXTENSIONS = (
 
 
 def num_threads() -> int:
-    """How many threads a stage computes with: OMP_NUM_THREADS, else one for each core that it may use."""
+    """How many threads stages and verbs compute with: OMP_NUM_THREADS, else one for each core that they may
+    use.
+    """
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return int(wanted) if wanted.isdigit() and int(wanted) > 0 else len(os.sched_getaffinity(0))
 

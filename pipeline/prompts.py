@@ -1,9 +1,14 @@
-"""Read prompts: JSONL in the forms that the field uses, or plain text with one prompt a line."""
+"""Read prompts: JSONL in the forms that the field uses, or plain text with one prompt a line. Those that a
+bundle cannot decode are passed over, with the reason.
+"""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ..speculate.bundle import Bundle
 from ..speculate.errors import BundleError
 
 Message = dict[str, str]
@@ -34,12 +39,38 @@ def read_prompts(path: Path, limit: int | None = None) -> tuple[list[Prompt], li
         try:
             prompts.append(_read_line(line, number, path.suffix == ".txt"))
         except (ValueError, TypeError, AttributeError) as error:
-            problems.append(f"{path}:{number}: {error}; line passed over")
+            problems.append(f"line {number}: {error}; passed over")
     if not prompts:
         raise BundleError(f"{path} holds no usable prompt" + (f" ({problems[0]})" if problems else ""))
     if limit is not None and 0 < limit < len(prompts):
         prompts = [prompts[index * len(prompts) // limit] for index in range(limit)]
     return prompts, problems
+
+
+def encode_prompts(
+    bundle: Bundle, prompts: Sequence[Prompt], ladders: Sequence[str | list[str]], **settings: Any
+) -> tuple[list[tuple[Prompt, list[int]]], list[str]]:
+    """The prompts, with their token ids, that `bundle` decodes with each of `ladders` and `settings`; and why
+    it refuses the others, one sentence each. Raises BundleError if it refuses all.
+    """
+
+    def try_decoding(ids: list[int]) -> None:
+        for ladder in ladders:
+            bundle.stream(ids, speculate=ladder, **settings).close()  # checks all, decodes nothing
+
+    try_decoding([0])  # what is refused even here is not the fault of a prompt
+    encoded, problems = [], []
+    for prompt in prompts:
+        try:
+            ids = bundle.encode(prompt.content)
+            try_decoding(ids)
+        except BundleError as error:
+            problems.append(f"line {prompt.line}: {error}; passed over")
+        else:
+            encoded.append((prompt, ids))
+    if not encoded:
+        raise BundleError(f"no prompt is left that this bundle can decode ({problems[0]})")
+    return encoded, problems
 
 
 def _read_line(line: str, number: int, plain: bool) -> Prompt:

@@ -49,6 +49,11 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _alone(value: str | list[str]) -> str | list[str]:
+    """A list of one is that one, so that it is the same recipe and the same key of the cache."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
 def _compiling(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         if pattern.startswith("re:"):
@@ -101,7 +106,7 @@ class Model(Section):
 
 
 class Calibration(Section):
-    text: str | list[str] = Field(
+    text: Annotated[str | list[str], AfterValidator(_alone)] = Field(
         default="self", description="self: the model writes it; or .txt or .jsonl files; or dataset:NAME"
     )
     num_calibration_samples: Count = 64

@@ -3,10 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError
+from .processor import num_threads
 from .progress import show_progress
+
+if TYPE_CHECKING:
+    from ..speculate.bundle import Bundle
 
 
 def parse_ladder(text: str) -> str | list[str]:
@@ -28,9 +32,7 @@ def generate(
 
     The text is written as it comes, unless `quiet`; `settings` are those of `Bundle.stream`.
     """
-    from ..speculate.bundle import load
-
-    bundle = load(bundle_dir, threads)
+    bundle = _open(bundle_dir, threads)
     text = sys.stdin.read() if prompt == "-" else prompt
     ladder = parse_ladder(speculate)
     run = bundle.stream([{"role": "user", "content": text}] if chat else text, speculate=ladder, **settings)
@@ -58,17 +60,16 @@ def bench(
     **settings: Any,
 ) -> dict[str, Any]:
     """Measure plain and speculative decoding of the prompts of a file; keeps the result in `json_out`."""
-    from ..speculate.bundle import load
     from .bench import bench as measure
     from .prompts import read_prompts
 
     if json_out and str(json_out) != "-" and not json_out.absolute().parent.is_dir():
         raise RecipeError(f"--json {json_out}: its folder is not there; make it first")
     chosen, problems = read_prompts(prompts, limit)
-    bundle = load(bundle_dir, threads)
+    bundle = _open(bundle_dir, threads)
     with show_progress("bench") as progress:
         result = measure(bundle, chosen, speculate=parse_ladder(speculate), progress=progress, **settings)
-    result |= {"prompts_file": str(prompts), "passed_over": problems}
+    result |= {"prompts_file": str(prompts), "passed_over": problems + result["passed_over"]}
     if json_out and str(json_out) != "-":
         json_out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
@@ -78,13 +79,19 @@ def evaluate(
     bundle_dir: Path, text: Path | None, prompts: Path | None, *, threads: int | None, **settings: Any
 ) -> dict[str, Any]:
     """Perplexity on `text` and greedy agreement on `prompts` of every engine of a bundle."""
-    from ..speculate.bundle import load
     from .evaluate import evaluate as measure
 
     with show_progress("eval") as progress:
-        return measure(load(bundle_dir, threads), text, prompts, progress=progress, **settings)
+        return measure(_open(bundle_dir, threads), text, prompts, progress=progress, **settings)
 
 
 def has_bug(bench_result: dict[str, Any]) -> bool:
     """Whether an output differs from plain decoding other than by the chance order of near-equal logits."""
     return any(not divergence["near_tie"] for divergence in bench_result["divergences"])
+
+
+def _open(bundle_dir: Path, threads: int | None) -> "Bundle":
+    """With as many threads as `tune` measured with, unless told otherwise."""
+    from ..speculate.bundle import load
+
+    return load(bundle_dir, num_threads() if threads is None else threads)

@@ -1,11 +1,12 @@
 """Results as people read them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .output import format_size, format_table
 
 Result = Mapping[str, Any]
+MAX_REASONS = 5  # of a kind that are printed; --json has them all
 
 
 def show_starter(result: Result) -> str:
@@ -56,7 +57,7 @@ def show_bench(result: Result) -> str:
         kind = "a near-tie" if row["near_tie"] else "NOT a near-tie: please report it"
         where = f"line {row['line']}, token {row['position']}"
         lines.append(f"  {where}: differs, top-2 gap {row['top2_gap']:.2e}, {kind}")
-    lines += result["passed_over"]
+    lines += _passed_over(result["passed_over"])
     if result["interrupted"]:
         lines.append("interrupted: figures are of the prompts until then")
     return "\n".join(lines)
@@ -65,7 +66,10 @@ def show_bench(result: Result) -> str:
 def show_evaluation(result: Result) -> str:
     figures = list(dict.fromkeys(key for engine in result["engines"].values() for key in engine))
     rows = [[name, *(engine.get(key) for key in figures)] for name, engine in result["engines"].items()]
-    return format_table([["engine", *figures], *rows])
+    lines = [format_table([["engine", *figures], *rows])]
+    if prompts := result.get("prompts"):
+        lines += ["", f"agreement over {prompts['prompts']} prompts", *_passed_over(prompts["passed_over"])]
+    return "\n".join(lines)
 
 
 def show_bundle(result: Result) -> str:
@@ -123,6 +127,13 @@ def show_reason(result: Result) -> str:
 def show_collected(result: Result) -> str:
     count = len(result["removed"])
     return f"removed {count}, freed {format_size(result['freed_bytes'])}; {format_size(result['bytes'])} left"
+
+
+def _passed_over(reasons: Sequence[str]) -> list[str]:
+    if not reasons:
+        return []
+    lines = [f"passed over: {len(reasons)}", *(f"  {reason}" for reason in reasons[:MAX_REASONS])]
+    return lines if len(reasons) <= MAX_REASONS else [*lines, f"  … {len(reasons) - MAX_REASONS} more"]
 
 
 def _speedup(spread: Mapping[str, float]) -> str:

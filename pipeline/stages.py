@@ -131,7 +131,10 @@ SMOOTH = Stage("smooth", _smooth, ("model", "quantize"), ARITHMETIC, sums=True)
 PRUNE = Stage("prune", _prune, ("model", "quantize", "prune"), ARITHMETIC, sums=True)
 QUANTIZE = Stage("quantize", _quantize, ("model", "quantize"), ARITHMETIC, sums=True)
 EXPORT = Stage("export", _export, ("model", "export"), ("onnx", "torch", "numpy"))
-MEASURING = ("speculate", "pipeline/pack.py", "pipeline/prompts.py", "pipeline/machine.py")
+MEASURING = (
+    *("speculate", "pipeline/pack.py", "pipeline/prompts.py"),
+    *("pipeline/machine.py", "pipeline/processor.py"),
+)
 TUNE = Stage(
     "tune",
     _tune,

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ..speculate.bundle import Bundle, load
+from .processor import num_threads
 from .progress import Progress, no_progress
 from .recipe import Speculate
 from .replay import SUFFIX, CallCosts, Plan, best_plan, predict
@@ -35,7 +36,7 @@ def tune(
     ``tokens.safetensors``). Nothing is decoded speculatively here: see `replay`. A ladder or lengths that
     the recipe names are kept, and only what is `auto` is chosen.
     """
-    bundle = load(bundle_dir)
+    bundle = load(bundle_dir, num_threads())
     windows = load_file(tokens / "tokens.safetensors")["tokens"]
     chosen = windows[
         np.linspace(0, len(windows) - 1, min(spec.tune_prompts, len(windows))).astype(int), :PROMPT_TOKENS

@@ -11,7 +11,7 @@ from ..model.errors import ModelError
 from ..model.layout import linear_shapes
 from ..model.progress import Progress, no_progress
 from ..model.select import select_linears
-from ..model.store import Checkpoint
+from ..model.store import TORCH_DTYPES, Checkpoint
 from ..model.walk import Part, Rows, linear_names, linears_of, walk
 from ..quantize.int8 import is_int8, pack_int8, row_scale
 from .magnitude import prune_by_magnitude
@@ -37,9 +37,10 @@ def prune_model(
 ) -> dict[str, Any]:
     """Write the checkpoint `src` pruned to `out`; return a report with one row a linear.
 
-    `tokens` holds the calibration windows and `work` survives a crash (see `walk`). With `joint_int8` the
-    pruned linears come out as int8 on the symmetric grid of their dense rows. The output projection is never
-    pruned. Raises ModelError before any work for settings that do not fit the model.
+    `tokens` holds the calibration windows and `work` survives a crash (see `walk`). The pruned linears come
+    out in the model's dtype, as they will be exported; with `joint_int8`, as int8 on the symmetric grid of
+    their dense rows. The output projection is never pruned. Raises ModelError before any work for settings
+    that do not fit the model.
     """
     settings = {
         "method": method,
@@ -52,7 +53,9 @@ def prune_model(
         "joint_int8": joint_int8,
     }
     structure = MaskStructure.parse(mask_structure, sparsity, block_size)
-    selected = _select(Checkpoint(src), structure, settings["targets"], settings["ignore"])
+    checkpoint = Checkpoint(src)
+    selected = _select(checkpoint, structure, settings["targets"], settings["ignore"])
+    dtype = TORCH_DTYPES[checkpoint.config.dtype]
 
     def visit(part: Part) -> tuple[dict[str, Tensor] | None, Rows]:
         weights = {
@@ -73,7 +76,7 @@ def prune_model(
             else:
                 results = [prune_by_magnitude(weight, factor, structure) for weight in dense]
             for i, (name, result) in enumerate(zip(names, results, strict=True)):
-                weight = result.weight
+                weight = result.weight if scales else result.weight.to(dtype)
                 tensors |= pack_int8(name, weight, scales[i]) if scales else {f"{name}.weight": weight}
                 # What runs behind is calibrated on what this linear gives from now on ("true sequential").
                 linears_of(module)[name].load(tensors)

@@ -24,7 +24,7 @@ def render_chat(template: str, messages: Messages, special_tokens: Mapping[str, 
         return compiled.render(
             messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **special_tokens
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # such as content that is a list, where text is wanted
         raise BundleError(f"chat template: {error}") from error
 
 

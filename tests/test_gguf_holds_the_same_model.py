@@ -170,6 +170,28 @@ def test_tokenizer_is_that_of_the_original(tiny_folder, tmp_path):
     assert (tmp_path / "checkpoint/chat_template.jinja").read_text() == TEMPLATE
 
 
+def test_the_file_is_parsed_once_and_in_plain_slices(tiny_folder, tmp_path, monkeypatch):
+    """Parsing a vocabulary is what takes the time, and a memmap makes each of its many slices expensive."""
+    save_gguf("llama", tiny_folder("llama"), tmp_path / "model.gguf")
+    readers, parse = [], gguf.GGUFReader.__init__
+
+    def counted(reader, *arguments, **settings):
+        readers.append(reader)
+        parse(reader, *arguments, **settings)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    load_model(str(tmp_path / "model.gguf"), "float32", tmp_path / "checkpoint", CACHE)
+    (reader,) = readers
+    assert type(reader.data) is np.ndarray and isinstance(reader.data.base, np.memmap)
+
+
+def test_no_token_is_added_that_the_file_does_not_have(tiny_folder, tmp_path):
+    """transformers' class for a family adds its own special tokens, such as Gemma's <mask>."""
+    save_gguf("gemma3-pattern", tiny_folder("gemma3-pattern"), tmp_path / "model.gguf")
+    load_model(str(tmp_path / "model.gguf"), "float32", tmp_path / "checkpoint", CACHE)
+    assert load_tokenizer(tmp_path / "checkpoint").get_vocab_size() == 300
+
+
 def test_a_file_cut_short_is_named(tiny_folder, tmp_path):
     save_gguf("llama", tiny_folder("llama"), tmp_path / "model.gguf")
     whole = (tmp_path / "model.gguf").read_bytes()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from draftsmith.model.decoder import Decoder
 from draftsmith.model.errors import ModelError
+from draftsmith.model.load import load_model
 from draftsmith.model.store import Checkpoint
 from draftsmith.prune.stage import prune_model
 from safetensors.torch import load_file, save_file
@@ -133,6 +134,17 @@ def test_report_and_result_agree(tiny_checkpoint, tokens, tmp_path):
     assert torch.equal(after.load_head()["model.norm.weight"], before.load_head()["model.norm.weight"])
     assert after.config == before.config and after.tokenizer_path.exists()
     assert (out / "embed.safetensors").samefile(src / "embed.safetensors")  # linked, not copied
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
+def test_pruned_weights_have_the_dtype_that_is_exported(tiny_folder, tokens, tmp_path, method):
+    """Else the graph would round what the layers behind were calibrated on, and fail the check."""
+    load_model(str(tiny_folder("llama")), "bfloat16", tmp_path / "src", tmp_path)
+    settings = SETTINGS | {"method": method}
+    prune_model(tmp_path / "src", tokens, tmp_path / "out", tmp_path / "work", **settings)
+    layer = Checkpoint(tmp_path / "out").load_layer(1)
+    assert {tensor.dtype for tensor in layer.values() if tensor.ndim == 2} == {torch.bfloat16}
+    assert (layer["mlp.up_proj.weight"] == 0).float().mean() == 0.5
 
 
 def test_magnitude_is_the_worse_baseline(tiny_checkpoint, tokens, tmp_path):

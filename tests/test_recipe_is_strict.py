@@ -152,6 +152,14 @@ def test_names_of_other_tools_are_understood(load, alias):
     assert read(load(RECIPE, override.format(alias))) == expected
 
 
+@pytest.mark.parametrize("text", ["self", "notes.txt", "dataset:org/name"])
+def test_a_list_of_one_text_is_that_text(load, text):
+    listed = RECIPE.replace("text: self", f'text: ["{text}"]')
+    assert load(listed) == load(RECIPE, f"calibration.text={text}")
+    assert load(listed).calibration.text == text
+    assert load(RECIPE, "calibration.text=[a.txt, b.txt]").calibration.text == ["a.txt", "b.txt"]
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -40,7 +40,14 @@ INLINE vi i_and(vi a, vi b) { return a & b; }
 INLINE vi i_or(vi a, vi b) { return a | b; }
 INLINE vi i_xor(vi a, vi b) { return a ^ b; }
 INLINE vi i_max(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
-INLINE int32_t i_sum_lanes(vi a) { return _mm512_reduce_add_epi32((__m512i)a); }
+/* Not _mm512_reduce_add_epi32: gcc adds there what may not overflow, and the sums of the probes wrap. */
+INLINE int32_t i_sum_lanes(vi a) {
+  __m256i eight =
+      _mm256_add_epi32(_mm512_castsi512_si256((__m512i)a), _mm512_extracti32x8_epi32((__m512i)a, 1));
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
 INLINE int32_t i_max_lanes(vi a) { return _mm512_reduce_max_epi32((__m512i)a); }
 #define i_shift_left(a, n) ((vi)_mm512_slli_epi32((__m512i)(a), n))
 INLINE void i_store_bytes(int8_t *p, vi a) {

@@ -5,9 +5,11 @@
 #include <stdint.h>
 
 /* Compile a function for AVX2 as well and choose when the library is loaded. Without contraction into fused
- * multiply-adds (CMakeLists.txt forbids it) wider registers change no result. */
+ * multiply-adds (CMakeLists.txt forbids it) wider registers change no result. Not under a sanitizer: what
+ * chooses would be watched before the sanitizer has started. */
 #ifdef DS_WIDE /* given on the command line */
-#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) &&   \
+    !defined(__SANITIZE_THREAD__)
 #define DS_WIDE __attribute__((target_clones("avx2", "default")))
 #else
 #define DS_WIDE

@@ -34,9 +34,10 @@ def sanitized(*sources: Path) -> list[str | Path]:
     return ["gcc", *flags, *WARNINGS, "-I", NATIVE, *sorted(NATIVE.glob("*.c")), *sources, "-lm", "-lpthread"]
 
 
-def test_every_function_is_clean(tmp_path):
+@pytest.mark.parametrize("program", ["exercise", "exercise_loop"])
+def test_every_function_is_clean(tmp_path, program):
     wrapped = "-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc"
-    done = compile_and_run([*sanitized(HERE / "exercise.c"), wrapped], tmp_path / "exercise")
+    done = compile_and_run([*sanitized(HERE / f"{program}.c"), wrapped], tmp_path / program)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "clean", "")
 
 

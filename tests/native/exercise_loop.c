@@ -128,7 +128,7 @@ static int32_t decode(ds_decoder *decoder, const ds_sampling *sampling, const in
 }
 
 static void exercise_ladders(void) {
-  for (int trial = 0; trial < 150; ++trial) {
+  for (int trial = 0; trial < 400; ++trial) {
     model models[4];
     ds_level levels[5];
     int32_t n_levels = make_ladder(models, levels), vocab = models[0].engine.vocab;

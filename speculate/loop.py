@@ -48,7 +48,7 @@ class EngineCalls:
         self.handle = ffi.new("ds_engine *", sizes | self._callbacks)
 
     def _keep(self, kind: Any, error: BaseException, trace: Any) -> None:
-        self.error = error
+        self.error = error.with_traceback(trace)
 
     def _reserve(self, handle: Any, num_slots: int) -> int:
         self.engine.reserve(num_slots)

@@ -58,7 +58,7 @@ def chain_of_laws(
     draft: NDArray[np.int32],
     uniforms: NDArray,
 ) -> tuple[int, int]:
-    """`chain` for the decode loop: C-contiguous arrays of the right dtype and shape, rows that are laws.
+    """`chain` without its copies: C-contiguous arrays of the right dtype and shape, rows that are laws.
 
     `sampling.laws` makes such rows. Nothing is copied; token ids and uniforms are checked, rows are not.
     """

@@ -253,3 +253,46 @@ def test_the_plan_says_what_auto_means(bundle):
     assert len(out.stats.drafts[-1].drafted_at) == 4
     assert bundle.plan_for("none")["ladder"] == []
     assert sorted(bundle.drafters) == ["int8", "tiny"]
+
+
+class Failing(FakeEngine):
+    """Fails at the call that is named, once."""
+
+    fails_at, error = -1, KeyError("the disk is gone")
+
+    def forward(self, *arguments, **named):
+        if self.calls == self.fails_at:
+            self.calls += 1
+            raise self.error
+        return super().forward(*arguments, **named)
+
+
+@pytest.mark.parametrize("name", ["target", "int8"])
+@pytest.mark.parametrize("fails_at", [0, 1, 5])
+def test_what_an_engine_raises_comes_out_unchanged_and_frees_the_bundle(tmp_path, name, fails_at):
+    engines = {"target": FakeEngine(BYTE_VOCAB), "int8": FakeEngine(BYTE_VOCAB, noise=0.5)}
+    engines[name] = Failing(BYTE_VOCAB)
+    bundle = open_bundle(write_bundle(tmp_path / "b"), **engines)
+    engines[name].fails_at = fails_at
+    settings = {"max_new_tokens": 30, "ignore_eos": True, "speculate": ["suffix", "int8"]}
+    with pytest.raises(KeyError) as caught:
+        bundle.generate("abc", **settings)
+    assert caught.value is Failing.error
+    assert any(frame.name == "forward" for frame in caught.traceback)
+    assert len(bundle.generate("abc", **settings).token_ids) == 30
+
+
+def test_logits_that_cannot_be_are_refused_with_words(tmp_path):
+    class Narrow(FakeEngine):
+        def forward(self, *arguments, **named):
+            return super().forward(*arguments, **named)[:, 1:]
+
+    class Confused(FakeEngine):
+        def logits_after(self, tokens):
+            return np.full(self.vocab_size, np.nan, np.float32)
+
+    for engine, words in ((Narrow(BYTE_VOCAB), "wanted 1 rows of 258"), (Confused(BYTE_VOCAB), "NaN")):
+        bundle = open_bundle(write_bundle(tmp_path / "b"), target=engine, int8=FakeEngine(BYTE_VOCAB))
+        for temperature in (0.0, 1.0):
+            with pytest.raises(ValueError, match=words):
+                bundle.generate("abc", 3, temperature=temperature)

@@ -38,7 +38,7 @@ typedef int32_t ds_verify_function(int32_t rule, int32_t n_draft, int32_t vocab,
                                    int32_t *n_accepted, int32_t *next_token);
 
 typedef struct ds_sampling {
-  double temperature; /* 0: greedy, and the rest is ignored */
+  double temperature; /* 0: greedy, the rest is checked but not used */
   int32_t top_k;      /* 0: off */
   double top_p;       /* 1: off */
   uint64_t seed;

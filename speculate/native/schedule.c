@@ -74,30 +74,34 @@ uint8_t ds_bucket_of_match(int32_t length) {
   return bucket_of(length, limits);
 }
 
-static inline void enter(float x, float *first, float *second) {
-  float low = x < *first ? x : *first;
-  *first = x > *first ? x : *first;
-  *second = low > *second ? low : *second;
+typedef struct {
+  float first, second;
+} leaders;
+
+static inline void enter(leaders *l, float x) {
+  float low = x < l->first ? x : l->first;
+  l->first = x > l->first ? x : l->first;
+  l->second = low > l->second ? low : l->second;
 }
 
-/* The largest of a row less the second, lane by lane so that the loop vectorizes. */
-DS_WIDE static double lead_of_row(const float *row, int32_t n) {
-  float first[DS_LANES], second[DS_LANES];
-  for (int j = 0; j < DS_LANES; ++j) first[j] = second[j] = -INFINITY;
+/* The two largest. Hardly any block holds a new one, and that question vectorizes. */
+DS_WIDE static leaders find_leaders(const float *row, int32_t n) {
+  enum { BLOCK = 64 };
+  leaders l = {-INFINITY, -INFINITY};
   int32_t i = 0;
-  for (; i + DS_LANES <= n; i += DS_LANES)
-    for (int j = 0; j < DS_LANES; ++j) enter(row[i + j], &first[j], &second[j]);
-  for (int j = 0; i < n; ++i, ++j) enter(row[i], &first[j], &second[j]);
-  for (int j = 1; j < DS_LANES; ++j) {
-    enter(first[j], &first[0], &second[0]);
-    enter(second[j], &first[0], &second[0]);
+  for (; i + BLOCK <= n; i += BLOCK) {
+    int news = 0;
+    for (int j = 0; j < BLOCK; ++j) news |= row[i + j] > l.second;
+    for (int j = 0; news && j < BLOCK; ++j) enter(&l, row[i + j]);
   }
-  return (double)first[0] - (double)second[0];
+  for (; i < n; ++i) enter(&l, row[i]);
+  return l;
 }
 
 uint8_t ds_bucket_of_law(const float *logits, int32_t vocab) {
   static const double limits[DS_BUCKETS - 1] = {0.5, 1, 2, 4};
-  return bucket_of(lead_of_row(logits, vocab), limits);
+  leaders l = find_leaders(logits, vocab);
+  return bucket_of((double)l.first - (double)l.second, limits);
 }
 
 void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, int32_t n_draft, int32_t n_accepted) {

@@ -3,48 +3,9 @@
  * It asserts what a caller relies on (statuses, ranges, messages); that results are right is for the Python
  * tests. Link with -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc: allocations fail here when told to.
  */
-#include "draftsmith.h"
+#include "exercise.h"
 
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#define CHECK(condition)                                                                                     \
-  do {                                                                                                       \
-    if (!(condition)) {                                                                                      \
-      fprintf(stderr, "%s:%d: %s (last error: %s)\n", __FILE__, __LINE__, #condition, ds_error_message());   \
-      exit(1);                                                                                               \
-    }                                                                                                        \
-  } while (0)
-
-/* A call that must be refused, with a message that holds `words`. */
-#define REFUSED(call, words) CHECK((call) == DS_ERROR_ARGUMENT && strstr(ds_error_message(), words))
-
-/* ---- Allocations that fail on demand: the one after `spared` more -------------------------------------- */
-
-static int32_t spared = INT32_MAX;
-
-static int fails(void) { return spared != INT32_MAX && spared-- == 0; }
-
-void *__real_malloc(size_t size);
-void *__real_calloc(size_t count, size_t size);
-void *__real_realloc(void *block, size_t size);
-void *__wrap_malloc(size_t size) { return fails() ? NULL : __real_malloc(size); }
-void *__wrap_calloc(size_t count, size_t size) { return fails() ? NULL : __real_calloc(count, size); }
-void *__wrap_realloc(void *block, size_t size) { return fails() ? NULL : __real_realloc(block, size); }
-
-/* ---- Random input -------------------------------------------------------------------------------------- */
-
-static uint64_t counter;
-
-static double uniform(void) {
-  double value;
-  ds_uniforms(1, 2, counter++, 1, &value);
-  return value;
-}
-
-static int32_t below(int32_t n) { return (int32_t)(uniform() * n); }
 
 /* Exact-size heap blocks, so that reading one past the end is seen. */
 static float *floats(size_t n) { return malloc((n ? n : 1) * sizeof(float)); }
@@ -190,6 +151,13 @@ static void exercise_suffix(void) {
   REFUSED(ds_suffix_draft(suffix, NULL, 0, 9, 8, 1, draft, &found), "9 to 8");
   REFUSED(ds_suffix_draft(suffix, NULL, 0, 1, DS_SUFFIX_MAX_MATCH + 1, 1, draft, &found), "1 to 65");
   CHECK(ds_suffix_append(suffix, tokens, 1) == DS_OK);
+  REFUSED(ds_suffix_reserve(NULL, 1), "handle");
+  REFUSED(ds_suffix_reserve(suffix, -1), "-1 tokens");
+  CHECK(ds_suffix_reserve(suffix, INT32_MAX) == DS_ERROR_MEMORY);
+  CHECK(ds_suffix_reserve(suffix, 1000) == DS_OK);
+  spared = 0; /* room that is there needs no memory */
+  for (int i = 0; i < 999; ++i) CHECK(ds_suffix_append(suffix, tokens, 1) == DS_OK);
+  spared = INT32_MAX;
   ds_suffix_free(suffix);
   ds_suffix_free(NULL);
 }
@@ -229,6 +197,10 @@ static void exercise_memory(void) {
 
 int main(void) {
   CHECK(strlen(ds_version()) > 0);
+  ds_set_error("in a caller's words");
+  CHECK(!strcmp(ds_error_message(), "in a caller's words"));
+  ds_set_error(NULL);
+  CHECK(!strcmp(ds_error_message(), ""));
   exercise_uniforms();
   exercise_laws();
   exercise_verification();

@@ -4,6 +4,7 @@
 #define __device__
 #define __forceinline__ inline
 #include "draftsmith.h"
+#include "loop.h"
 #include "verify.h"
 
 #include <cmath>

@@ -80,6 +80,25 @@ def count_parameters(config: DecoderConfig) -> int:
     return sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes)
 
 
+def estimate_disk(recipe: Recipe, config: DecoderConfig) -> tuple[int, int]:
+    """Bytes that a build writes into the cache and into the bundle: a little more than it will."""
+    parameters, stored = count_parameters(config), {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
+    embedding = sum(rows * columns for rows, columns in embed_shapes(config).values())
+    plain = stored * parameters
+    int8 = parameters + stored * embedding  # the embedding stays, and a tied head becomes a matrix of its own
+    engines = [recipe.target, *recipe.drafters.values()]
+    quantized = [engine.quantize for engine in engines if engine.quantize]
+    smoothed = {settings.model_dump_json() for settings in quantized if settings.smoothing_strength != "none"}
+    kept = plain + 4 * parameters * len(smoothed)  # in float32, once for all that smooth alike
+    packed = 0
+    for engine in engines:
+        size = int8 if engine.quantize else plain
+        written = [section for section in (engine.prune, engine.quantize) if section]
+        kept += size * len(written) + size  # what each stage writes, and the export
+        packed += size
+    return kept, packed
+
+
 def _check_engine(engine: Engine, config: DecoderConfig) -> None:
     shapes = linear_shapes(config)
     names = [f"model.layers.{layer}.{name}" for layer in range(config.num_layers) for name in shapes]
@@ -119,19 +138,12 @@ def _check_room(recipe: Recipe, config: DecoderConfig, cache: Path, out: Path) -
             f"building this model takes about {needed / GIB:.1f} GiB of memory and this machine has "
             f"{memory / GIB:.1f}; calibrate on text files instead of self, or on fewer or shorter samples"
         )
-    stored = {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
-    kept, packed = stored, 0  # bytes a parameter: in the cache, in the bundle
-    for engine in [recipe.target, *recipe.drafters.values()]:
-        # Smoothing and pruning write float32, quantizing int8; an export is as large as its checkpoint.
-        exported = 1 if engine.quantize else stored
-        kept += (4 if engine.prune or engine.quantize else 0) + (1 if engine.quantize else 0) + exported
-        packed += exported
-    for folder, per_parameter in ((cache, kept), (out, packed)):
+    for folder, size in zip((cache, out), estimate_disk(recipe, config), strict=True):
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-        if per_parameter * parameters > free:
+        if size > free:
             yield (
-                f"this build writes up to {per_parameter * parameters / GIB:.1f} GiB to {folder}, which has "
-                f"{free / GIB:.1f} GiB left"
+                f"this build writes up to {size / GIB:.1f} GiB to {folder}, "
+                f"which has {free / GIB:.1f} GiB left"
             )

@@ -1,15 +1,16 @@
 """What cannot work is refused when the model is known, before calibration, with the key and the remedy."""
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from draftsmith.model.config import DecoderConfig, Rotary
 from draftsmith.pipeline import preflight
 from draftsmith.pipeline.errors import RecipeError
-from draftsmith.pipeline.preflight import check_model, count_parameters, find_texts
+from draftsmith.pipeline.preflight import check_model, count_parameters, estimate_disk, find_texts
 from draftsmith.pipeline.recipe import Recipe
-from draftsmith.pipeline.recipe_file import LoadedRecipe
+from draftsmith.pipeline.recipe_file import LoadedRecipe, load_recipe
 
 CONFIG = DecoderConfig(
     family="llama", dtype="bfloat16", vocab_size=100, hidden_size=36, intermediate_size=50, num_layers=2,
@@ -78,6 +79,28 @@ def test_a_disk_that_may_be_too_small_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     warnings = check_model(recipe({"quantize": {}}), CONFIG, tmp_path, tmp_path / "out")
     assert len(warnings) == 2 and all("GiB left" in warning for warning in warnings)
+
+
+def test_the_room_that_is_asked_for_is_that_of_a_real_build():
+    """SmolLM2 by its packaged recipe: du -s of the cache's stages, and the size of the bundle."""
+    smollm2 = CONFIG.model_copy(
+        update={
+            "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_layers": 30,
+            "num_heads": 9, "num_kv_heads": 3, "head_dim": 64,
+        }
+    )  # fmt: skip
+    kept, packed = estimate_disk(load_recipe("smollm2-lossless").recipe, smollm2)
+    assert 1 < kept / 1830e6 < 1.2 and 0.95 < packed / 663e6 < 1.2
+
+
+def test_what_engines_share_is_counted_once():
+    one = recipe({"quantize": {}})
+    two = one.model_copy(update={"drafters": dict.fromkeys("xy", one.drafters["x"])})
+    other = recipe({"quantize": {"smoothing_strength": 0.5}})
+    three = two.model_copy(update={"drafters": {**two.drafters, "z": other.drafters["x"]}})
+    sizes = [estimate_disk(r, CONFIG)[0] for r in (recipe(), one, two, three)]
+    first, alike, unlike = (b - a for a, b in pairwise(sizes))
+    assert first == unlike == alike + 4 * count_parameters(CONFIG)
 
 
 def test_texts_are_found_by_name(tmp_path, monkeypatch):

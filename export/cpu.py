@@ -5,6 +5,8 @@
     num_logits  int64 [1]  logits are wanted of the last `num_logits` tokens only
 """
 
+from typing import Any
+
 from onnx import TensorProto
 
 from ..speculate.binding import lib
@@ -59,11 +61,10 @@ class _CpuBuilder:
                 [linear.packed for linear in group]
                 for group in (stored.qkv, stored.o, stored.gate_up, stored.down)
             )
-            rows = self._norm_for(qkv, hidden, f"{name}.input_layernorm")
-            mixed = self._attend(self._join([self._linear(linear, rows) for linear in qkv]), layer)
-            hidden = self._add(o, mixed, hidden, f"{name}.post_attention_norm")
-            rows = self._norm_for(gate_up, hidden, f"{name}.post_attention_layernorm")
-            mixed = self._activate(gate_up, rows)
+            norm = f"{name}.input_layernorm"
+            qkv = self._join([self._linear(linear, hidden, norm=norm) for linear in qkv])
+            hidden = self._add(o, self._attend(qkv, layer), hidden, f"{name}.post_attention_norm")
+            mixed = self._activate(gate_up, hidden, f"{name}.post_attention_layernorm")
             return self._add(down, mixed, hidden, f"{name}.post_mlp_norm")
 
     def head(self, hidden: str) -> None:
@@ -73,11 +74,11 @@ class _CpuBuilder:
         self.rows = LOGITS
         graph.declare(hidden, TensorProto.FLOAT, [BATCH, LOGITS, self.config.hidden_size])
         head = self.model.packed_head
-        rows = self._norm_for([head], hidden, "model.norm")
         if self.config.logit_softcap is None:
-            self._linear(head, rows, output="logits")
+            self._linear(head, hidden, norm="model.norm", output="logits")
         else:
-            graph.op("Identity", soften(graph, self.config, self._linear(head, rows)), output="logits")
+            logits = self._linear(head, hidden, norm="model.norm")
+            graph.op("Identity", soften(graph, self.config, logits), output="logits")
         graph.output("logits", TensorProto.FLOAT, [BATCH, LOGITS, self.config.vocab_size])
 
     def _attend(self, qkv: str, layer: int) -> str:
@@ -112,61 +113,63 @@ class _CpuBuilder:
         )
         return mixed
 
-    def _activate(self, linears: list[PackedLinear], rows: dict[bool, str]) -> str:
+    def _activate(self, linears: list[PackedLinear], hidden: str, norm: str) -> str:
         """act(gate) · up, or act(up) where there is no gate. Gate and up that could not be packed as one
         are multiplied afterwards."""
         activation = getattr(lib, f"DS_{self.config.activation.upper()}")
-        first = self._linear(linears[0], rows, activation=activation)
-        return first if len(linears) == 1 else self.graph.op("Mul", first, self._linear(linears[1], rows))
+        mixed = self._linear(linears[0], hidden, norm=norm, activation=activation)
+        for linear in linears[1:]:
+            mixed = self.graph.op("Mul", mixed, self._linear(linear, hidden, norm=norm))
+        return mixed
 
     def _add(self, linears: list[PackedLinear], mixed: str, hidden: str, post_norm: str) -> str:
         """The residual stream plus a linear of `mixed`."""
         (linear,) = linears
-        rows = {linear.is_quantized: self._quantize(mixed, linear.k) if linear.is_quantized else mixed}
         if not self.config.post_norms:
-            return self._linear(linear, rows, residual=hidden)
-        return self.graph.op("Add", hidden, self._norm("Norm", self._linear(linear, rows), post_norm))
+            return self._linear(linear, mixed, residual=hidden)
+        inputs, law = self._norm(post_norm)
+        mixed = self._float("Norm", [self._linear(linear, mixed), *inputs], self.config.hidden_size, **law)
+        return self.graph.op("Add", hidden, mixed)
 
     def _join(self, outputs: list[str]) -> str:
         return outputs[0] if len(outputs) == 1 else self.graph.op("Concat", *outputs, axis=2)
 
-    def _norm_for(self, linears: list[PackedLinear], x: str, name: str) -> dict[bool, str]:
-        """The norm of `x` in the forms that `linears` read: by whether they are quantized."""
-        forms = {linear.is_quantized for linear in linears}
-        return {form: self._norm("NormQuantize" if form else "Norm", x, name) for form in sorted(forms)}
-
-    def _norm(self, kind: str, x: str, name: str) -> str:
-        weight, config = self.graph.weight(f"{name}.weight"), self.config
-        is_rms = config.norm == "rms"
-        inputs = [x, weight] if is_rms else [x, weight, self.graph.weight(f"{name}.bias")]
-        law = lib.DS_RMS_NORM if is_rms else lib.DS_LAYER_NORM
-        make = self._rows if kind == "NormQuantize" else self._float
-        return make(kind, inputs, config.hidden_size, norm=law, epsilon=config.norm_eps)
-
-    def _quantize(self, x: str, width: int) -> str:
-        return self._rows("Quantize", [x], width)
+    def _norm(self, name: str) -> tuple[list[str], dict[str, Any]]:
+        """A norm's weight and, of a LayerNorm, its bias; and its attributes."""
+        is_rms = self.config.norm == "rms"
+        inputs = [self.graph.weight(f"{name}.{part}") for part in ("weight", "bias")[: 1 if is_rms else 2]]
+        return inputs, {
+            "norm": lib.DS_RMS_NORM if is_rms else lib.DS_LAYER_NORM,
+            "epsilon": self.config.norm_eps,
+        }
 
     def _linear(
         self,
         linear: PackedLinear,
-        rows: dict[bool, str],
+        x: str,
         *,
+        norm: str = "",
         activation: int = 0,
         residual: str = "",
         output: str = "",
     ) -> str:
-        def part(kind: str) -> str:
-            return self.graph.weight(f"{linear.name}.{kind}")
+        """A linear of `x` or of its norm."""
 
-        inputs = [rows[linear.is_quantized], part("packed")]
-        bias = part("packed_bias") if linear.has_bias else ""
-        if linear.is_quantized:
-            starts = part("packed_starts") if linear.format == "int8_bitmask" else ""
-            inputs += [part("packed_scale"), bias, residual, starts]
-        else:
-            inputs += [bias, residual]
+        def part(kind: str, has: bool) -> str:
+            return self.graph.weight(f"{linear.name}.{kind}") if has else ""
+
+        norms, law = self._norm(norm or "model.norm")
+        inputs = [
+            x,
+            part("packed", True),
+            part("packed_scale", linear.is_quantized),
+            part("packed_starts", linear.format == "int8_bitmask"),
+            part("packed_bias", linear.has_bias),
+            residual,
+            *(norms if norm else ()),
+        ]
         return self._float(
-            "LinearInt8" if linear.is_quantized else "LinearFloat",
+            "Linear",
             inputs,
             linear.n,
             output,
@@ -174,12 +177,9 @@ class _CpuBuilder:
             k=linear.k,
             format=getattr(lib, f"DS_{linear.format.upper()}"),
             activation=activation + (lib.DS_GATED if linear.gated else 0),
+            **law,
         )
 
     def _float(self, kind: str, inputs: list[str], width: int, output: str = "", **attributes) -> str:
         made = [(TensorProto.FLOAT, [BATCH, self.rows, width])]
         return self.graph.ours(kind, inputs, made, names=[output], **attributes)[0]
-
-    def _rows(self, kind: str, inputs: list[str], width: int, **attributes) -> str:
-        made = [(TensorProto.UINT8, [BATCH, self.rows, int(lib.ds_int8_stride(width))])]
-        return self.graph.ours(kind, inputs, made, **attributes)[0]

@@ -1,24 +1,26 @@
 /* The kernels as operators of ONNX Runtime, domain "draftsmith", for graphs that `export` writes.
  *
- * Activations are [B, S, width], in float32 or as quantized rows (uint8 [B, S, ds_int8_stride(k)]). Weights
- * are constants in the packed formats of kernels.h, as bytes. Inputs in brackets may be missing.
+ * Activations are float32 [B, S, width]. Weights are constants in the packed formats of kernels.h, as bytes.
+ * Inputs in brackets may be missing.
  *
- *   Embed        ids int64 [B, S], weight                              -> x
- *                  n, k, format; multiplier
- *   Norm         x, weight [, bias]                                    -> y
- *   NormQuantize x, weight [, bias]                                    -> rows
- *                  norm (enum ds_norm), epsilon
- *   Quantize     x                                                     -> rows
- *   LinearFloat  x, weight [, bias, residual]                          -> y
- *   LinearInt8   rows, weight, scale [, bias, residual, starts]        -> y
- *                  n, k, format, activation (enum ds_activation)
- *   ListSlots    attention_mask bool [B, 1, S, S_max]                  -> slots int32 [B, S, S_max], counts [B, S]
- *                  window: of the slots that a row sees, only its last `window`; 0 for all
- *   Attend       qkv, position_ids, write_index, slots, counts, past_key, past_value [, cos, sin, q_norm, k_norm]
- *                                                                      -> y, present_key, present_value
- *                  num_heads, scale, epsilon (of the norms)
- *                Overwrites qkv, which nobody else may read. Writes the cache in place where past and present are
- *                the same memory.
+ *   Embed      ids int64 [B, S], weight -> y
+ *                n, k, format; multiplier
+ *   Linear     x, weight [, scale, starts, bias, residual, norm weight, norm bias] -> y
+ *                n, k, format, activation (enum ds_activation); norm (enum ds_norm), epsilon
+ *              Rows are normalized first if there is a norm, and quantized if the weight is int8. One node for all
+ *              of it, since each costs microseconds: the weights that pass through the caches take its own data
+ *              with them.
+ *   Norm       x, weight [, bias] -> y
+ *                norm, epsilon
+ *   ListSlots  attention_mask bool [B, 1, S, S_max] -> slots int32 [B, S, S_max], counts int32 [B, S]
+ *                window: of the slots that a row sees, only its last `window`; 0 for all
+ *   Attend     qkv, position_ids, write_index, slots, counts, past_key, past_value [, cos, sin, q_norm, k_norm]
+ *                -> y, present_key, present_value
+ *                num_heads, scale, epsilon (of the norms)
+ *              Overwrites qkv, which nobody else may read. Writes the cache in place where past and present are
+ *              the same memory.
+ *
+ * A node keeps what it reads between runs, and a session's nodes share memory: its runs must follow one another.
  */
 #include "operators.h"
 #include "error.h"
@@ -55,18 +57,26 @@ struct kernel {
   ds_operators *owner;
   ds_linear linear;
   kernel *before, *next; /* the linears before and after this one in the graph */
+  const float *norm_weight, *norm_bias;
   ds_heads heads;
   int64_t norm, window;
   float epsilon, multiplier;
 };
 
-enum { N_KINDS = 8 };
+enum { N_KINDS = 5 };
+
+/* Memory of a session that grows to what its largest call needs. */
+typedef struct {
+  void *data;
+  size_t size;
+} buffer;
 
 struct ds_operators {
   const OrtApi *api;
   ds_pool *pool;
   OrtCustomOpDomain *domain;
   kernel *last_linear; /* of those created so far; nodes are created in the order in which they run */
+  buffer rows;         /* normalized or quantized, on their way into a linear */
   operator operators[N_KINDS];
 };
 
@@ -152,9 +162,15 @@ static OrtStatus *read_linear(kernel *node, const OrtKernelInfo *info) {
   return NULL;
 }
 
+static OrtStatus *read_norm(kernel *node, const OrtKernelInfo *info) {
+  TRY(node->api->KernelInfoGetAttribute_int64(info, "norm", &node->norm));
+  return node->api->KernelInfoGetAttribute_float(info, "epsilon", &node->epsilon);
+}
+
 static OrtStatus *read_product(kernel *node, const OrtKernelInfo *info) {
   int64_t activation;
   TRY(read_linear(node, info));
+  TRY(read_norm(node, info));
   TRY(node->api->KernelInfoGetAttribute_int64(info, "activation", &activation));
   node->linear.activation = (int32_t)activation;
   node->before = node->owner->last_linear;
@@ -170,37 +186,63 @@ static void unlink_linear(kernel *node) {
   if (node->owner->last_linear == node) node->owner->last_linear = node->before;
 }
 
-/* The weight is known from a node's first run on. */
+/* Constants keep their place as long as the session lives, so the first run finds them for all. */
+static OrtStatus *find_constants(kernel *node, OrtKernelContext *context) {
+  if (node->linear.weight) return NULL;
+  TRY(read_data(node, context, 2, &node->linear.scale));
+  TRY(read_data(node, context, 3, &node->linear.starts));
+  TRY(read_data(node, context, 4, &node->linear.bias));
+  TRY(read_data(node, context, 6, &node->norm_weight));
+  TRY(read_data(node, context, 7, &node->norm_bias));
+  return read_data(node, context, 1, &node->linear.weight);
+}
+
 static const ds_linear *linear_after(const kernel *node) {
   return node->next && node->next->linear.weight ? &node->next->linear : NULL;
 }
 
-static OrtStatus *compute_linear_float(kernel *node, OrtKernelContext *context) {
-  tensor x;
-  const float *residual;
-  float *y;
-  TRY(read_rows(node, context, node->linear.k, &x));
-  TRY(read_data(node, context, 1, &node->linear.weight));
-  TRY(read_data(node, context, 2, &node->linear.bias));
-  TRY(read_data(node, context, 3, &residual));
-  TRY(make_rows(node, context, &x, node->linear.n, &y));
-  return report(node, ds_linear_float(node->owner->pool, &node->linear, count_rows(&x), x.data, residual, y,
-                                      linear_after(node)));
+static OrtStatus *reserve_rows(kernel *node, size_t size) {
+  buffer *rows = &node->owner->rows;
+  if (size <= rows->size) return NULL;
+  free(rows->data);
+  rows->size = 0;
+  rows->data = aligned_alloc(64, (size + 63) / 64 * 64);
+  if (!rows->data) return refuse(node, "no memory for the rows");
+  rows->size = size;
+  return NULL;
 }
 
-static OrtStatus *compute_linear_int8(kernel *node, OrtKernelContext *context) {
-  tensor rows;
+/* The rows that the linear reads: of `x`, normalized, quantized. */
+static OrtStatus *prepare_rows(kernel *node, const float *x, int32_t n_rows, const void **rows) {
+  const ds_linear *linear = &node->linear;
+  bool quantizes = linear->format >= DS_INT8;
+  int32_t k = linear->k;
+  *rows = x;
+  if (!quantizes && !node->norm_weight) return NULL;
+  TRY(reserve_rows(node, (size_t)n_rows * (quantizes ? (size_t)ds_int8_stride(k) : (size_t)k * sizeof *x)));
+  void *out = node->owner->rows.data;
+  *rows = out;
+  if (!node->norm_weight) return report(node, ds_quantize_rows(node->owner->pool, n_rows, k, x, 0, out));
+  return report(node, ds_norm_rows(node->owner->pool, (int32_t)node->norm, n_rows, k, x, node->norm_weight,
+                                   node->norm_bias, node->epsilon, quantizes ? NULL : out, 0,
+                                   quantizes ? out : NULL));
+}
+
+static OrtStatus *compute_linear(kernel *node, OrtKernelContext *context) {
+  const ds_linear *linear = &node->linear, *next = linear_after(node);
+  tensor x;
   const float *residual;
+  const void *rows;
   float *y;
-  TRY(read_rows(node, context, ds_int8_stride(node->linear.k), &rows));
-  TRY(read_data(node, context, 1, &node->linear.weight));
-  TRY(read_data(node, context, 2, &node->linear.scale));
-  TRY(read_data(node, context, 3, &node->linear.bias));
-  TRY(read_data(node, context, 4, &residual));
-  TRY(read_data(node, context, 5, &node->linear.starts));
-  TRY(make_rows(node, context, &rows, node->linear.n, &y));
-  return report(node, ds_linear_int8(node->owner->pool, &node->linear, count_rows(&rows), rows.data, residual,
-                                     y, linear_after(node)));
+  TRY(find_constants(node, context));
+  TRY(read_rows(node, context, linear->k, &x));
+  TRY(read_data(node, context, 5, &residual));
+  TRY(make_rows(node, context, &x, linear->n, &y));
+  int32_t n_rows = count_rows(&x);
+  TRY(prepare_rows(node, x.data, n_rows, &rows));
+  return report(node, linear->format >= DS_INT8
+                          ? ds_linear_int8(node->owner->pool, linear, n_rows, rows, residual, y, next)
+                          : ds_linear_float(node->owner->pool, linear, n_rows, rows, residual, y, next));
 }
 
 static OrtStatus *read_embed(kernel *node, const OrtKernelInfo *info) {
@@ -217,41 +259,17 @@ static OrtStatus *compute_embed(kernel *node, OrtKernelContext *context) {
   return report(node, ds_embed(&node->linear, count_rows(&ids), ids.data, node->multiplier, x));
 }
 
-/* ---- Rows ------------------------------------------------------------------------------------------------ */
-
-static OrtStatus *read_norm(kernel *node, const OrtKernelInfo *info) {
-  TRY(node->api->KernelInfoGetAttribute_int64(info, "norm", &node->norm));
-  return node->api->KernelInfoGetAttribute_float(info, "epsilon", &node->epsilon);
-}
-
-static OrtStatus *normalize(kernel *node, OrtKernelContext *context, bool quantize) {
+static OrtStatus *compute_norm(kernel *node, OrtKernelContext *context) {
   tensor x, weight;
   const float *bias;
-  void *out;
+  float *y;
   TRY(read_tensor(node, context, 1, 1, &weight));
   TRY(read_rows(node, context, weight.dims[0], &x));
   TRY(read_data(node, context, 2, &bias));
-  int32_t k = (int32_t)weight.dims[0];
-  TRY(make_rows(node, context, &x, quantize ? ds_int8_stride(k) : k, &out));
+  TRY(make_rows(node, context, &x, weight.dims[0], &y));
   return report(node,
-                ds_norm_rows(node->owner->pool, (int32_t)node->norm, count_rows(&x), k, x.data, weight.data,
-                             bias, node->epsilon, quantize ? NULL : out, 0, quantize ? out : NULL));
-}
-
-static OrtStatus *compute_norm(kernel *node, OrtKernelContext *context) {
-  return normalize(node, context, false);
-}
-static OrtStatus *compute_norm_quantize(kernel *node, OrtKernelContext *context) {
-  return normalize(node, context, true);
-}
-
-static OrtStatus *compute_quantize(kernel *node, OrtKernelContext *context) {
-  tensor x;
-  void *rows;
-  TRY(read_tensor(node, context, 0, 3, &x));
-  int32_t k = (int32_t)x.dims[2];
-  TRY(make_rows(node, context, &x, ds_int8_stride(k), &rows));
-  return report(node, ds_quantize_rows(node->owner->pool, count_rows(&x), k, x.data, 0, rows));
+                ds_norm_rows(node->owner->pool, (int32_t)node->norm, count_rows(&x), (int32_t)weight.dims[0],
+                             x.data, weight.data, bias, node->epsilon, y, 0, NULL));
 }
 
 /* ---- Attention ------------------------------------------------------------------------------------------- */
@@ -347,32 +365,15 @@ static OrtStatus *compute_attend(kernel *node, OrtKernelContext *context) {
 
 static const operator_kind KINDS[N_KINDS] = {
     {"Embed", 2, 2, 1, {ORT_INT64, ORT_UINT8}, {ORT_FLOAT}, read_embed, compute_embed},
+    {"Linear",
+     8,
+     2,
+     1,
+     {ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_INT64, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
+     {ORT_FLOAT},
+     read_product,
+     compute_linear},
     {"Norm", 3, 2, 1, {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT}, {ORT_FLOAT}, read_norm, compute_norm},
-    {"NormQuantize",
-     3,
-     2,
-     1,
-     {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
-     {ORT_UINT8},
-     read_norm,
-     compute_norm_quantize},
-    {"Quantize", 1, 1, 1, {ORT_FLOAT}, {ORT_UINT8}, NULL, compute_quantize},
-    {"LinearFloat",
-     4,
-     2,
-     1,
-     {ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_FLOAT},
-     {ORT_FLOAT},
-     read_product,
-     compute_linear_float},
-    {"LinearInt8",
-     6,
-     3,
-     1,
-     {ORT_UINT8, ORT_UINT8, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_INT64},
-     {ORT_FLOAT},
-     read_product,
-     compute_linear_int8},
     {"ListSlots", 1, 1, 2, {ORT_BOOL}, {ORT_INT32, ORT_INT32}, read_window, compute_list_slots},
     {"Attend",
      11,
@@ -494,6 +495,7 @@ ds_operators *ds_operators_add(const OrtApi *api, OrtSessionOptions *options, ds
 void ds_operators_free(ds_operators *operators) {
   if (!operators) return;
   if (operators->domain) operators->api->ReleaseCustomOpDomain(operators->domain);
+  free(operators->rows.data);
   free(operators);
 }
 

@@ -61,11 +61,25 @@ class _CpuBuilder:
                 [linear.packed for linear in group]
                 for group in (stored.qkv, stored.o, stored.gate_up, stored.down)
             )
+            if len(qkv) == 1 and len(gate_up) == 1 and not self.config.post_norms:
+                return self._whole(hidden, layer, [qkv[0], o[0], gate_up[0], down[0]])
             norm = f"{name}.input_layernorm"
             qkv = self._join([self._linear(linear, hidden, norm=norm) for linear in qkv])
             hidden = self._add(o, self._attend(qkv, layer), hidden, f"{name}.post_attention_norm")
             mixed = self._activate(gate_up, hidden, f"{name}.post_attention_layernorm")
             return self._add(down, mixed, hidden, f"{name}.post_mlp_norm")
+
+    def _whole(self, hidden: str, layer: int, linears: list[PackedLinear]) -> str:
+        """A layer of the usual form as one operator."""
+        name = f"model.layers.{layer}"
+        norms = {"qkv": f"{name}.input_layernorm", "up": f"{name}.post_attention_layernorm"}
+        weights, law = [], {}
+        for role, linear in zip(("qkv", "o", "up", "down"), linears, strict=True):
+            weights += self._parts(linear, norms.get(role, ""))
+            activation = self.config.activation if role == "up" else "identity"
+            law |= {f"{role}_{key}": value for key, value in _law_of(linear, activation).items()}
+        law |= self._norm(norms["qkv"])[1]
+        return self._with_cache("Layer", hidden, layer, self.config.hidden_size, weights, **law)
 
     def head(self, hidden: str) -> None:
         graph = self.graph
@@ -82,6 +96,13 @@ class _CpuBuilder:
         graph.output("logits", TensorProto.FLOAT, [BATCH, LOGITS, self.config.vocab_size])
 
     def _attend(self, qkv: str, layer: int) -> str:
+        width = self.config.num_heads * self.config.head_dim
+        return self._with_cache("Attend", qkv, layer, width, [], epsilon=self.config.norm_eps)
+
+    def _with_cache(
+        self, kind: str, x: str, layer: int, width: int, weights: list[str], **attributes: Any
+    ) -> str:
+        """An operator that attends; its first output, [B, S, width]."""
         graph, config = self.graph, self.config
         slots, counts = graph.ours(
             "ListSlots",
@@ -90,34 +111,31 @@ class _CpuBuilder:
             window=config.window_of(layer) or 0,
         )
         cache, past, present = [BATCH, config.num_kv_heads, SLOTS, config.head_dim], [], []
-        for kind in ("key", "value"):
-            past.append(graph.input(f"past_key_values.{layer}.{kind}", TensorProto.FLOAT, cache))
-            present.append(f"present.{layer}.{kind}")
+        for part in ("key", "value"):
+            past.append(graph.input(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, cache))
+            present.append(f"present.{layer}.{part}")
             graph.output(present[-1], TensorProto.FLOAT, cache)
-        rotary, tables = config.rotary_of(layer), ["", ""]
+        rotary, tables, norms = config.rotary_of(layer), ["", ""], ["", ""]
         if rotary is not None:
             name = "rotary" if rotary is config.rotary else "rotary_local"
             tables = [graph.weight(f"{name}.{table}") for table in ("cos", "sin")]
-        norms = []
         if config.qk_norm:
             norms = [graph.weight(f"model.layers.{layer}.self_attn.{x}_norm.weight") for x in "qk"]
-        width = config.num_heads * config.head_dim
-        mixed, *_ = graph.ours(
-            "Attend",
-            [qkv, self.positions, self.write_index, slots, counts, *past, *tables, *norms],
+        made, *_ = graph.ours(
+            kind,
+            [x, self.positions, self.write_index, slots, counts, *past, *tables, *norms, *weights],
             [(TensorProto.FLOAT, [BATCH, TOKENS, width]), *((TensorProto.FLOAT, cache) for _ in past)],
             names=["", *present],
             num_heads=config.num_heads,
             scale=config.attention_scale,
-            epsilon=config.norm_eps,
+            **attributes,
         )
-        return mixed
+        return made
 
     def _activate(self, linears: list[PackedLinear], hidden: str, norm: str) -> str:
         """act(gate) · up, or act(up) where there is no gate. Gate and up that could not be packed as one
         are multiplied afterwards."""
-        activation = getattr(lib, f"DS_{self.config.activation.upper()}")
-        mixed = self._linear(linears[0], hidden, norm=norm, activation=activation)
+        mixed = self._linear(linears[0], hidden, norm=norm, activation=self.config.activation)
         for linear in linears[1:]:
             mixed = self.graph.op("Mul", mixed, self._linear(linear, hidden, norm=norm))
         return mixed
@@ -149,37 +167,40 @@ class _CpuBuilder:
         x: str,
         *,
         norm: str = "",
-        activation: int = 0,
+        activation: str = "identity",
         residual: str = "",
         output: str = "",
     ) -> str:
         """A linear of `x` or of its norm."""
+        law = _law_of(linear, activation) | self._norm(norm or "model.norm")[1]
+        return self._float("Linear", [x, *self._parts(linear, norm), residual], linear.n, output, **law)
 
-        def part(kind: str, has: bool) -> str:
+    def _parts(self, linear: PackedLinear, norm: str) -> list[str]:
+        """What stands for a linear among an operator's inputs: its own parts, and the norm's before it."""
+
+        def part(kind: str, has: bool = True) -> str:
             return self.graph.weight(f"{linear.name}.{kind}") if has else ""
 
-        norms, law = self._norm(norm or "model.norm")
-        inputs = [
-            x,
-            part("packed", True),
+        norms = self._norm(norm)[0] if norm else []
+        return [
+            part("packed"),
             part("packed_scale", linear.is_quantized),
             part("packed_starts", linear.format == "int8_bitmask"),
             part("packed_bias", linear.has_bias),
-            residual,
-            *(norms if norm else ()),
+            *norms,
+            *[""] * (2 - len(norms)),
         ]
-        return self._float(
-            "Linear",
-            inputs,
-            linear.n,
-            output,
-            n=linear.n,
-            k=linear.k,
-            format=getattr(lib, f"DS_{linear.format.upper()}"),
-            activation=activation + (lib.DS_GATED if linear.gated else 0),
-            **law,
-        )
 
     def _float(self, kind: str, inputs: list[str], width: int, output: str = "", **attributes) -> str:
         made = [(TensorProto.FLOAT, [BATCH, self.rows, width])]
         return self.graph.ours(kind, inputs, made, names=[output], **attributes)[0]
+
+
+def _law_of(linear: PackedLinear, activation: str) -> dict[str, int]:
+    """The attributes of a linear."""
+    return {
+        "n": linear.n,
+        "k": linear.k,
+        "format": getattr(lib, f"DS_{linear.format.upper()}"),
+        "activation": getattr(lib, f"DS_{activation.upper()}") + (lib.DS_GATED if linear.gated else 0),
+    }

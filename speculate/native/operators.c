@@ -5,11 +5,15 @@
  *
  *   Embed      ids int64 [B, S], weight -> y
  *                n, k, format; multiplier
- *   Linear     x, weight [, scale, starts, bias, residual, norm weight, norm bias] -> y
- *                n, k, format, activation (enum ds_activation); norm (enum ds_norm), epsilon
- *              Rows are normalized first if there is a norm, and quantized if the weight is int8. One node for all
- *              of it, since each costs microseconds: the weights that pass through the caches take its own data
- *              with them.
+ *   Linear     x, [[linear]], [, residual] -> y
+ *                [[linear]]: weight, [scale, starts, bias, norm weight, norm bias], with the attributes n, k,
+ *                format, activation (enum ds_activation); and norm (enum ds_norm), epsilon
+ *              Rows are normalized first if there is a norm, and quantized if the weight is int8.
+ *   Layer      x and what Attend takes from its second input on, all ten; [[qkv]], [[o]], [[up]], [[down]]
+ *                -> y, present_key, present_value
+ *                the attributes of Attend and, with "qkv_" and so on before their names, of the linears
+ *              h = x + o(attend(qkv(x))), y = h + down(up(h)). One node for it all: each costs microseconds, the more
+ *              so since the weights that pass through the caches take its own data with them.
  *   Norm       x, weight [, bias] -> y
  *                norm, epsilon
  *   ListSlots  attention_mask bool [B, 1, S, S_max] -> slots int32 [B, S, S_max], counts int32 [B, S]
@@ -30,15 +34,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_INPUTS = 11, MAX_OUTPUTS = 3, MAX_DIMS = 4 };
+enum { MAX_DIMS = 4 };
 
 typedef struct kernel kernel;
 
-/* What distinguishes one operator from another. Inputs from `n_required` on may be missing. */
+/* What distinguishes one operator from another: the types of its inputs and outputs, a letter each; lower case for
+ * what may be missing. */
 typedef struct {
-  const char *name;
-  int32_t n_inputs, n_required, n_outputs;
-  OrtElementType inputs[MAX_INPUTS], outputs[MAX_OUTPUTS];
+  const char *name, *inputs, *outputs;
   OrtStatus *(*read_attributes)(kernel *, const OrtKernelInfo *);
   OrtStatus *(*compute)(kernel *, OrtKernelContext *);
 } operator_kind;
@@ -50,20 +53,28 @@ typedef struct {
   ds_operators *owner;
 } operator;
 
+/* A linear of a graph, with the norm before it if there is one. They are linked in the order in which they run. */
+typedef struct step {
+  ds_linear linear;
+  const float *norm_weight, *norm_bias;
+  struct step *before, *next;
+} step;
+
+enum { QKV, O, UP, DOWN, N_STEPS };
+enum { STEP_INPUTS = 6, FIRST_STEP = 11 /* input of a Layer */ };
+
 /* A node of a graph. */
 struct kernel {
   const OrtApi *api;
   const operator_kind *kind;
   ds_operators *owner;
-  ds_linear linear;
-  kernel *before, *next; /* the linears before and after this one in the graph */
-  const float *norm_weight, *norm_bias;
+  step steps[N_STEPS]; /* a Linear has one */
   ds_heads heads;
   int64_t norm, window;
   float epsilon, multiplier;
 };
 
-enum { N_KINDS = 5 };
+enum { N_KINDS = 6 };
 
 /* Memory of a session that grows to what its largest call needs. */
 typedef struct {
@@ -71,12 +82,21 @@ typedef struct {
   size_t size;
 } buffer;
 
+enum {
+  ROWS /* normalized or quantized, on their way into a linear */,
+  PROJECTED,
+  ATTENDED,
+  MIDDLE,
+  WIDE,
+  N_BUFFERS
+};
+
 struct ds_operators {
   const OrtApi *api;
   ds_pool *pool;
   OrtCustomOpDomain *domain;
-  kernel *last_linear; /* of those created so far; nodes are created in the order in which they run */
-  buffer rows;         /* normalized or quantized, on their way into a linear */
+  step *last_step; /* of those created so far; nodes are created in the order in which they run */
+  buffer buffers[N_BUFFERS];
   operator operators[N_KINDS];
 };
 
@@ -149,17 +169,21 @@ static OrtStatus *make_rows(const kernel *node, OrtKernelContext *context, const
 
 /* ---- Linear layers --------------------------------------------------------------------------------------- */
 
-static OrtStatus *read_linear(kernel *node, const OrtKernelInfo *info) {
-  const struct {
-    const char *name;
-    int32_t *to;
-  } wanted[] = {{"n", &node->linear.n}, {"k", &node->linear.k}, {"format", &node->linear.format}};
-  for (size_t i = 0; i < sizeof wanted / sizeof *wanted; ++i) {
-    int64_t value;
-    TRY(node->api->KernelInfoGetAttribute_int64(info, wanted[i].name, &value));
-    *wanted[i].to = (int32_t)value;
-  }
+static OrtStatus *read_int(kernel *node, const OrtKernelInfo *info, const char *prefix, const char *name,
+                           int32_t *value) {
+  char full[32];
+  int64_t found;
+  snprintf(full, sizeof full, "%s%s", prefix, name);
+  TRY(node->api->KernelInfoGetAttribute_int64(info, full, &found));
+  *value = (int32_t)found;
   return NULL;
+}
+
+static OrtStatus *read_weight_kind(kernel *node, const OrtKernelInfo *info, const char *prefix,
+                                   ds_linear *linear) {
+  TRY(read_int(node, info, prefix, "n", &linear->n));
+  TRY(read_int(node, info, prefix, "k", &linear->k));
+  return read_int(node, info, prefix, "format", &linear->format);
 }
 
 static OrtStatus *read_norm(kernel *node, const OrtKernelInfo *info) {
@@ -167,96 +191,107 @@ static OrtStatus *read_norm(kernel *node, const OrtKernelInfo *info) {
   return node->api->KernelInfoGetAttribute_float(info, "epsilon", &node->epsilon);
 }
 
-static OrtStatus *read_product(kernel *node, const OrtKernelInfo *info) {
-  int64_t activation;
-  TRY(read_linear(node, info));
-  TRY(read_norm(node, info));
-  TRY(node->api->KernelInfoGetAttribute_int64(info, "activation", &activation));
-  node->linear.activation = (int32_t)activation;
-  node->before = node->owner->last_linear;
-  if (node->before) node->before->next = node;
-  node->owner->last_linear = node;
+static OrtStatus *read_step(kernel *node, const OrtKernelInfo *info, const char *prefix, step *s) {
+  TRY(read_weight_kind(node, info, prefix, &s->linear));
+  TRY(read_int(node, info, prefix, "activation", &s->linear.activation));
+  s->before = node->owner->last_step;
+  if (s->before) s->before->next = s;
+  node->owner->last_step = s;
   return NULL;
 }
 
-/* Other nodes than linears have no neighbours. */
-static void unlink_linear(kernel *node) {
-  if (node->before) node->before->next = node->next;
-  if (node->next) node->next->before = node->before;
-  if (node->owner->last_linear == node) node->owner->last_linear = node->before;
+static void unlink_step(ds_operators *owner, step *s) {
+  if (s->before) s->before->next = s->next;
+  if (s->next) s->next->before = s->before;
+  if (owner->last_step == s) owner->last_step = s->before;
 }
 
 /* Constants keep their place as long as the session lives, so the first run finds them for all. */
-static OrtStatus *find_constants(kernel *node, OrtKernelContext *context) {
-  if (node->linear.weight) return NULL;
-  TRY(read_data(node, context, 2, &node->linear.scale));
-  TRY(read_data(node, context, 3, &node->linear.starts));
-  TRY(read_data(node, context, 4, &node->linear.bias));
-  TRY(read_data(node, context, 6, &node->norm_weight));
-  TRY(read_data(node, context, 7, &node->norm_bias));
-  return read_data(node, context, 1, &node->linear.weight);
+static OrtStatus *find_constants(kernel *node, OrtKernelContext *context, size_t first, step *s) {
+  if (s->linear.weight) return NULL;
+  TRY(read_data(node, context, first + 1, &s->linear.scale));
+  TRY(read_data(node, context, first + 2, &s->linear.starts));
+  TRY(read_data(node, context, first + 3, &s->linear.bias));
+  TRY(read_data(node, context, first + 4, &s->norm_weight));
+  TRY(read_data(node, context, first + 5, &s->norm_bias));
+  return read_data(node, context, first, &s->linear.weight);
 }
 
-static const ds_linear *linear_after(const kernel *node) {
-  return node->next && node->next->linear.weight ? &node->next->linear : NULL;
-}
-
-static OrtStatus *reserve_rows(kernel *node, size_t size) {
-  buffer *rows = &node->owner->rows;
-  if (size <= rows->size) return NULL;
-  free(rows->data);
-  rows->size = 0;
-  rows->data = aligned_alloc(64, (size + 63) / 64 * 64);
-  if (!rows->data) return refuse(node, "no memory for the rows");
-  rows->size = size;
+static OrtStatus *reserve(kernel *node, int32_t which, size_t size, void *data) {
+  buffer *b = &node->owner->buffers[which];
+  if (size > b->size) {
+    free(b->data);
+    b->size = 0;
+    b->data = aligned_alloc(64, (size + 63) / 64 * 64);
+    if (!b->data) return refuse(node, "no memory for the rows");
+    b->size = size;
+  }
+  *(void **)data = b->data;
   return NULL;
 }
 
+static OrtStatus *reserve_rows(kernel *node, int32_t which, int64_t n_rows, int64_t width, float **rows) {
+  return reserve(node, which, (size_t)(n_rows * width) * sizeof **rows, rows);
+}
+
 /* The rows that the linear reads: of `x`, normalized, quantized. */
-static OrtStatus *prepare_rows(kernel *node, const float *x, int32_t n_rows, const void **rows) {
-  const ds_linear *linear = &node->linear;
-  bool quantizes = linear->format >= DS_INT8;
-  int32_t k = linear->k;
+static OrtStatus *prepare_rows(kernel *node, const step *s, int32_t n_rows, const float *x,
+                               const void **rows) {
+  ds_pool *pool = node->owner->pool;
+  bool quantizes = s->linear.format >= DS_INT8;
+  int32_t k = s->linear.k;
+  void *out = NULL;
   *rows = x;
-  if (!quantizes && !node->norm_weight) return NULL;
-  TRY(reserve_rows(node, (size_t)n_rows * (quantizes ? (size_t)ds_int8_stride(k) : (size_t)k * sizeof *x)));
-  void *out = node->owner->rows.data;
+  if (!quantizes && !s->norm_weight) return NULL;
+  int64_t stride = quantizes ? ds_int8_stride(k) : k * (int64_t)sizeof *x;
+  TRY(reserve(node, ROWS, (size_t)(n_rows * stride), &out));
   *rows = out;
-  if (!node->norm_weight) return report(node, ds_quantize_rows(node->owner->pool, n_rows, k, x, 0, out));
-  return report(node, ds_norm_rows(node->owner->pool, (int32_t)node->norm, n_rows, k, x, node->norm_weight,
-                                   node->norm_bias, node->epsilon, quantizes ? NULL : out, 0,
-                                   quantizes ? out : NULL));
+  if (!s->norm_weight) return report(node, ds_quantize_rows(pool, n_rows, k, x, 0, out));
+  return report(node, ds_norm_rows(pool, (int32_t)node->norm, n_rows, k, x, s->norm_weight, s->norm_bias,
+                                   node->epsilon, quantizes ? NULL : out, 0, quantizes ? out : NULL));
+}
+
+/* y = the linear of x, plus the residual. */
+static OrtStatus *run_step(kernel *node, const step *s, int32_t n_rows, const float *x, const float *residual,
+                           float *y) {
+  const void *rows = NULL;
+  const ds_linear *next = s->next && s->next->linear.weight ? &s->next->linear : NULL;
+  TRY(prepare_rows(node, s, n_rows, x, &rows));
+  return report(node, s->linear.format >= DS_INT8
+                          ? ds_linear_int8(node->owner->pool, &s->linear, n_rows, rows, residual, y, next)
+                          : ds_linear_float(node->owner->pool, &s->linear, n_rows, rows, residual, y, next));
+}
+
+static OrtStatus *read_linear(kernel *node, const OrtKernelInfo *info) {
+  TRY(read_norm(node, info));
+  return read_step(node, info, "", &node->steps[0]);
 }
 
 static OrtStatus *compute_linear(kernel *node, OrtKernelContext *context) {
-  const ds_linear *linear = &node->linear, *next = linear_after(node);
+  step *s = &node->steps[0];
   tensor x;
   const float *residual;
-  const void *rows;
   float *y;
-  TRY(find_constants(node, context));
-  TRY(read_rows(node, context, linear->k, &x));
-  TRY(read_data(node, context, 5, &residual));
-  TRY(make_rows(node, context, &x, linear->n, &y));
-  int32_t n_rows = count_rows(&x);
-  TRY(prepare_rows(node, x.data, n_rows, &rows));
-  return report(node, linear->format >= DS_INT8
-                          ? ds_linear_int8(node->owner->pool, linear, n_rows, rows, residual, y, next)
-                          : ds_linear_float(node->owner->pool, linear, n_rows, rows, residual, y, next));
+  TRY(find_constants(node, context, 1, s));
+  TRY(read_rows(node, context, s->linear.k, &x));
+  TRY(read_data(node, context, 1 + STEP_INPUTS, &residual));
+  TRY(make_rows(node, context, &x, s->linear.n, &y));
+  return run_step(node, s, count_rows(&x), x.data, residual, y);
 }
 
 static OrtStatus *read_embed(kernel *node, const OrtKernelInfo *info) {
-  TRY(read_linear(node, info));
+  TRY(read_weight_kind(node, info, "", &node->steps[0].linear));
   return node->api->KernelInfoGetAttribute_float(info, "multiplier", &node->multiplier);
 }
 
 static OrtStatus *compute_embed(kernel *node, OrtKernelContext *context) {
+  ds_linear *table = &node->steps[0].linear;
   tensor ids;
   float *x;
   TRY(read_tensor(node, context, 0, 2, &ids));
-  TRY(read_data(node, context, 1, &node->linear.weight));
-  TRY(make_rows(node, context, &ids, node->linear.k, &x));
-  return report(node, ds_embed(&node->linear, count_rows(&ids), ids.data, node->multiplier, x));
+  TRY(read_data(node, context, 1, &table->weight));
+  TRY(make_rows(node, context, &ids, table->k, &x));
+  return report(node, ds_embed(table, count_rows(&ids), ids.data, node->multiplier, x));
 }
 
 static OrtStatus *compute_norm(kernel *node, OrtKernelContext *context) {
@@ -310,95 +345,156 @@ static OrtStatus *read_rotary(kernel *node, OrtKernelContext *context) {
   return read_data(node, context, 8, &heads->sin);
 }
 
-static OrtStatus *compute_attend(kernel *node, OrtKernelContext *context) {
-  ds_heads *heads = &node->heads;
-  tensor qkv, positions, slots, past_keys, past_values;
+/* What attention reads beside the queries, keys and values of the new rows: inputs 1 to 10. */
+typedef struct {
+  tensor positions, slots, past_keys, past_values;
   const int64_t *write_index;
   const int32_t *counts;
-  float *y, *keys, *values;
-  TRY(read_tensor(node, context, 0, 3, &qkv));
-  TRY(read_tensor(node, context, 1, 2, &positions));
-  TRY(read_data(node, context, 2, &write_index));
-  TRY(read_tensor(node, context, 3, 3, &slots));
-  TRY(read_data(node, context, 4, &counts));
-  TRY(read_tensor(node, context, 5, 4, &past_keys));
-  TRY(read_tensor(node, context, 6, 4, &past_values));
+} context_of_rows;
+
+static OrtStatus *read_context(kernel *node, OrtKernelContext *context, const int64_t *dims,
+                               context_of_rows *c) {
+  ds_heads *heads = &node->heads;
+  TRY(read_tensor(node, context, 1, 2, &c->positions));
+  TRY(read_data(node, context, 2, &c->write_index));
+  TRY(read_tensor(node, context, 3, 3, &c->slots));
+  TRY(read_data(node, context, 4, &c->counts));
+  TRY(read_tensor(node, context, 5, 4, &c->past_keys));
+  TRY(read_tensor(node, context, 6, 4, &c->past_values));
   TRY(read_rotary(node, context));
   TRY(read_data(node, context, 9, &heads->q_norm));
   TRY(read_data(node, context, 10, &heads->k_norm));
-  int64_t n_sequences = qkv.dims[0], n_rows = qkv.dims[1], size = past_keys.dims[3];
-  heads->n_kv_heads = (int32_t)past_keys.dims[1];
-  heads->max_slots = (int32_t)past_keys.dims[2];
-  heads->head_dim = (int32_t)size;
-  if (memcmp(past_keys.dims, past_values.dims, sizeof past_keys.dims))
+  heads->n_kv_heads = (int32_t)c->past_keys.dims[1];
+  heads->max_slots = (int32_t)c->past_keys.dims[2];
+  heads->head_dim = (int32_t)c->past_keys.dims[3];
+  if (memcmp(c->past_keys.dims, c->past_values.dims, sizeof c->past_keys.dims))
     return refuse(node, "keys and values are not alike");
-  if (past_keys.dims[0] != n_sequences || positions.dims[0] != n_sequences || positions.dims[1] != n_rows ||
-      slots.dims[0] != n_sequences || slots.dims[1] != n_rows || slots.dims[2] != heads->max_slots ||
-      qkv.dims[2] != (heads->n_heads + 2 * heads->n_kv_heads) * size)
+  if (c->past_keys.dims[0] != dims[0] || memcmp(c->positions.dims, dims, 2 * sizeof *dims) ||
+      memcmp(c->slots.dims, dims, 2 * sizeof *dims) || c->slots.dims[2] != heads->max_slots)
     return refuse(node, "the inputs do not fit each other");
-  TRY(make_rows(node, context, &qkv, heads->n_heads * size, &y));
-  TRY(make_output(node, context, 1, 4, past_keys.dims, &keys));
-  TRY(make_output(node, context, 2, 4, past_keys.dims, &values));
+  return NULL;
+}
 
-  int64_t cache_size = heads->n_kv_heads * heads->max_slots * size;
-  size_t n_bytes = (size_t)(n_sequences * cache_size) * sizeof(float);
-  if (keys != past_keys.data) memcpy(keys, past_keys.data, n_bytes);
-  if (values != past_values.data) memcpy(values, past_values.data, n_bytes);
-  for (int64_t b = 0; b < n_sequences; ++b) {
-    float *x = (float *)qkv.data + b * n_rows * qkv.dims[2];
-    float *own_keys = keys + b * cache_size, *own_values = values + b * cache_size;
-    if (write_index[b] < 0 || write_index[b] > heads->max_slots)
+static int64_t count_attended(const ds_heads *heads) { return (int64_t)heads->n_heads * heads->head_dim; }
+static int64_t count_projected(const ds_heads *heads) {
+  return (heads->n_heads + 2 * (int64_t)heads->n_kv_heads) * heads->head_dim;
+}
+
+/* y [B, S, heads * D] from qkv [B, S, (heads + 2 kv heads) * D], which is overwritten; outputs 1 and 2. */
+static OrtStatus *attend(kernel *node, OrtKernelContext *context, const context_of_rows *c, float *qkv,
+                         float *y) {
+  const ds_heads *heads = &node->heads;
+  ds_pool *pool = node->owner->pool;
+  int64_t n_rows = c->positions.dims[1];
+  int64_t cache_size = (int64_t)heads->n_kv_heads * heads->max_slots * heads->head_dim;
+  size_t n_bytes = (size_t)(c->positions.dims[0] * cache_size) * sizeof(float);
+  float *keys, *values;
+  TRY(make_output(node, context, 1, 4, c->past_keys.dims, &keys));
+  TRY(make_output(node, context, 2, 4, c->past_keys.dims, &values));
+  if (keys != c->past_keys.data) memcpy(keys, c->past_keys.data, n_bytes);
+  if (values != c->past_values.data) memcpy(values, c->past_values.data, n_bytes);
+  for (int64_t b = 0; b < c->positions.dims[0]; ++b, keys += cache_size, values += cache_size) {
+    float *x = qkv + b * n_rows * count_projected(heads);
+    if (c->write_index[b] < 0 || c->write_index[b] > heads->max_slots)
       return refuse(node, "write_index is not a slot of the cache");
-    int32_t status = ds_write_heads(node->owner->pool, heads, (int32_t)n_rows, x,
-                                    (const int64_t *)positions.data + b * n_rows, (int32_t)write_index[b],
-                                    own_keys, own_values);
+    int32_t status =
+        ds_write_heads(pool, heads, (int32_t)n_rows, x, (const int64_t *)c->positions.data + b * n_rows,
+                       (int32_t)c->write_index[b], keys, values);
     if (status == DS_OK)
-      status = ds_attend(node->owner->pool, heads, (int32_t)n_rows, x,
-                         (const int32_t *)slots.data + b * n_rows * heads->max_slots, counts + b * n_rows,
-                         own_keys, own_values, y + b * n_rows * heads->n_heads * size);
+      status = ds_attend(pool, heads, (int32_t)n_rows, x,
+                         (const int32_t *)c->slots.data + b * n_rows * heads->max_slots,
+                         c->counts + b * n_rows, keys, values, y + b * n_rows * count_attended(heads));
     TRY(report(node, status));
   }
   return NULL;
 }
 
+static OrtStatus *compute_attend(kernel *node, OrtKernelContext *context) {
+  tensor qkv;
+  context_of_rows around;
+  float *y;
+  TRY(read_tensor(node, context, 0, 3, &qkv));
+  TRY(read_context(node, context, qkv.dims, &around));
+  if (qkv.dims[2] != count_projected(&node->heads))
+    return refuse(node, "rows have the wrong width for the heads");
+  TRY(make_rows(node, context, &qkv, count_attended(&node->heads), &y));
+  return attend(node, context, &around, qkv.data, y);
+}
+
+/* ---- A decoder layer ------------------------------------------------------------------------------------- */
+
+static OrtStatus *read_layer(kernel *node, const OrtKernelInfo *info) {
+  static const char *const prefixes[N_STEPS] = {"qkv_", "o_", "up_", "down_"};
+  TRY(read_attend(node, info));
+  TRY(read_norm(node, info));
+  for (int i = 0; i < N_STEPS; ++i) TRY(read_step(node, info, prefixes[i], &node->steps[i]));
+  return NULL;
+}
+
+static OrtStatus *compute_layer(kernel *node, OrtKernelContext *context) {
+  step *s = node->steps;
+  tensor x;
+  context_of_rows around;
+  float *qkv = NULL, *attended = NULL, *middle = NULL, *wide = NULL, *y = NULL;
+  for (size_t i = 0; i < N_STEPS; ++i)
+    TRY(find_constants(node, context, FIRST_STEP + i * STEP_INPUTS, &s[i]));
+  int32_t width = s[QKV].linear.k, inner = s[UP].linear.n;
+  TRY(read_rows(node, context, width, &x));
+  TRY(read_context(node, context, x.dims, &around));
+  if (s[QKV].linear.n != count_projected(&node->heads) || s[O].linear.k != count_attended(&node->heads) ||
+      s[O].linear.n != width || s[UP].linear.k != width || s[DOWN].linear.k != inner ||
+      s[DOWN].linear.n != width)
+    return refuse(node, "its linears do not fit each other");
+  int32_t n_rows = count_rows(&x);
+  TRY(reserve_rows(node, PROJECTED, n_rows, s[QKV].linear.n, &qkv));
+  TRY(reserve_rows(node, ATTENDED, n_rows, s[O].linear.k, &attended));
+  TRY(reserve_rows(node, MIDDLE, n_rows, width, &middle));
+  TRY(reserve_rows(node, WIDE, n_rows, inner, &wide));
+  TRY(make_rows(node, context, &x, width, &y));
+  TRY(run_step(node, &s[QKV], n_rows, x.data, NULL, qkv));
+  TRY(attend(node, context, &around, qkv, attended));
+  TRY(run_step(node, &s[O], n_rows, attended, x.data, middle));
+  TRY(run_step(node, &s[UP], n_rows, middle, NULL, wide));
+  return run_step(node, &s[DOWN], n_rows, wide, middle, y);
+}
+
 /* ---- What ONNX Runtime asks ------------------------------------------------------------------------------ */
 
+#define ROWS_AROUND "LLIIFFffff"
+#define LINEAR "Uflfff"
+
 static const operator_kind KINDS[N_KINDS] = {
-    {"Embed", 2, 2, 1, {ORT_INT64, ORT_UINT8}, {ORT_FLOAT}, read_embed, compute_embed},
-    {"Linear",
-     8,
-     2,
-     1,
-     {ORT_FLOAT, ORT_UINT8, ORT_FLOAT, ORT_INT64, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
-     {ORT_FLOAT},
-     read_product,
-     compute_linear},
-    {"Norm", 3, 2, 1, {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT}, {ORT_FLOAT}, read_norm, compute_norm},
-    {"ListSlots", 1, 1, 2, {ORT_BOOL}, {ORT_INT32, ORT_INT32}, read_window, compute_list_slots},
-    {"Attend",
-     11,
-     7,
-     3,
-     {ORT_FLOAT, ORT_INT64, ORT_INT64, ORT_INT32, ORT_INT32, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT,
-      ORT_FLOAT, ORT_FLOAT},
-     {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
-     read_attend,
-     compute_attend},
+    {"Embed", "LU", "F", read_embed, compute_embed},
+    {"Linear", "F" LINEAR "f", "F", read_linear, compute_linear},
+    {"Norm", "FFf", "F", read_norm, compute_norm},
+    {"ListSlots", "B", "II", read_window, compute_list_slots},
+    {"Attend", "F" ROWS_AROUND, "FFF", read_attend, compute_attend},
+    {"Layer", "F" ROWS_AROUND LINEAR LINEAR LINEAR LINEAR, "FFF", read_layer, compute_layer},
 };
 
 static const operator_kind *kind_of(const OrtCustomOp *op) { return ((const operator *)op)->kind; }
+
+static OrtElementType type_of(char letter) {
+  switch (letter | 0x20) {
+  case 'f': return ORT_FLOAT;
+  case 'u': return ORT_UINT8;
+  case 'i': return ORT_INT32;
+  case 'l': return ORT_INT64;
+  default: return ORT_BOOL;
+  }
+}
 
 static const char *get_name(const OrtCustomOp *op) { return kind_of(op)->name; }
 static const char *get_provider(const OrtCustomOp *op) {
   (void)op;
   return NULL; /* the CPU */
 }
-static size_t get_n_inputs(const OrtCustomOp *op) { return (size_t)kind_of(op)->n_inputs; }
-static size_t get_n_outputs(const OrtCustomOp *op) { return (size_t)kind_of(op)->n_outputs; }
-static OrtElementType get_input(const OrtCustomOp *op, size_t i) { return kind_of(op)->inputs[i]; }
-static OrtElementType get_output(const OrtCustomOp *op, size_t i) { return kind_of(op)->outputs[i]; }
+static size_t get_n_inputs(const OrtCustomOp *op) { return strlen(kind_of(op)->inputs); }
+static size_t get_n_outputs(const OrtCustomOp *op) { return strlen(kind_of(op)->outputs); }
+static OrtElementType get_input(const OrtCustomOp *op, size_t i) { return type_of(kind_of(op)->inputs[i]); }
+static OrtElementType get_output(const OrtCustomOp *op, size_t i) { return type_of(kind_of(op)->outputs[i]); }
 static OrtCharacteristic get_input_need(const OrtCustomOp *op, size_t i) {
-  return (int32_t)i < kind_of(op)->n_required ? ORT_REQUIRED : ORT_OPTIONAL;
+  return kind_of(op)->inputs[i] & 0x20 ? ORT_OPTIONAL : ORT_REQUIRED;
 }
 static OrtCharacteristic get_output_need(const OrtCustomOp *op, size_t i) {
   (void)op, (void)i;
@@ -413,6 +509,12 @@ static int get_one(const OrtCustomOp *op) {
   return 1;
 }
 
+static void destroy_kernel(void *created) {
+  kernel *node = created;
+  for (int i = 0; i < N_STEPS; ++i) unlink_step(node->owner, &node->steps[i]);
+  free(node);
+}
+
 static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info,
                                 void **created) {
   const operator *self = (const operator *)op;
@@ -421,7 +523,7 @@ static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const 
   *node = (kernel){.api = api, .kind = self->kind, .owner = self->owner};
   OrtStatus *status = self->kind->read_attributes ? self->kind->read_attributes(node, info) : NULL;
   if (status)
-    free(node);
+    destroy_kernel(node);
   else
     *created = node;
   return status;
@@ -429,11 +531,6 @@ static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const 
 
 static OrtStatus *compute_kernel(void *node, OrtKernelContext *context) {
   return ((kernel *)node)->kind->compute(node, context);
-}
-
-static void destroy_kernel(void *node) {
-  unlink_linear(node);
-  free(node);
 }
 
 static void fill_operator(operator *op, const operator_kind *kind, ds_operators *owner) {
@@ -495,7 +592,7 @@ ds_operators *ds_operators_add(const OrtApi *api, OrtSessionOptions *options, ds
 void ds_operators_free(ds_operators *operators) {
   if (!operators) return;
   if (operators->domain) operators->api->ReleaseCustomOpDomain(operators->domain);
-  free(operators->rows.data);
+  for (int i = 0; i < N_BUFFERS; ++i) free(operators->buffers[i].data);
   free(operators);
 }
 

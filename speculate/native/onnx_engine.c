@@ -233,6 +233,8 @@ static int32_t create_session(onnx_engine *engine, OrtSessionOptions *options, c
   TRY_ORT(api->AddSessionConfigEntry(options, "session.force_spinning_stop", "1"));
   /* Without VNNI the usual int8 kernels add pairs of products in 16 bits, which saturates; these do not. */
   TRY_ORT(api->AddSessionConfigEntry(options, "session.x64quantprecision", "1"));
+  /* Weight-only linears in float: by default their activations are rounded to int8 as well. */
+  TRY_ORT(api->AddSessionConfigEntry(options, "session.qdq_matmulnbits_accuracy_level", "1"));
   engine->operators = ds_operators_add(api, options, engine->onnx->pool);
   if (!engine->operators) return DS_ERROR_ENGINE;
   TRY_ORT(api->CreateSession(engine->onnx->env, graph, options, &engine->session));

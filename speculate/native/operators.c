@@ -21,6 +21,7 @@
  *                the same memory.
  */
 #include "operators.h"
+#include "dispatch.h"
 #include "error.h"
 
 #include <stdbool.h>
@@ -94,11 +95,30 @@ typedef struct {
   int64_t dims[MAX_DIMS];
 } tensor;
 
-static OrtStatus *read_data(const kernel *node, OrtKernelContext *context, size_t index, void *data) {
+/* Input `index` and how many elements it has: NULL and 0 if it is missing. */
+static OrtStatus *read_part(const kernel *node, OrtKernelContext *context, size_t index, void *data,
+                            int64_t *count) {
+  const OrtApi *api = node->api;
   const OrtValue *value = NULL;
-  TRY(node->api->KernelContext_GetInput(context, index, &value));
+  OrtTensorInfo *info = NULL;
+  size_t n = 0;
   *(void **)data = NULL;
-  return value ? node->api->GetTensorMutableData((OrtValue *)value, data) : NULL;
+  *count = 0;
+  TRY(api->KernelContext_GetInput(context, index, &value));
+  if (!value) return NULL;
+  TRY(api->GetTensorTypeAndShape(value, &info));
+  OrtStatus *status = api->GetTensorShapeElementCount(info, &n);
+  api->ReleaseTensorTypeAndShapeInfo(info);
+  *count = (int64_t)n;
+  return status ? status : api->GetTensorMutableData((OrtValue *)value, data);
+}
+
+/* The same of an input that must have `wanted` elements unless it is missing. */
+static OrtStatus *read_data(const kernel *node, OrtKernelContext *context, size_t index, int64_t wanted,
+                            void *data) {
+  int64_t count;
+  TRY(read_part(node, context, index, data, &count));
+  return count == wanted || !*(void **)data ? NULL : refuse(node, "an input has the wrong size");
 }
 
 static OrtStatus *read_tensor(const kernel *node, OrtKernelContext *context, size_t index, size_t n_dims,
@@ -175,14 +195,27 @@ static const ds_linear *linear_after(const kernel *node) {
   return node->next && node->next->linear.weight ? &node->next->linear : NULL;
 }
 
+/* Weight, scale, bias and starts, at these inputs; a negative one is none. Constants stay where they are, so
+ * what has been checked once is not checked again. */
+static OrtStatus *read_weights(kernel *node, OrtKernelContext *context, int scale, int bias, int starts) {
+  ds_linear found = node->linear;
+  ds_part_sizes sizes = {0};
+  TRY(read_part(node, context, 1, &found.weight, &sizes.weight));
+  if (scale >= 0) TRY(read_part(node, context, (size_t)scale, &found.scale, &sizes.scale));
+  if (bias >= 0) TRY(read_part(node, context, (size_t)bias, &found.bias, &sizes.bias));
+  if (starts >= 0) TRY(read_part(node, context, (size_t)starts, &found.starts, &sizes.starts));
+  if (memcmp(&found, &node->linear, sizeof found)) TRY(report(node, ds_check_parts(&found, &sizes)));
+  node->linear = found;
+  return NULL;
+}
+
 static OrtStatus *compute_linear_float(kernel *node, OrtKernelContext *context) {
   tensor x;
   const float *residual;
   float *y;
+  TRY(read_weights(node, context, -1, 2, -1));
   TRY(read_rows(node, context, node->linear.k, &x));
-  TRY(read_data(node, context, 1, &node->linear.weight));
-  TRY(read_data(node, context, 2, &node->linear.bias));
-  TRY(read_data(node, context, 3, &residual));
+  TRY(read_data(node, context, 3, count_rows(&x) * (int64_t)node->linear.n, &residual));
   TRY(make_rows(node, context, &x, node->linear.n, &y));
   return report(node, ds_linear_float(node->owner->pool, &node->linear, count_rows(&x), x.data, residual, y,
                                       linear_after(node)));
@@ -192,12 +225,9 @@ static OrtStatus *compute_linear_int8(kernel *node, OrtKernelContext *context) {
   tensor rows;
   const float *residual;
   float *y;
+  TRY(read_weights(node, context, 2, 3, 5));
   TRY(read_rows(node, context, ds_int8_stride(node->linear.k), &rows));
-  TRY(read_data(node, context, 1, &node->linear.weight));
-  TRY(read_data(node, context, 2, &node->linear.scale));
-  TRY(read_data(node, context, 3, &node->linear.bias));
-  TRY(read_data(node, context, 4, &residual));
-  TRY(read_data(node, context, 5, &node->linear.starts));
+  TRY(read_data(node, context, 4, count_rows(&rows) * (int64_t)node->linear.n, &residual));
   TRY(make_rows(node, context, &rows, node->linear.n, &y));
   return report(node, ds_linear_int8(node->owner->pool, &node->linear, count_rows(&rows), rows.data, residual,
                                      y, linear_after(node)));
@@ -212,7 +242,7 @@ static OrtStatus *compute_embed(kernel *node, OrtKernelContext *context) {
   tensor ids;
   float *x;
   TRY(read_tensor(node, context, 0, 2, &ids));
-  TRY(read_data(node, context, 1, &node->linear.weight));
+  TRY(read_weights(node, context, -1, -1, -1));
   TRY(make_rows(node, context, &ids, node->linear.k, &x));
   return report(node, ds_embed(&node->linear, count_rows(&ids), ids.data, node->multiplier, x));
 }
@@ -230,7 +260,7 @@ static OrtStatus *normalize(kernel *node, OrtKernelContext *context, bool quanti
   void *out;
   TRY(read_tensor(node, context, 1, 1, &weight));
   TRY(read_rows(node, context, weight.dims[0], &x));
-  TRY(read_data(node, context, 2, &bias));
+  TRY(read_data(node, context, 2, weight.dims[0], &bias));
   int32_t k = (int32_t)weight.dims[0];
   TRY(make_rows(node, context, &x, quantize ? ds_int8_stride(k) : k, &out));
   return report(node,
@@ -283,13 +313,14 @@ static OrtStatus *read_attend(kernel *node, const OrtKernelInfo *info) {
 
 static OrtStatus *read_rotary(kernel *node, OrtKernelContext *context) {
   ds_heads *heads = &node->heads;
-  TRY(read_data(node, context, 7, &heads->cos));
+  int64_t size;
+  TRY(read_part(node, context, 7, &heads->cos, &size));
   if (!heads->cos) return NULL;
   tensor cos;
   TRY(read_tensor(node, context, 7, 2, &cos));
   heads->n_positions = cos.dims[0];
   heads->n_rotary = (int32_t)(2 * cos.dims[1]);
-  return read_data(node, context, 8, &heads->sin);
+  return read_data(node, context, 8, size, &heads->sin);
 }
 
 static OrtStatus *compute_attend(kernel *node, OrtKernelContext *context) {
@@ -300,15 +331,16 @@ static OrtStatus *compute_attend(kernel *node, OrtKernelContext *context) {
   float *y, *keys, *values;
   TRY(read_tensor(node, context, 0, 3, &qkv));
   TRY(read_tensor(node, context, 1, 2, &positions));
-  TRY(read_data(node, context, 2, &write_index));
+  int64_t n_sequences = qkv.dims[0], n_rows = qkv.dims[1];
+  TRY(read_data(node, context, 2, n_sequences, &write_index));
   TRY(read_tensor(node, context, 3, 3, &slots));
-  TRY(read_data(node, context, 4, &counts));
+  TRY(read_data(node, context, 4, n_sequences * n_rows, &counts));
   TRY(read_tensor(node, context, 5, 4, &past_keys));
   TRY(read_tensor(node, context, 6, 4, &past_values));
   TRY(read_rotary(node, context));
-  TRY(read_data(node, context, 9, &heads->q_norm));
-  TRY(read_data(node, context, 10, &heads->k_norm));
-  int64_t n_sequences = qkv.dims[0], n_rows = qkv.dims[1], size = past_keys.dims[3];
+  int64_t size = past_keys.dims[3];
+  TRY(read_data(node, context, 9, size, &heads->q_norm));
+  TRY(read_data(node, context, 10, size, &heads->k_norm));
   heads->n_kv_heads = (int32_t)past_keys.dims[1];
   heads->max_slots = (int32_t)past_keys.dims[2];
   heads->head_dim = (int32_t)size;

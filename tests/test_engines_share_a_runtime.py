@@ -61,21 +61,19 @@ def test_two_threads_get_what_one_engine_alone_gives(folder, threads):
         wanted[name] = [decode(engine, seed) for seed in range(ROUNDS)]
 
     runtime = OnnxRuntime(threads)
-    engines = {name: open_engine(folder, name, runtime) for name in wanted}
     together, same = Barrier(2, timeout=60), {}
 
     def work(name):
         together.wait()
-        same[name] = [
-            np.array_equal(decode(engines[name], seed), wanted[name][seed]) for seed in range(ROUNDS)
-        ]
+        engine = open_engine(folder, name, runtime)
+        same[name] = [np.array_equal(decode(engine, seed), wanted[name][seed]) for seed in range(ROUNDS)]
 
-    workers = [Thread(target=work, args=(name,)) for name in engines]
+    workers = [Thread(target=work, args=(name,)) for name in wanted]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(timeout=120)
-    assert same == {name: [True] * ROUNDS for name in engines}
+    assert same == {name: [True] * ROUNDS for name in wanted}
 
 
 def test_an_error_in_one_thread_is_not_seen_in_the_other(folder):

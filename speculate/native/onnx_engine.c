@@ -11,7 +11,7 @@
 #include <string.h>
 
 struct ds_onnx {
-  int32_t n_users; /* its engines, and whoever created it */
+  _Atomic int32_t n_users; /* its engines, and whoever created it */
   void *library;
   const OrtApi *api;
   OrtEnv *env;

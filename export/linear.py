@@ -29,5 +29,6 @@ def multiply_static(graph: Graph, x: str, linear: StoredLinear) -> str:
     if linear.input_scale is not None:
         scale, zero_point = graph.scalar(linear.input_scale), graph.scalar(0, np.int8)
         x = graph.op("DequantizeLinear", graph.op("QuantizeLinear", x, scale, zero_point), scale, zero_point)
-    weight, weight_scale = graph.weight(f"{linear.name}.weight"), graph.weight(f"{linear.name}.weight_scale")
-    return graph.op("MatMul", x, graph.op("DequantizeLinear", weight, weight_scale, axis=1))
+    kinds = ("weight", "weight_scale", "weight_zero_point")
+    weight = graph.op("DequantizeLinear", *(graph.weight(f"{linear.name}.{kind}") for kind in kinds), axis=1)
+    return graph.op("MatMul", x, weight)

@@ -22,7 +22,8 @@ from .packed import PackedLinear, add_packed
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """`{name}.weight` [K, N] with, if any, `{name}.weight_scale` and `{name}.bias` [N]; N = sum(widths)."""
+    """`{name}.weight` [K, N] with, if any, `{name}.weight_scale`, `.weight_zero_point` and `.bias` [N];
+    N = sum(widths)."""
 
     name: str
     widths: tuple[int, ...]  # output features of each linear in it
@@ -149,6 +150,11 @@ class _Store:
         self.matrix(f"{stored}.weight", torch.cat(weights).T)
         if is_quantized:
             self.weights.add(f"{stored}.weight_scale", torch.cat(weight_scales).float())
+            # Zeros, spelled out: where ONNX Runtime turns int8 into uint8 it would make up a single one, and
+            # then refuse it.
+            self.weights.add(
+                f"{stored}.weight_zero_point", torch.zeros(sum(map(len, weights)), dtype=torch.int8)
+            )
         if has_bias:
             self.weights.add(f"{stored}.bias", torch.cat(biases).float())
         packed = add_packed(

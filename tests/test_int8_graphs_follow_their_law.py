@@ -24,6 +24,7 @@ def run_linear(folder, x, weight, weight_scale, bias, input_scale=None):
     with WeightFile(folder / "model.data") as weights:
         weights.add("linear.weight", torch.tensor(weight))
         weights.add("linear.weight_scale", torch.tensor(weight_scale))
+        weights.add("linear.weight_zero_point", torch.zeros(weight.shape[1], dtype=torch.int8))
         if has_bias := bool(bias.any()):
             weights.add("linear.bias", torch.tensor(bias))
     graph = Graph("linear", weights)

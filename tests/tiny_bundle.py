@@ -38,7 +38,7 @@ def write_tiny_bundle(folder: Path) -> Path:
     engines = {}
     for name, inside in (("target", "target"), ("int8", "drafters/int8")):
         checkpoint, out = folder.parent / f"{name}.checkpoint", folder / inside
-        _write_checkpoint(checkpoint, quantized=name == "int8")
+        write_tiny_checkpoint(checkpoint, quantized=name == "int8")
         out.mkdir(parents=True)
         written = export_onnx(checkpoint, out)
         engines[name] = {
@@ -64,9 +64,8 @@ def write_tiny_bundle(folder: Path) -> Path:
     return folder
 
 
-def _write_checkpoint(folder: Path, quantized: bool) -> None:
+def write_tiny_checkpoint(folder: Path, quantized: bool, config: DecoderConfig = CONFIG) -> None:
     torch.manual_seed(0)
-    config = CONFIG
     write_part(folder, "embed", _fill(embed_shapes(config), False))
     for layer in range(config.num_layers):
         write_part(folder, layer_part(layer), _fill(layer_shapes(config), quantized))

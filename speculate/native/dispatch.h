@@ -74,6 +74,14 @@ enum { DS_MAX_QUERIES = 8, DS_MAX_HEAD_DIM = 256 };
 /* Packed blocks of 16 outputs that are one item, of a gated linear and of another. */
 enum { DS_ITEM_BLOCKS = 3, DS_GATED_ITEM_BLOCKS = 6 };
 
+/* How many elements a linear's parts have: bytes of the weight, with those past its end that may be read. */
+typedef struct {
+  int64_t weight, scale, bias, starts;
+} ds_part_sizes;
+
+/* Whether a linear from a file is whole, so that no kernel reads behind its parts. */
+int32_t ds_check_parts(const ds_linear *linear, const ds_part_sizes *sizes);
+
 /* The best set of kernels that this machine runs, or the one that DRAFTSMITH_ISA names; NULL, and an error,
  * if there is none of that name. */
 const ds_kernels *ds_choose_kernels(void);

@@ -14,11 +14,11 @@
 typedef struct ds_engine ds_engine;
 struct ds_engine {
   int32_t vocab, max_seq_len; /* ids; slots that reserve can give at most */
-  /* Make room for a sequence of n_slots tokens; what the cache held before may be lost. */
+  /* Make room for a sequence of n_slots tokens, 1 .. max_seq_len; what the cache held before may be lost. */
   int32_t (*reserve)(ds_engine *engine, int32_t n_slots);
   /* Read token_ids[n_rows] into cache slots start ..; *logits: float [n_logits, vocab] of the last n_logits
    * rows, valid until the engine's next call. positions: int64 [n_rows] or NULL (the slots). mask: uint8
-   * [n_rows, start + n_rows] of 0/1, or NULL (every slot up to a row's own). */
+   * [n_rows, start + n_rows] of 0/1, or NULL (every slot up to a row's own). Any number of rows that fit. */
   int32_t (*forward)(ds_engine *engine, int32_t n_rows, const int32_t *token_ids, int32_t start,
                      const int64_t *positions, const uint8_t *mask, int32_t n_logits, const float **logits);
   void (*close)(ds_engine *engine);

@@ -9,13 +9,15 @@
 #define DS_VERSION "unknown"
 #endif
 
-static _Thread_local char message[256];
+static _Thread_local char message[512];
 
 int32_t ds_fail(int32_t status, const char *format, ...) {
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(message, sizeof message, format, arguments);
   va_end(arguments);
+  for (char *c = message; *c; ++c) /* others' words may come in several lines; the promise is one */
+    if (*c == '\n' || *c == '\r') *c = ' ';
   return status;
 }
 

@@ -52,6 +52,37 @@ static int32_t check_linear(const ds_linear *linear) {
   return DS_OK;
 }
 
+/* Whether the blocks of a sparse weight are as long as their masks say. */
+static bool has_whole_blocks(const ds_linear *linear, int64_t n_bytes) {
+  int64_t n_groups = (linear->k + 3) / 4, before = 0;
+  for (int32_t b = 0; b < count_blocks(linear); ++b) {
+    int64_t start = linear->starts[b], end = linear->starts[b + 1];
+    if (start != before || end > n_bytes || end < start + 8 * n_groups) return false;
+    for (int64_t g = 0; g < n_groups; ++g) {
+      uint64_t mask;
+      memcpy(&mask, (const uint8_t *)linear->weight + start + 8 * g, sizeof mask);
+      before += __builtin_popcountll(mask);
+    }
+    before += 8 * n_groups;
+    if (before != end) return false;
+  }
+  return true;
+}
+
+int32_t ds_check_parts(const ds_linear *linear, const ds_part_sizes *sizes) {
+  int32_t status = check_linear(linear);
+  if (status != DS_OK) return status;
+  int64_t n_outputs = (int64_t)count_blocks(linear) * LANES;
+  REQUIRE((!linear->scale || sizes->scale == n_outputs) && (!linear->bias || sizes->bias == n_outputs),
+          "scale or bias do not fit %lld packed outputs", (long long)n_outputs);
+  bool fits = linear->format == DS_INT8_BITMASK
+                  ? sizes->starts == count_blocks(linear) + 1 && has_whole_blocks(linear, sizes->weight - 64)
+                  : sizes->weight == block_start(linear, count_blocks(linear));
+  REQUIRE(fits, "a weight of %lld bytes is not one of %d outputs and %d inputs in format %d",
+          (long long)sizes->weight, (int)linear->n, (int)linear->k, (int)linear->format);
+  return DS_OK;
+}
+
 static int32_t run_linear(ds_pool *pool, ds_linear_job *job, bool int8) {
   REQUIRE(pool, "the pool is NULL");
   int32_t status = check_linear(job->linear);

@@ -9,8 +9,9 @@
 extern "C" {
 #endif
 
-/* ONNX Runtime and the threads that its engines share: they take turns, and are opened and closed by one thread
- * at a time. What is freed stays until the last of its engines is closed. */
+/* ONNX Runtime and the threads that its engines share, kernel by kernel in turns: they may be opened, called and
+ * closed from several threads, each engine by one at a time. What is freed stays until the last of its engines is
+ * closed. */
 typedef struct ds_onnx ds_onnx;
 
 /* library: the path of libonnxruntime.so. NULL, and an error, on failure. */

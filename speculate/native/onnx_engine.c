@@ -11,7 +11,7 @@
 #include <string.h>
 
 struct ds_onnx {
-  int32_t n_users; /* its engines, and whoever created it */
+  _Atomic int32_t n_users; /* its engines, and whoever created it */
   void *library;
   const OrtApi *api;
   OrtEnv *env;
@@ -24,7 +24,7 @@ struct ds_onnx {
 enum { INPUT_IDS, POSITION_IDS, WRITE_INDEX, ATTENTION_MASK, NUM_LOGITS, N_PLAIN };
 static const char *const PLAIN[N_PLAIN] = {"input_ids", "position_ids", "write_index", "attention_mask",
                                            "num_logits"};
-enum { MAX_NAME = 48, SLOT_STEP = 64 };
+enum { MAX_NAME = 48, SLOT_STEP = 64, MAX_SLOTS = 1 << 28 };
 
 typedef struct {
   ds_engine base;
@@ -40,6 +40,7 @@ typedef struct {
   const char **input_names, **output_names;
   OrtValue **inputs, **outputs;
 
+  int32_t n_reserved; /* of n_slots, which come in whole steps */
   int32_t n_slots;
   float *cache; /* [n_layers][2][n_kv_heads][n_slots][head_dim] */
 
@@ -66,7 +67,8 @@ static int32_t open_library(ds_onnx *onnx, const char *path) {
   onnx->api = get_base ? get_base()->GetApi(ORT_API_VERSION) : NULL;
   if (!onnx->api) return ds_fail(DS_ERROR_ENGINE, "%s is not an ONNX Runtime of 1.17 or later", path);
   const OrtApi *api = onnx->api;
-  TRY_ORT(api->CreateEnv(ORT_LOG_ERROR, "draftsmith", &onnx->env));
+  /* Its errors come back as ours; it need not print them as well. */
+  TRY_ORT(api->CreateEnv(ORT_LOG_FATAL, "draftsmith", &onnx->env));
   TRY_ORT(api->CreateCpuMemoryInfo(ORT_ARENA_ALLOCATOR, ORT_MEMORY_DEFAULT, &onnx->memory));
   return DS_OK;
 }
@@ -231,6 +233,8 @@ static int32_t create_session(onnx_engine *engine, OrtSessionOptions *options, c
   TRY_ORT(api->AddSessionConfigEntry(options, "session.force_spinning_stop", "1"));
   /* Without VNNI the usual int8 kernels add pairs of products in 16 bits, which saturates; these do not. */
   TRY_ORT(api->AddSessionConfigEntry(options, "session.x64quantprecision", "1"));
+  /* Weight-only linears in float: by default their activations are rounded to int8 as well. */
+  TRY_ORT(api->AddSessionConfigEntry(options, "session.qdq_matmulnbits_accuracy_level", "1"));
   engine->operators = ds_operators_add(api, options, engine->onnx->pool);
   if (!engine->operators) return DS_ERROR_ENGINE;
   TRY_ORT(api->CreateSession(engine->onnx->env, graph, options, &engine->session));
@@ -263,16 +267,10 @@ static int32_t set_value(onnx_engine *engine, OrtValue **value, void *data, OrtE
   return DS_OK;
 }
 
-static int32_t reserve(ds_engine *base, int32_t n_slots) {
-  onnx_engine *engine = (onnx_engine *)base;
-  if (n_slots < 1 || n_slots > base->max_seq_len)
-    return ds_fail(DS_ERROR_ARGUMENT, "a cache of at most %d tokens, %d are wanted", (int)base->max_seq_len,
-                   (int)n_slots);
-  n_slots = (n_slots + SLOT_STEP - 1) / SLOT_STEP * SLOT_STEP;
-  if (n_slots == engine->n_slots) return DS_OK;
+static int32_t resize_cache(onnx_engine *engine, int32_t n_slots) {
   free(engine->cache);
   free(engine->mask);
-  engine->n_slots = 0;
+  engine->n_reserved = engine->n_slots = 0;
   engine->mask = NULL;
   engine->max_rows = 0;
   /* Zeros, not what memory held: stock operators weigh a hidden slot by 0, and 0 times NaN would be NaN. */
@@ -287,6 +285,18 @@ static int32_t reserve(ds_engine *base, int32_t n_slots) {
     TRY(set_value(engine, &engine->outputs[1 + i], part, ORT_FLOAT, sizeof(float), dims, 4));
   }
   engine->n_slots = n_slots;
+  return DS_OK;
+}
+
+static int32_t reserve(ds_engine *base, int32_t n_slots) {
+  onnx_engine *engine = (onnx_engine *)base;
+  if (!engine) return ds_fail(DS_ERROR_ARGUMENT, "the engine is NULL");
+  if (n_slots < 1 || n_slots > base->max_seq_len)
+    return ds_fail(DS_ERROR_ARGUMENT, "a cache of at most %d tokens, %d are wanted", (int)base->max_seq_len,
+                   (int)n_slots);
+  int32_t rounded = (n_slots + SLOT_STEP - 1) / SLOT_STEP * SLOT_STEP;
+  if (rounded != engine->n_slots) TRY(resize_cache(engine, rounded));
+  engine->n_reserved = n_slots;
   return DS_OK;
 }
 
@@ -315,6 +325,29 @@ static int32_t make_room(onnx_engine *engine, int32_t n_rows, int32_t n_logits) 
 
 /* ---- A call ---------------------------------------------------------------------------------------------- */
 
+/* Checked here since stock operators count negative ids and positions from the end of their table. */
+static int32_t check_call(const onnx_engine *engine, int32_t n_rows, const int32_t *token_ids, int32_t start,
+                          const int64_t *positions, int32_t n_logits, const float **logits) {
+  if (!engine || !token_ids || !logits)
+    return ds_fail(DS_ERROR_ARGUMENT, "the engine, the tokens or the logits are NULL");
+  if (n_rows < 1 || start < 0 || n_logits < 1 || n_logits > n_rows)
+    return ds_fail(DS_ERROR_ARGUMENT, "a call with %d rows from slot %d, logits of %d", (int)n_rows,
+                   (int)start, (int)n_logits);
+  if (n_rows > engine->n_reserved || start > engine->n_reserved - n_rows)
+    return ds_fail(DS_ERROR_ARGUMENT, "%d rows from slot %d on; the cache was reserved for %d", (int)n_rows,
+                   (int)start, (int)engine->n_reserved);
+  const ds_engine *base = &engine->base;
+  for (int32_t r = 0; r < n_rows; ++r) {
+    if (token_ids[r] < 0 || token_ids[r] >= base->vocab)
+      return ds_fail(DS_ERROR_ARGUMENT, "token %d in row %d of a vocabulary of %d", (int)token_ids[r], (int)r,
+                     (int)base->vocab);
+    if (positions && (positions[r] < 0 || positions[r] >= base->max_seq_len))
+      return ds_fail(DS_ERROR_ARGUMENT, "position %lld in row %d of sequences of at most %d",
+                     (long long)positions[r], (int)r, (int)base->max_seq_len);
+  }
+  return DS_OK;
+}
+
 static void fill_inputs(onnx_engine *engine, int32_t n_rows, const int32_t *token_ids, int32_t start,
                         const int64_t *positions, const uint8_t *mask) {
   int32_t end = start + n_rows;
@@ -336,13 +369,8 @@ static int32_t forward(ds_engine *base, int32_t n_rows, const int32_t *token_ids
                        const int64_t *positions, const uint8_t *mask, int32_t n_logits,
                        const float **logits) {
   onnx_engine *engine = (onnx_engine *)base;
+  TRY(check_call(engine, n_rows, token_ids, start, positions, n_logits, logits));
   const OrtApi *api = engine->onnx->api;
-  if (n_rows < 1 || start < 0 || !token_ids || !logits || n_logits < 1 || n_logits > n_rows)
-    return ds_fail(DS_ERROR_ARGUMENT, "a call with %d rows from slot %d, logits of %d", (int)n_rows,
-                   (int)start, (int)n_logits);
-  if (n_rows > engine->n_slots || start > engine->n_slots - n_rows)
-    return ds_fail(DS_ERROR_ARGUMENT, "%d rows from slot %d on; the cache was reserved for %d", (int)n_rows,
-                   (int)start, (int)engine->n_slots);
   int32_t n_out = engine->picks_logits ? n_logits : n_rows;
   TRY(make_room(engine, n_rows, n_out));
   fill_inputs(engine, n_rows, token_ids, start, positions, mask);
@@ -373,6 +401,7 @@ static void release_values(onnx_engine *engine, OrtValue **values, size_t n) {
 
 static void close_engine(ds_engine *base) {
   onnx_engine *engine = (onnx_engine *)base;
+  if (!engine) return;
   release_values(engine, engine->inputs, engine->n_inputs);
   release_values(engine, engine->outputs, engine->n_outputs);
   if (engine->session) engine->onnx->api->ReleaseSession(engine->session);
@@ -390,8 +419,8 @@ static void close_engine(ds_engine *base) {
 }
 
 ds_engine *ds_onnx_open(ds_onnx *onnx, const char *graph, int32_t max_seq_len, int32_t n_ort_threads) {
-  if (!onnx || !graph || max_seq_len < 1 || n_ort_threads < 1) {
-    ds_fail(DS_ERROR_ARGUMENT, "no runtime, no graph, %d tokens or %d threads", (int)max_seq_len,
+  if (!onnx || !graph || max_seq_len < 1 || max_seq_len > MAX_SLOTS || n_ort_threads < 1) {
+    ds_fail(DS_ERROR_ARGUMENT, "no runtime, no graph, sequences of %d tokens or %d threads", (int)max_seq_len,
             (int)n_ort_threads);
     return NULL;
   }

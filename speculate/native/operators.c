@@ -27,6 +27,7 @@
  * A node keeps what it reads between runs, and a session's nodes share memory: its runs must follow one another.
  */
 #include "operators.h"
+#include "dispatch.h"
 #include "error.h"
 
 #include <stdbool.h>
@@ -124,11 +125,30 @@ typedef struct {
   int64_t dims[MAX_DIMS];
 } tensor;
 
-static OrtStatus *read_data(const kernel *node, OrtKernelContext *context, size_t index, void *data) {
+/* Input `index` and how many elements it has: NULL and 0 if it is missing. */
+static OrtStatus *read_part(const kernel *node, OrtKernelContext *context, size_t index, void *data,
+                            int64_t *count) {
+  const OrtApi *api = node->api;
   const OrtValue *value = NULL;
-  TRY(node->api->KernelContext_GetInput(context, index, &value));
+  OrtTensorInfo *info = NULL;
+  size_t n = 0;
   *(void **)data = NULL;
-  return value ? node->api->GetTensorMutableData((OrtValue *)value, data) : NULL;
+  *count = 0;
+  TRY(api->KernelContext_GetInput(context, index, &value));
+  if (!value) return NULL;
+  TRY(api->GetTensorTypeAndShape(value, &info));
+  OrtStatus *status = api->GetTensorShapeElementCount(info, &n);
+  api->ReleaseTensorTypeAndShapeInfo(info);
+  *count = (int64_t)n;
+  return status ? status : api->GetTensorMutableData((OrtValue *)value, data);
+}
+
+/* The same of an input that must have `wanted` elements unless it is missing. */
+static OrtStatus *read_data(const kernel *node, OrtKernelContext *context, size_t index, int64_t wanted,
+                            void *data) {
+  int64_t count;
+  TRY(read_part(node, context, index, data, &count));
+  return count == wanted || !*(void **)data ? NULL : refuse(node, "an input has the wrong size");
 }
 
 static OrtStatus *read_tensor(const kernel *node, OrtKernelContext *context, size_t index, size_t n_dims,
@@ -206,15 +226,28 @@ static void unlink_step(ds_operators *owner, step *s) {
   if (owner->last_step == s) owner->last_step = s->before;
 }
 
-/* Constants keep their place as long as the session lives, so the first run finds them for all. */
+/* Weight, scale, starts and bias, from input `first` on, are what the attributes say. */
+static OrtStatus *find_weights(kernel *node, OrtKernelContext *context, size_t first, bool is_table,
+                               ds_linear *linear) {
+  ds_linear found = *linear;
+  ds_part_sizes sizes = {0};
+  TRY(read_part(node, context, first, &found.weight, &sizes.weight));
+  if (!is_table) {
+    TRY(read_part(node, context, first + 1, &found.scale, &sizes.scale));
+    TRY(read_part(node, context, first + 2, &found.starts, &sizes.starts));
+    TRY(read_part(node, context, first + 3, &found.bias, &sizes.bias));
+  }
+  TRY(report(node, ds_check_parts(&found, &sizes)));
+  *linear = found;
+  return NULL;
+}
+
+/* Constants keep their place as long as the session lives, so the first run finds and checks them for all. */
 static OrtStatus *find_constants(kernel *node, OrtKernelContext *context, size_t first, step *s) {
   if (s->linear.weight) return NULL;
-  TRY(read_data(node, context, first + 1, &s->linear.scale));
-  TRY(read_data(node, context, first + 2, &s->linear.starts));
-  TRY(read_data(node, context, first + 3, &s->linear.bias));
-  TRY(read_data(node, context, first + 4, &s->norm_weight));
-  TRY(read_data(node, context, first + 5, &s->norm_bias));
-  return read_data(node, context, first, &s->linear.weight);
+  TRY(read_data(node, context, first + 4, s->linear.k, &s->norm_weight));
+  TRY(read_data(node, context, first + 5, s->linear.k, &s->norm_bias));
+  return find_weights(node, context, first, false, &s->linear);
 }
 
 static OrtStatus *reserve(kernel *node, int32_t which, size_t size, void *data) {
@@ -274,7 +307,7 @@ static OrtStatus *compute_linear(kernel *node, OrtKernelContext *context) {
   float *y;
   TRY(find_constants(node, context, 1, s));
   TRY(read_rows(node, context, s->linear.k, &x));
-  TRY(read_data(node, context, 1 + STEP_INPUTS, &residual));
+  TRY(read_data(node, context, 1 + STEP_INPUTS, count_rows(&x) * (int64_t)s->linear.n, &residual));
   TRY(make_rows(node, context, &x, s->linear.n, &y));
   return run_step(node, s, count_rows(&x), x.data, residual, y);
 }
@@ -289,7 +322,7 @@ static OrtStatus *compute_embed(kernel *node, OrtKernelContext *context) {
   tensor ids;
   float *x;
   TRY(read_tensor(node, context, 0, 2, &ids));
-  TRY(read_data(node, context, 1, &table->weight));
+  if (!table->weight) TRY(find_weights(node, context, 1, true, table));
   TRY(make_rows(node, context, &ids, table->k, &x));
   return report(node, ds_embed(table, count_rows(&ids), ids.data, node->multiplier, x));
 }
@@ -300,7 +333,7 @@ static OrtStatus *compute_norm(kernel *node, OrtKernelContext *context) {
   float *y;
   TRY(read_tensor(node, context, 1, 1, &weight));
   TRY(read_rows(node, context, weight.dims[0], &x));
-  TRY(read_data(node, context, 2, &bias));
+  TRY(read_data(node, context, 2, weight.dims[0], &bias));
   TRY(make_rows(node, context, &x, weight.dims[0], &y));
   return report(node,
                 ds_norm_rows(node->owner->pool, (int32_t)node->norm, count_rows(&x), (int32_t)weight.dims[0],
@@ -336,13 +369,14 @@ static OrtStatus *read_attend(kernel *node, const OrtKernelInfo *info) {
 
 static OrtStatus *read_rotary(kernel *node, OrtKernelContext *context) {
   ds_heads *heads = &node->heads;
-  TRY(read_data(node, context, 7, &heads->cos));
+  int64_t size;
+  TRY(read_part(node, context, 7, &heads->cos, &size));
   if (!heads->cos) return NULL;
   tensor cos;
   TRY(read_tensor(node, context, 7, 2, &cos));
   heads->n_positions = cos.dims[0];
   heads->n_rotary = (int32_t)(2 * cos.dims[1]);
-  return read_data(node, context, 8, &heads->sin);
+  return read_data(node, context, 8, size, &heads->sin);
 }
 
 /* What attention reads beside the queries, keys and values of the new rows: inputs 1 to 10. */
@@ -356,14 +390,14 @@ static OrtStatus *read_context(kernel *node, OrtKernelContext *context, const in
                                context_of_rows *c) {
   ds_heads *heads = &node->heads;
   TRY(read_tensor(node, context, 1, 2, &c->positions));
-  TRY(read_data(node, context, 2, &c->write_index));
+  TRY(read_data(node, context, 2, dims[0], &c->write_index));
   TRY(read_tensor(node, context, 3, 3, &c->slots));
-  TRY(read_data(node, context, 4, &c->counts));
+  TRY(read_data(node, context, 4, dims[0] * dims[1], &c->counts));
   TRY(read_tensor(node, context, 5, 4, &c->past_keys));
   TRY(read_tensor(node, context, 6, 4, &c->past_values));
   TRY(read_rotary(node, context));
-  TRY(read_data(node, context, 9, &heads->q_norm));
-  TRY(read_data(node, context, 10, &heads->k_norm));
+  TRY(read_data(node, context, 9, c->past_keys.dims[3], &heads->q_norm));
+  TRY(read_data(node, context, 10, c->past_keys.dims[3], &heads->k_norm));
   heads->n_kv_heads = (int32_t)c->past_keys.dims[1];
   heads->max_slots = (int32_t)c->past_keys.dims[2];
   heads->head_dim = (int32_t)c->past_keys.dims[3];

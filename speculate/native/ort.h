@@ -23,7 +23,7 @@ typedef struct OrtCustomOpDomain OrtCustomOpDomain;
 typedef struct OrtCustomOp OrtCustomOp;
 
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
-enum { ORT_LOG_ERROR = 3 };
+enum { ORT_LOG_FATAL = 4 };
 enum { ORT_OPTIMIZE_BASIC = 1, ORT_OPTIMIZE_ALL = 99 };
 enum { ORT_DEVICE_ALLOCATOR = 0, ORT_ARENA_ALLOCATOR = 1, ORT_MEMORY_DEFAULT = 0 };
 typedef enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT32 = 6, ORT_INT64 = 7, ORT_BOOL = 9 } OrtElementType;

@@ -27,17 +27,22 @@ INLINE vf load_part(const float *head, int part, int32_t size) {
 }
 
 /* weights = scale q . k for `n` slots; what follows in the last vector repeats the last. A product is a chain
- * over the parts, then f_sum. `parts` is a constant for the usual heads, so that the query stays in
- * registers. */
-INLINE void score(const int parts, const ds_heads *heads, const float *keys, query *q, const int32_t *slots,
-                  int32_t n) {
-  int32_t size = heads->head_dim;
+ * over the parts, then f_sum. `parts` and `size` are constants for the usual heads, so that the query stays
+ * in registers. */
+INLINE void score(const int parts, const int32_t size, const ds_heads *heads, const float *keys, query *q,
+                  const int32_t *slots, int32_t n) {
   vf part[MAX_PARTS];
   for (int i = 0; i < parts; ++i) part[i] = load_part(q->vector, i, size);
   for (int32_t first = 0; first < n; first += LANES) {
+    int32_t last[LANES];
+    const int32_t *sixteen = slots + first;
+    if (n - first < LANES) {
+      for (int j = 0; j < LANES; ++j) last[j] = slots[first + j < n ? first + j : n - 1];
+      sixteen = last;
+    }
     vf products[LANES];
     UNROLL for (int j = 0; j < LANES; ++j) {
-      const float *key = keys + (int64_t)slots[first + j < n ? first + j : n - 1] * size;
+      const float *key = keys + (int64_t)sixteen[j] * size;
       products[j] = f_zero();
       for (int i = 0; i < parts; ++i) products[j] = f_fma(part[i], load_part(key, i, size), products[j]);
     }
@@ -47,11 +52,11 @@ INLINE void score(const int parts, const ds_heads *heads, const float *keys, que
 
 static void score_block(const ds_heads *heads, const float *keys, query *q, const int32_t *slots, int32_t n) {
   if (heads->head_dim == 64)
-    score(4, heads, keys, q, slots, n);
+    score(4, 64, heads, keys, q, slots, n);
   else if (heads->head_dim == 128)
-    score(8, heads, keys, q, slots, n);
+    score(8, 128, heads, keys, q, slots, n);
   else
-    score((heads->head_dim + LANES - 1) / LANES, heads, keys, q, slots, n);
+    score((heads->head_dim + LANES - 1) / LANES, heads->head_dim, heads, keys, q, slots, n);
 }
 
 /* weights = e^(weight - maximum so far), and the factor by which a new maximum shrinks what was summed
@@ -86,7 +91,8 @@ INLINE void add_tile(const int queries, const int parts, int32_t size, const flo
   for (int32_t j = 0; j < n; ++j) {
     const float *value = values + (int64_t)slots[j] * size;
     vf part[TILE_PARTS];
-    UNROLL for (int i = 0; i < parts; ++i) part[i] = load_part(value, first_part + i, size);
+    UNROLL for (int i = 0; i < parts; ++i) /* only what is computed by itself may be a short part */
+        part[i] = parts > 1 ? f_load(value + at + i * LANES) : load_part(value, first_part + i, size);
     UNROLL for (int u = 0; u < queries; ++u) {
       vf weight = f_set(q[u].weights[j]);
       UNROLL for (int i = 0; i < parts; ++i) sums[u][i] = f_fma(weight, part[i], sums[u][i]);

@@ -24,7 +24,7 @@ struct ds_onnx {
 enum { INPUT_IDS, POSITION_IDS, WRITE_INDEX, ATTENTION_MASK, NUM_LOGITS, N_PLAIN };
 static const char *const PLAIN[N_PLAIN] = {"input_ids", "position_ids", "write_index", "attention_mask",
                                            "num_logits"};
-enum { MAX_NAME = 48, SLOT_STEP = 64, MAX_SLOTS = 1 << 28 };
+enum { MAX_NAME = 48, SLOT_STEP = 64, CACHE_LINE = 64, MAX_SLOTS = 1 << 28 };
 
 typedef struct {
   ds_engine base;
@@ -276,8 +276,10 @@ static int32_t resize_cache(onnx_engine *engine, int32_t n_slots) {
   /* Zeros, not what memory held: stock operators weigh a hidden slot by 0, and 0 times NaN would be NaN. */
   int64_t dims[4] = {1, engine->n_kv_heads, n_slots, engine->head_dim};
   size_t size = (size_t)(dims[1] * dims[2] * dims[3]), n_parts = 2 * (size_t)engine->n_layers;
-  engine->cache = calloc(n_parts * size, sizeof(float));
+  size_t n_bytes = (n_parts * size * sizeof(float) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+  engine->cache = aligned_alloc(CACHE_LINE, n_bytes);
   if (!engine->cache) return ds_fail(DS_ERROR_MEMORY, "no memory for a cache of %d tokens", (int)n_slots);
+  memset(engine->cache, 0, n_bytes);
   for (size_t i = 0; i < n_parts; ++i) {
     float *part = engine->cache + i * size;
     TRY(set_value(engine, &engine->inputs[engine->n_inputs - n_parts + i], part, ORT_FLOAT, sizeof(float),

@@ -25,7 +25,9 @@ class Work:
 def find_graphs(path: Path, names: list[str]) -> dict[str, Path]:
     """Engine → graph: of a bundle, or of a folder of engines (`NAME/cpu.onnx` or `NAME.onnx`)."""
     if (path / MANIFEST).is_file():
-        graphs = {name: path / entry["graph"] for name, entry in read_json(path / MANIFEST)["engines"].items()}
+        graphs = {
+            name: path / entry["graph"] for name, entry in read_json(path / MANIFEST)["engines"].items()
+        }
     else:
         graphs = {file.parent.name: file for file in sorted(path.glob("*/cpu.onnx"))}
         graphs |= {file.stem: file for file in sorted(path.glob("*.onnx"))}
@@ -55,17 +57,20 @@ def read_work(graph: Path) -> Work:
     """From the linears in the graph of an engine."""
     model = onnx.load(graph, load_external_data=False).graph
     stored = {tensor.name: tensor for tensor in model.initializer}
-    total_bytes, operations = 0, {"LinearInt8": 0, "LinearFloat": 0}
+    weight_bytes = int8_operations = float_operations = 0
     for node in model.node:
-        if node.op_type not in operations:
+        if not node.op_type.startswith("Linear"):
             continue
         attributes = {item.name: item.i for item in node.attribute}
         outputs = attributes["n"] * (2 if attributes["activation"] >= lib.DS_GATED else 1)
-        operations[node.op_type] += outputs * attributes["k"]
-        total_bytes += sum(_num_bytes(stored[name]) for name in node.input if name in stored)
-    return Work(total_bytes, operations["LinearInt8"], operations["LinearFloat"])
+        if attributes["format"] in (lib.DS_FLOAT32, lib.DS_BFLOAT16):
+            float_operations += outputs * attributes["k"]
+        else:
+            int8_operations += outputs * attributes["k"]
+        weight_bytes += sum(num_bytes(stored[name]) for name in node.input if name in stored)
+    return Work(weight_bytes, int8_operations, float_operations)
 
 
-def _num_bytes(tensor: onnx.TensorProto) -> int:
+def num_bytes(tensor: onnx.TensorProto) -> int:
     lengths = [int(entry.value) for entry in tensor.external_data if entry.key == "length"]
     return lengths[0] if lengths else len(tensor.raw_data)

@@ -29,7 +29,9 @@ SPARSITIES = {"w8a8": 0.0, "bitmask50": 0.5, "two_four": "2:4", "bitmask70": 0.7
 
 def main(
     out: Annotated[Path, typer.Argument(help="the folder to write")],
-    engines: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(SPARSITIES)}; by default all")] = None,
+    engines: Annotated[
+        list[str] | None, typer.Argument(help=f"of {', '.join(SPARSITIES)}; by default all")
+    ] = None,
     shape: str = "llama-1b",
 ) -> None:
     """Write engines with random weights."""

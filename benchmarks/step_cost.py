@@ -28,7 +28,9 @@ def main(
     works = {name: read_work(graph) for name, graph in graphs.items()}
     runtime = OnnxRuntime(threads)
     yardsticks = Yardsticks(threads, max(work.weight_bytes for work in works.values()))
-    print(f"{threads} threads, {runtime.isa}, {CONTEXT} tokens in the cache, {rounds} rounds; p10-p90 in brackets")
+    print(
+        f"{threads} threads, {runtime.isa}, {CONTEXT} tokens in the cache, {rounds} rounds; p10-p90 in brackets"
+    )
     for name, graph in graphs.items():
         report(name, open_engine(name, graph, runtime), works[name], yardsticks, rounds)
 

@@ -1,6 +1,6 @@
-"""Opens a bundle, decodes once and prints what memory that took, as JSON. Imports nothing else: see memory.py.
+"""Opens a bundle, decodes once and prints what memory that took, as JSON. It imports nothing else.
 
-    python decode_once.py BUNDLE LADDER PROMPT_TOKENS NEW_TOKENS
+python decode_once.py BUNDLE LADDER PROMPT_TOKENS NEW_TOKENS
 """
 
 import json

@@ -13,8 +13,8 @@ Key = TypeVar("Key", bound=Hashable)
 def time_in_turn(
     calls: Mapping[Key, Callable[[], object]], rounds: int, warm_calls: int = 1
 ) -> dict[Key, list[float]]:
-    """Milliseconds of every call in every round. Each is timed right after `warm_calls` of its own kind, as it
-    would run in a decode loop; the first round is thrown away."""
+    """Milliseconds of every call in every round. Each is timed right after `warm_calls` of its own kind, as
+    it would run in a decode loop; the first round is thrown away."""
     samples: dict[Key, list[float]] = {key: [] for key in calls}
     for round_number in range(rounds + 1):
         for key, call in calls.items():

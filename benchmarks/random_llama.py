@@ -1,7 +1,7 @@
 """Engines in the shape of a Llama with random weights: for speed, which does not ask what weights say.
 
-Every engine of the folder is one graph and one file of packed weights; embeddings, norms and rotary tables are
-shared. The weights of all layers are drawn once, but each layer is stored, and so read, by itself.
+Every engine of the folder is one graph and one file of packed weights; embeddings, norms and rotary tables
+are shared. The weights of all layers are drawn once, but each layer is stored, and so read, by itself.
 """
 
 from pathlib import Path
@@ -97,7 +97,8 @@ def share_weights(config: DecoderConfig, shared: WeightFile) -> None:
 
 class _Drawer:
     def __init__(self, config: DecoderConfig, packed: WeightFile, layout: Format | None) -> None:
-        self.config, self.packed, self.layout = config, packed, layout
+        self.config, self.packed = config, packed
+        self.layout: Format | None = layout
         self.random = np.random.default_rng(0)
 
     def draw(self, sparsity: float | str | None) -> StoredModel:
@@ -123,11 +124,13 @@ class _Drawer:
     def _weight(self, n: int, k: int, sparsity: float | str | None) -> torch.Tensor:
         if sparsity is None:
             return torch.from_numpy(self.random.standard_normal((n, k), np.float32) / k**0.5).bfloat16()
-        weight = self.random.integers(1, 128, (n, k), np.int8) * self.random.choice(np.int8([-1, 1]), (n, k))
+        weight = self.random.integers(1, 128, (n, k), np.int8) * self.random.choice(
+            np.array([-1, 1], np.int8), (n, k)
+        )
         if sparsity == "2:4":
             order = self.random.random((n, k // 4, 4), np.float32).argsort(-1)
             weight[(order < 2).reshape(n, k)] = 0
-        elif sparsity:
+        elif isinstance(sparsity, float):
             weight[self.random.random((n, k), np.float32) < sparsity] = 0
         return torch.from_numpy(weight)
 

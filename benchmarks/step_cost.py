@@ -29,7 +29,7 @@ def main(
     runtime = OnnxRuntime(threads)
     yardsticks = Yardsticks(threads, max(work.weight_bytes for work in works.values()))
     print(
-        f"{threads} threads, {runtime.isa}, {CONTEXT} tokens in the cache, {rounds} rounds; p10-p90 in brackets"
+        f"{threads} threads, {runtime.isa}, {CONTEXT} tokens in the cache, {rounds} rounds; median (p10-p90)"
     )
     for name, graph in graphs.items():
         report(name, open_engine(name, graph, runtime), works[name], yardsticks, rounds)

@@ -1,8 +1,8 @@
 """The portable graph of a W8A8 engine for stock ONNX Runtime, with one scale for each row of activations.
 
-A row is rounded to unsigned bytes around 128: ONNX Runtime has no fast product of signed with signed bytes on
-x86. Both scales stand on one side of the last product, so that its optimizer makes one operator of all from the
-integer product on. Logits come for the last row only, as ours do in a prefill.
+A row is rounded to unsigned bytes around 128: ONNX Runtime has no fast product of signed with signed bytes
+on x86. Both scales stand on one side of the last product, so that its optimizer makes one operator of all
+from the integer product on. Logits come for the last row only, as ours do in a prefill.
 """
 
 import shutil

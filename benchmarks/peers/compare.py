@@ -1,7 +1,7 @@
-"""Draftsmith beside other engines: greedy decoding of the same prompts, as token ids, with the same weights.
+"""Draftsmith beside other engines: greedy decoding of the same prompts, as token ids, from the same weights.
 
-Every contender runs in its own process. Each prompt goes to all of them in turn, in an order that turns by one
-from prompt to prompt, with a short warm call before each that is timed.
+Every contender runs in its own process. Each prompt goes to all of them in turn, in an order that turns by
+one from prompt to prompt, with a short warm call before each that is timed.
 """
 
 import json
@@ -28,7 +28,7 @@ def main(
     bundles: Annotated[list[Path], typer.Argument(help="of one model; the first names the weights for all")],
     prompts: Annotated[Path, typer.Option(help="as `draftsmith bench` takes them")],
     limit: Annotated[int | None, typer.Option(help="so many prompts, evenly over the file")] = None,
-    peers: Annotated[str, typer.Option(help="comma between")] = ",".join(VARIANTS),
+    peers: Annotated[str, typer.Option(help="PEER or PEER:VARIANT, comma between")] = ",".join(VARIANTS),
     new_tokens: int = 128,
     threads: int = default_threads(),
     work: Annotated[Path, typer.Option(help="environments and models")] = Path("build/peers"),
@@ -57,7 +57,7 @@ def start(
     for contender in contenders:
         try:
             python, model = prepare(contender, bundle, work)
-            log = work / f"{contender.name.replace('/', '_').replace(' ', '_')}.log"
+            log = work / f"{contender.name.replace(' ', '_')}.log"
             workers.append(Worker(contender, python, model, log, threads))
         except Unavailable as error:
             skipped[contender.name] = str(error)
@@ -73,7 +73,7 @@ def ask(workers: list[Worker], prompts: list[list[int]], count: int, skipped: di
             if worker.contender not in answers:
                 continue
             try:
-                worker.generate(ids, WARM_TOKENS)
+                worker.generate(prompts[index - 1], WARM_TOKENS)  # another one: some keep prefixes
                 answers[worker.contender].append(worker.generate(ids, count))
             except (Unavailable, BrokenPipeError) as error:
                 skipped[worker.contender.name] = str(error)

@@ -16,7 +16,8 @@ class Contender:
 
     @property
     def name(self) -> str:
-        return f"{self.peer} {self.variant}" + (" +speculation" if self.speculate else "")
+        variant = Path(self.variant).name  # ours is a bundle's path
+        return f"{self.peer} {variant}" + (" +speculation" if self.speculate else "")
 
     @property
     def plain(self) -> "Contender":
@@ -33,13 +34,16 @@ VARIANTS = {
 
 
 def list_contenders(bundles: list[Path], peers: list[str]) -> Iterator[Contender]:
-    for variant in [str(bundle) for bundle in bundles]:
+    """Plain and speculative. `peers`: "llamacpp", or "llamacpp:q8_0" for one of its variants."""
+    pairs = [(OURS, str(bundle)) for bundle in bundles]
+    for entry in peers:
+        peer, _, variant = entry.partition(":")
+        if peer not in VARIANTS or (variant and variant not in VARIANTS[peer]):
+            raise SystemExit(f"no peer {entry!r}; there are {VARIANTS}")
+        pairs += [(peer, name) for name in ([variant] if variant else VARIANTS[peer])]
+    for peer, variant in pairs:
         for speculate in (False, True):
-            yield Contender(OURS, variant, speculate)
-    for peer in peers:
-        for variant in VARIANTS[peer]:
-            for speculate in (False, True):
-                yield Contender(peer, variant, speculate)
+            yield Contender(peer, variant, speculate)
 
 
 def prepare(contender: Contender, bundle: Path, work: Path) -> tuple[Path, Path]:
@@ -59,9 +63,9 @@ def _prepare_model(contender: Contender, python: Path, bundle: Path, work: Path)
             stored = "q8_0" if variant == "int8" else "f16"
             return write_gguf(load_source(bundle, work), work / f"{stored}.gguf", stored)
         case "hf", _:
-            return write_folder(load_source(bundle, work), work / "hf")
+            return write_folder(load_source(bundle, work), work / "hf_model")
         case "ort_genai", precision:
-            source = write_folder(load_source(bundle, work), work / "hf")
+            source = write_folder(load_source(bundle, work), work / "hf_model")
             out = work / "ort_genai" / precision
             if not (out / "genai_config.json").exists():
                 builder = [str(python), "-m", "onnxruntime_genai.models.builder", "-e", "cpu"]

@@ -4,8 +4,9 @@
 
     python serve.py PEER MODEL VARIANT SPECULATE(0|1) THREADS
 
-PEER is a folder beside this file whose `engine.py` has ``load(model, variant, speculate, threads)``: it returns a
-function of the prompt's ids, the number of tokens wanted, and a function to hand over tokens as they come.
+PEER is a folder beside this file whose `engine.py` has ``load(model, variant, speculate, threads)``: it
+returns a function of the prompt's ids, the number of tokens wanted, and a function to hand over tokens as
+they come.
 """
 
 import json

@@ -1,7 +1,10 @@
 """transformers on torch, with its prompt lookup."""
 
+from typing import Any
+
 import torch
-from transformers import AutoModelForCausalLM, BaseStreamer
+from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 
 class _Streamer(BaseStreamer):
@@ -21,7 +24,8 @@ class _Streamer(BaseStreamer):
 
 def load(model: str, variant: str, speculate: bool, threads: int):
     torch.set_num_threads(threads)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, variant), local_files_only=True)
+    dtype = getattr(torch, variant)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
     loaded.generation_config.eos_token_id = None
     options = {"prompt_lookup_num_tokens": 10} if speculate else {}
 

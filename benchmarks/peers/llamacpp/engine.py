@@ -2,8 +2,8 @@
 
 from itertools import islice
 
-from llama_cpp import Llama
-from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # pyright: ignore[reportMissingImports]
 
 
 def load(model: str, variant: str, speculate: bool, threads: int):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import onnxruntime_genai as og
+import onnxruntime_genai as og  # pyright: ignore[reportMissingImports]
 
 MARGIN = 8  # drafted tokens need room behind the last one
 
@@ -11,9 +11,9 @@ MARGIN = 8  # drafted tokens need room behind the last one
 def load(model: str, variant: str, speculate: bool, threads: int):
     vocab_size = json.loads((Path(model) / "genai_config.json").read_text())["model"]["vocab_size"]
     config = og.Config(model)
-    # An end of text that no model gives, so that it is ignored.
+    # In place of the end of text the last merge of the vocabulary: nothing ends before its time.
     session = {"session_options": {"intra_op_num_threads": threads}}
-    config.overlay(json.dumps({"model": {"eos_token_id": [vocab_size], "decoder": session}}))
+    config.overlay(json.dumps({"model": {"eos_token_id": [vocab_size - 1], "decoder": session}}))
     loaded = og.Model(config)
 
     def generate(ids, count, emit):

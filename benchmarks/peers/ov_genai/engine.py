@@ -2,8 +2,8 @@
 choice of precision holds."""
 
 import numpy as np
-import openvino as ov
-import openvino_genai as genai
+import openvino as ov  # pyright: ignore[reportMissingImports]
+import openvino_genai as genai  # pyright: ignore[reportMissingImports]
 
 
 class _Streamer(genai.StreamerBase):
@@ -24,7 +24,10 @@ def load(model: str, variant: str, speculate: bool, threads: int):
     if variant == "f32":
         options |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         options |= {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    pipeline = genai.LLMPipeline(model, "CPU", options, prompt_lookup=speculate)
+    scheduler = genai.SchedulerConfig()
+    scheduler.enable_prefix_caching = False  # every prompt is read anew, as everywhere
+    scheduler.max_num_batched_tokens = 2048
+    pipeline = genai.LLMPipeline(model, "CPU", options, prompt_lookup=speculate, scheduler_config=scheduler)
 
     def generate(ids, count, emit):
         config = genai.GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False)

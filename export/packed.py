@@ -41,11 +41,13 @@ def add_packed(
     biases: Sequence[Tensor] = (),
     *,
     gated: bool = False,
+    layout: kernels.Format | None = None,
 ) -> PackedLinear:
     """Pack linears [N, K] of one input as one and store it in `file`.
 
     Weights are int8, with scales [N], or floats of any dtype. `gated`: they are the gate and the up
-    projection of an MLP, whose outputs alternate by blocks of 16.
+    projection of an MLP, whose outputs alternate by blocks of 16. `layout`: by default the one that suits
+    the weights' own zeros.
     """
 
     def joined(parts: Sequence[Tensor]) -> np.ndarray:
@@ -53,7 +55,7 @@ def add_packed(
         return kernels.interleave(*arrays) if gated else np.concatenate(arrays)
 
     weight = joined(weights)
-    layout = choose_format(weight)
+    layout = layout or choose_format(weight)
     starts = None
     match layout:
         case "float32":

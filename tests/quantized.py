@@ -54,7 +54,7 @@ def round_linear(
         groups = weight.reshape(len(weight), -1, group)
         least = groups.abs().argsort(-1)[..., : group // 2]
         weight = groups.scatter(-1, least, 0).reshape(shape)
-    scale = weight.abs().amax(1) / 127
+    scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127  # a row of zeros stays one
     tensors[f"{name}.weight"] = torch.round(weight / scale[:, None]).to(torch.int8)
     tensors[f"{name}.weight_scale"] = scale
     if has_input_scale:

@@ -55,7 +55,7 @@ class Reader:
 def folder(request, tiny_checkpoint, tmp_path_factory):
     variant, kind = request.param
     folder = tmp_path_factory.mktemp(f"{variant}-{kind.replace(':', '')}")
-    source = tiny_checkpoint(variant)
+    source = request.getfixturevalue("smollm2") if variant == "smollm2" else tiny_checkpoint(variant)
     if kind in ("float32", "bfloat16"):
         cast_checkpoint(source, folder / "checkpoint", kind)
     else:
@@ -65,6 +65,7 @@ def folder(request, tiny_checkpoint, tmp_path_factory):
 
 
 EVERY = [(variant, "int8") for variant in VARIANTS] + [("llama-bias", kind) for kind in KINDS]
+EVERY += [pytest.param(("smollm2", kind), marks=pytest.mark.slow) for kind in KINDS]
 every = pytest.mark.parametrize("folder", EVERY, indirect=True, ids="-".join)
 
 

@@ -4,6 +4,7 @@ Every engine of the folder is one graph and one file of packed weights; embeddin
 are shared. The weights of all layers are drawn once, but each layer is stored, and so read, by itself.
 """
 
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,8 @@ SHAPES = {
     "smollm2-135m": {"hidden": 576, "inner": 1536, "layers": 30, "heads": 9, "kv_heads": 3, "vocab": 49152},
 }
 HEAD_DIM, NUM_POSITIONS, REPEATS = 64, 2048, 16
+# The ways to keep two of four.
+PAIRS = np.array([[i in kept for i in range(4)] for kept in combinations(range(4), 2)], np.int8)
 # Engine → share of zeros, or "2:4"; None: bfloat16 weights.
 SPARSITIES = {"w8a8": 0.0, "bitmask50": 0.5, "two_four": "2:4", "bitmask70": 0.7, "bf16": None}
 
@@ -124,12 +127,10 @@ class _Drawer:
     def _weight(self, n: int, k: int, sparsity: float | str | None) -> torch.Tensor:
         if sparsity is None:
             return torch.from_numpy(self.random.standard_normal((n, k), np.float32) / k**0.5).bfloat16()
-        weight = self.random.integers(1, 128, (n, k), np.int8) * self.random.choice(
-            np.array([-1, 1], np.int8), (n, k)
-        )
+        weight = self.random.integers(-127, 128, (n, k), np.int8)
+        weight[weight == 0] = 1  # the only zeros are those that are asked for
         if sparsity == "2:4":
-            order = self.random.random((n, k // 4, 4), np.float32).argsort(-1)
-            weight[(order < 2).reshape(n, k)] = 0
+            weight *= PAIRS[self.random.integers(0, len(PAIRS), (n, k // 4), np.int8)].reshape(n, k)
         elif isinstance(sparsity, float):
             weight[self.random.random((n, k), np.float32) < sparsity] = 0
         return torch.from_numpy(weight)

@@ -12,6 +12,7 @@ from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime, default_th
 from engines import CONTEXT, Work, fill_cache, find_graphs, open_engine, read_work, some_tokens
 from floor import Yardsticks, floors
 from measure import print_table, ratios, spread, time_in_turn
+from random_llama import write_engines
 
 ROWS = (1, 2, 4, 8, 16, 32)
 MiB = 1 << 20
@@ -20,10 +21,13 @@ MiB = 1 << 20
 def main(
     path: Annotated[Path, typer.Argument(help="a bundle, or a folder of engines (random_llama.py)")],
     engines: Annotated[list[str] | None, typer.Argument(help="by default all")] = None,
+    random: Annotated[str | None, typer.Option(help="first write engines of a shape into the folder")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 15,
     threads: Annotated[int, typer.Option(min=1)] = default_threads(),
 ) -> None:
     """Print milliseconds a call, x floor and x the engine's own call of one row."""
+    if random is not None:
+        write_engines(path, engines or ["w8a8"], random)
     graphs = find_graphs(path, engines or [])
     works = {name: read_work(graph) for name, graph in graphs.items()}
     runtime = OnnxRuntime(threads)

@@ -59,15 +59,19 @@ def read_work(graph: Path) -> Work:
     stored = {tensor.name: tensor for tensor in model.initializer}
     weight_bytes = int8_operations = float_operations = 0
     for node in model.node:
-        if not node.op_type.startswith("Linear"):
-            continue
         attributes = {item.name: item.i for item in node.attribute}
-        outputs = attributes["n"] * (2 if attributes["activation"] >= lib.DS_GATED else 1)
-        if attributes["format"] in (lib.DS_FLOAT32, lib.DS_BFLOAT16):
-            float_operations += outputs * attributes["k"]
-        else:
-            int8_operations += outputs * attributes["k"]
-        weight_bytes += sum(num_bytes(stored[name]) for name in node.input if name in stored)
+        if node.op_type in ("Linear", "Layer"):
+            weight_bytes += sum(num_bytes(stored[name]) for name in node.input if ".packed" in name)
+        # A layer has four linears; a table of embeddings, though packed like one, has no activation.
+        for prefix in (name.removesuffix("activation") for name in attributes if name.endswith("activation")):
+            outputs = attributes[f"{prefix}n"] * (
+                2 if attributes[f"{prefix}activation"] >= lib.DS_GATED else 1
+            )
+            operations = outputs * attributes[f"{prefix}k"]
+            if attributes[f"{prefix}format"] in (lib.DS_FLOAT32, lib.DS_BFLOAT16):
+                float_operations += operations
+            else:
+                int8_operations += operations
     return Work(weight_bytes, int8_operations, float_operations)
 
 

@@ -12,6 +12,8 @@ from .progress import Progress, no_progress
 from .prompts import encode_prompts, read_prompts
 from .traces import record
 
+ROWS_AT_A_TIME = 64
+
 
 def evaluate(
     bundle: Bundle,
@@ -94,7 +96,12 @@ def _perplexities(bundle: Bundle, windows: list[list[int]], progress: Progress) 
 
 
 def _negative_log_likelihoods(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """float32 [T, V], int [T] -> float64 [T]; the sum over the vocabulary runs in float64."""
-    peak = logits.max(axis=-1, keepdims=True)
-    log_sums = np.log(np.exp(logits - peak).sum(axis=-1, dtype=np.float64)) + peak[:, 0]
-    return log_sums - logits[np.arange(len(targets)), targets]
+    """float32 [T, V], int [T] -> float64 [T]; the sum over the vocabulary runs in float64. Some rows at a
+    time: temporaries as large as the logits of a window take longer to map than to compute."""
+    losses = np.empty(len(targets))
+    for start in range(0, len(targets), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        peak = logits[rows].max(axis=-1, keepdims=True)
+        log_sums = np.log(np.exp(logits[rows] - peak).sum(axis=-1, dtype=np.float64)) + peak[:, 0]
+        losses[rows] = log_sums - np.take_along_axis(logits[rows], targets[rows, None], axis=-1)[:, 0]
+    return losses

@@ -4,7 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from draftsmith.model.config import DecoderConfig
 from draftsmith.speculate.binding import LIBRARY
+from draftsmith.speculate.manifest import EngineEntry
+
+
+def entry_of(config: DecoderConfig) -> EngineEntry:
+    """What a manifest would say of a model's exported graph."""
+    return EngineEntry(
+        graph="cpu.onnx",
+        vocab_size=config.vocab_size,
+        max_seq_len=config.max_position_embeddings,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+    )
 
 
 def open_session(path: Path) -> ort.InferenceSession:

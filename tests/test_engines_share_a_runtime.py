@@ -8,8 +8,8 @@ from threading import Barrier, Thread
 import numpy as np
 import pytest
 from draftsmith.export.portable import export_onnx
-from draftsmith.speculate.manifest import EngineEntry
 from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime
+from graph_session import entry_of
 from tiny_bundle import CONFIG, write_tiny_bundle, write_tiny_checkpoint
 
 WIDER = CONFIG.model_copy(
@@ -30,15 +30,7 @@ def folder(tmp_path_factory):
 
 def open_engine(folder, name, runtime):
     config = CONFIG if name == "narrow" else WIDER
-    entry = EngineEntry(
-        graph="cpu.onnx",
-        vocab_size=config.vocab_size,
-        max_seq_len=config.max_position_embeddings,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-    )
-    return OnnxEngine(name, folder / name / "cpu.onnx", entry, runtime)
+    return OnnxEngine(name, folder / name / "cpu.onnx", entry_of(config), runtime)
 
 
 def decode(engine, seed) -> np.ndarray:

@@ -10,8 +10,8 @@ import pytest
 from conftest import VARIANTS
 from draftsmith.export.portable import export_onnx
 from draftsmith.model.store import Checkpoint
-from draftsmith.speculate.manifest import EngineEntry
 from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime
+from graph_session import entry_of
 from quantized import cast_checkpoint, quantize_checkpoint
 
 KINDS = ["float32", "bfloat16", "int8", "half", "2:4"]
@@ -20,15 +20,7 @@ MAX_ROWS = 32
 
 def open_engine(folder: Path, threads: int) -> OnnxEngine:
     config = Checkpoint(folder / "checkpoint").config
-    entry = EngineEntry(
-        graph="cpu.onnx",
-        vocab_size=config.vocab_size,
-        max_seq_len=config.max_position_embeddings,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-    )
-    return OnnxEngine(folder.name, folder / "cpu.onnx", entry, OnnxRuntime(threads))
+    return OnnxEngine(folder.name, folder / "cpu.onnx", entry_of(config), OnnxRuntime(threads))
 
 
 class Reader:

@@ -24,8 +24,7 @@ typedef struct OrtCustomOp OrtCustomOp;
 
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
 enum { ORT_LOG_FATAL = 4 };
-enum { ORT_OPTIMIZE_BASIC = 1, ORT_OPTIMIZE_ALL = 99 };
-enum { ORT_DEVICE_ALLOCATOR = 0, ORT_ARENA_ALLOCATOR = 1, ORT_MEMORY_DEFAULT = 0 };
+enum { ORT_ARENA_ALLOCATOR = 1, ORT_MEMORY_DEFAULT = 0 };
 typedef enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT32 = 6, ORT_INT64 = 7, ORT_BOOL = 9 } OrtElementType;
 typedef enum { ORT_REQUIRED = 0, ORT_OPTIONAL = 1 } OrtCharacteristic;
 
@@ -41,8 +40,7 @@ typedef struct OrtApi {
                     const OrtValue *const *inputs, size_t n_inputs, const char *const *output_names,
                     size_t n_outputs, OrtValue **outputs);
   OrtStatus *(*CreateSessionOptions)(OrtSessionOptions **);
-  void *unused_11[12];
-  OrtStatus *(*SetSessionGraphOptimizationLevel)(OrtSessionOptions *, int);
+  void *unused_11[13];
   OrtStatus *(*SetIntraOpNumThreads)(OrtSessionOptions *, int);
   OrtStatus *(*SetInterOpNumThreads)(OrtSessionOptions *, int);
   OrtStatus *(*CreateCustomOpDomain)(const char *domain, OrtCustomOpDomain **);

@@ -4,6 +4,7 @@
  * tests. Link with -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc: allocations fail here when told to.
  */
 #include "exercise.h"
+#include "failing.h"
 
 #include <math.h>
 

@@ -1,4 +1,4 @@
-/* What the programs for the sanitizers share: checks, allocations that fail when told to, random input. */
+/* What the programs for the sanitizers share: checks and random input. */
 #ifndef EXERCISE_H
 #define EXERCISE_H
 
@@ -18,19 +18,6 @@
 
 /* A call that must be refused, with a message that holds `words`. */
 #define REFUSED(call, words) CHECK((call) == DS_ERROR_ARGUMENT && strstr(ds_error_message(), words))
-
-/* ---- Allocations that fail on demand: the one after `spared` more -------------------------------------- */
-
-static int32_t spared = INT32_MAX;
-
-static int fails(void) { return spared != INT32_MAX && spared-- == 0; }
-
-void *__real_malloc(size_t size);
-void *__real_calloc(size_t count, size_t size);
-void *__real_realloc(void *block, size_t size);
-void *__wrap_malloc(size_t size) { return fails() ? NULL : __real_malloc(size); }
-void *__wrap_calloc(size_t count, size_t size) { return fails() ? NULL : __real_calloc(count, size); }
-void *__wrap_realloc(void *block, size_t size) { return fails() ? NULL : __real_realloc(block, size); }
 
 /* ---- Random input -------------------------------------------------------------------------------------- */
 

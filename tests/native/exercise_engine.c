@@ -6,6 +6,7 @@
  * Link with -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc: ONNX Runtime's own allocations never fail.
  */
 #include "exercise.h"
+#include "failing.h"
 #include "loop.h"
 #include "onnx.h"
 

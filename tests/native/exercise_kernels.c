@@ -1,29 +1,9 @@
 /* Calls every kernel, on all instruction sets of this machine, with one thread and with three, on exact-size heap
  * blocks, for the sanitizers to watch. That results are right is for the Python tests. */
+#include "exercise.h"
 #include "kernels.h"
 
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#define CHECK(condition)                                                                                     \
-  do {                                                                                                       \
-    if (!(condition)) {                                                                                      \
-      fprintf(stderr, "%s:%d: %s (last error: %s)\n", __FILE__, __LINE__, #condition, ds_error_message());   \
-      exit(1);                                                                                               \
-    }                                                                                                        \
-  } while (0)
-
-static uint64_t counter;
-
-static double uniform(void) {
-  double value;
-  ds_uniforms(1, 2, counter++, 1, &value);
-  return value;
-}
-
-static int32_t below(int32_t n) { return (int32_t)(uniform() * n); }
 
 static float *floats(int64_t n) {
   float *x = malloc((size_t)n * sizeof *x);

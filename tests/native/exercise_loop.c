@@ -4,6 +4,7 @@
  * Link with -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc: no allocation is granted during a step.
  */
 #include "exercise.h"
+#include "failing.h"
 #include "loop.h"
 
 #include <math.h>

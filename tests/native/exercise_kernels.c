@@ -144,7 +144,7 @@ static void exercise_attention(ds_pool *pool) {
     for (int32_t i = 0; i < n_rows * max_slots; ++i) mask[i] = (uint8_t)(below(3) != 0);
     int32_t *slots = malloc((size_t)(n_rows * max_slots) * sizeof *slots);
     int32_t *n_slots = malloc((size_t)n_rows * sizeof *n_slots);
-    CHECK(ds_list_slots(n_rows, max_slots, mask, slots, n_slots) == DS_OK);
+    CHECK(ds_list_slots(n_rows, max_slots, mask, 0, slots, n_slots) == DS_OK);
     CHECK(ds_attend(pool, &heads, n_rows, qkv, slots, n_slots, keys, values, out) == DS_OK);
     for (int64_t i = 0; i < (int64_t)n_rows * group * n_kv * size; ++i) CHECK(isfinite(out[i]));
     int32_t path[2] = {max_slots / 2, max_slots - 1};

@@ -73,6 +73,7 @@ def generate(
     seed: int = 0,
     stop: opt.Stop = None,
     speculate: opt.Ladder = "auto",
+    reference: opt.References = None,
     ignore_eos: opt.IgnoreEos = False,
     threads: opt.Threads = None,
     as_json: opt.Json = False,
@@ -85,6 +86,7 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "ignore_eos": ignore_eos,
         "speculate": speculate,
+        "references": reference or (),
         **sampling,
     }
     result = run.generate(bundle, prompt, chat=chat, threads=threads, quiet=as_json, **settings)

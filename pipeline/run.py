@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def generate(
     threads: int | None,
     quiet: bool,
     speculate: str,
+    references: Sequence[Path] = (),
     **settings: Any,
 ) -> dict[str, Any]:
     """Continue `prompt` ("-": standard input), or with `chat` answer it.
@@ -34,8 +36,12 @@ def generate(
     """
     bundle = _open(bundle_dir, threads)
     text = sys.stdin.read() if prompt == "-" else prompt
-    ladder = parse_ladder(speculate)
-    run = bundle.stream([{"role": "user", "content": text}] if chat else text, speculate=ladder, **settings)
+    run = bundle.stream(
+        [{"role": "user", "content": text}] if chat else text,
+        speculate=parse_ladder(speculate),
+        references=[_read_text(path) for path in references],
+        **settings,
+    )
     pieces = []
     for piece in run:
         pieces.append(piece)
@@ -88,6 +94,12 @@ def evaluate(
 def has_bug(bench_result: dict[str, Any]) -> bool:
     """Whether an output differs from plain decoding other than by the chance order of near-equal logits."""
     return any(not divergence["near_tie"] for divergence in bench_result["divergences"])
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise RecipeError(f"--reference {path}: no such file; a text that the output may quote is wanted")
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _open(bundle_dir: Path, threads: int | None) -> "Bundle":

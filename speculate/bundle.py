@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .drafters import Sources
 from .engine import Engine, Logits
 from .errors import BundleError
 from .generate import Generation, Run, exclusive
@@ -80,6 +81,7 @@ class Bundle:
         stop: str | Sequence[str] = (),
         num_speculative_tokens: int | Mapping[str, int] | None = None,
         verify: Rule | None = None,
+        references: Sequence[str | Sequence[int]] = (),
     ) -> Generation:
         """Continue a prompt. Whatever drafts, the output is the target's own.
 
@@ -94,6 +96,8 @@ class Bundle:
         num_speculative_tokens: drafted per call by the outermost drafter, or a dict by name; else at most as
             many as planned, and fewer where the plan's measured costs say that more would not pay.
         verify: how sampled drafts are verified ("block", "token" or "exact"); else as planned.
+        references: texts, or token ids, that the output may quote: documents, earlier answers. The ladder's
+            first level, "suffix" or "llma", then drafts from them too.
         """
         run = self.stream(
             prompt,
@@ -107,6 +111,7 @@ class Bundle:
             stop,
             num_speculative_tokens,
             verify,
+            references,
         )
         pieces = list(run)
         token_ids = [token for piece in pieces for token in piece.token_ids]
@@ -125,6 +130,7 @@ class Bundle:
         stop: str | Sequence[str] = (),
         num_speculative_tokens: int | Mapping[str, int] | None = None,
         verify: Rule | None = None,
+        references: Sequence[str | Sequence[int]] = (),
     ) -> Run:
         """As `generate`, in pieces (`text`, `token_ids`) as they are decoded; their texts add up to its text.
 
@@ -137,6 +143,8 @@ class Bundle:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(string, str) and string for string in stops):
             raise BundleError(f"stop={stop!r}: wanted strings that are not empty")
+        sources = Sources(self._encode_references(references))
+        sources.check([rung.name for rung in rungs])
         prompt_ids = self.encode(prompt)
         self._check_room(len(prompt_ids), max_new_tokens, rungs)
         target = self.manifest.engines[TARGET]
@@ -146,7 +154,7 @@ class Bundle:
             self.engine(name)
 
         def begin() -> Decoder:
-            decoder = build_ladder(rungs, self.engine, costs)
+            decoder = build_ladder(rungs, self.engine, costs, sources.open)
             decoder.begin(prompt_ids, max_new_tokens, sampling, eos)
             return decoder
 
@@ -195,6 +203,17 @@ class Bundle:
         else:
             ids = prompt
         return check_ids(ids, target.vocab_size)
+
+    def _encode_references(self, references: Sequence[str | Sequence[int]]) -> list[list[int]]:
+        if isinstance(references, str):
+            raise BundleError("references is one text: wanted a list of them")
+        vocab_size, encoded = self.manifest.engines[TARGET].vocab_size, []
+        for i, text in enumerate(references):
+            ids = encode_text(self.tokenizer, text, False) if isinstance(text, str) else text
+            if not len(ids):
+                raise BundleError(f"references[{i}] is empty: wanted a text, or leave it out")
+            encoded.append(check_ids(ids, vocab_size, f"references[{i}]"))
+        return encoded
 
     def engine(self, name: str) -> Engine:
         """One of the bundle's engines, loaded at the first call."""

@@ -22,4 +22,7 @@ References = Annotated[
     list[Path] | None,
     typer.Option("--reference", help="a text that the output may quote; may be given more than once"),
 ]
+Datastore = Annotated[
+    Path | None, typer.Option(help='file by `draftsmith datastore`, for ladders that begin with "rest"')
+]
 StageName = Annotated[str, typer.Argument(help="such as smooth, or smooth-int8")]

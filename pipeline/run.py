@@ -28,13 +28,14 @@ def generate(
     quiet: bool,
     speculate: str,
     references: Sequence[Path] = (),
+    datastore: Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Continue `prompt` ("-": standard input), or with `chat` answer it.
 
     The text is written as it comes, unless `quiet`; `settings` are those of `Bundle.stream`.
     """
-    bundle = _open(bundle_dir, threads)
+    bundle = _open(bundle_dir, threads, datastore)
     text = sys.stdin.read() if prompt == "-" else prompt
     run = bundle.stream(
         [{"role": "user", "content": text}] if chat else text,
@@ -102,8 +103,8 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _open(bundle_dir: Path, threads: int | None) -> "Bundle":
+def _open(bundle_dir: Path, threads: int | None, datastore: Path | None = None) -> "Bundle":
     """With as many threads as `tune` measured with, unless told otherwise."""
     from ..speculate.bundle import load
 
-    return load(bundle_dir, num_threads() if threads is None else threads)
+    return load(bundle_dir, num_threads() if threads is None else threads, datastore)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .datastore import Datastore
 from .drafters import Sources
 from .engine import Engine, Logits
 from .errors import BundleError
@@ -42,19 +43,20 @@ from .settings import Rule, Sampling
 _MAX_PADDING = 1024
 
 
-def load(path: str | Path, threads: int | None = None) -> "Bundle":
+def load(path: str | Path, threads: int | None = None, datastore: str | Path | None = None) -> "Bundle":
     """Open a bundle folder, checking every file against the manifest. Engines are loaded when first used.
 
     threads: compute threads of each engine; by default one for each core that this process may use.
+    datastore: a file by `draftsmith datastore`, for ladders that begin with "rest".
     Raises BundleError if the folder is not a bundle, is damaged, or needs another version of draftsmith.
     """
-    return Bundle(Path(path), threads)
+    return Bundle(Path(path), threads, datastore)
 
 
 class Bundle:
     """A target, its drafters and the plan to decode with them. It has one cache: one generation at a time."""
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, datastore: str | Path | None = None) -> None:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise BundleError(f"threads={threads!r}: wanted at least 1, or None for all cores")
         self.path = path
@@ -64,6 +66,13 @@ class Bundle:
         check_names(list(self.plan.ladder), self.manifest.engines)
         self.tokenizer = load_tokenizer(path / TOKENIZER)
         self._check_vocabularies()
+        self.datastore = (
+            None
+            if datastore is None
+            else Datastore(
+                datastore, self.manifest.engines[TARGET].vocab_size, self.manifest.files[TOKENIZER].sha256
+            )
+        )
         self._engines: dict[str, Engine] = {}
         self._runtime: OnnxRuntime | None = None
         self._busy = Lock()
@@ -143,7 +152,7 @@ class Bundle:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(string, str) and string for string in stops):
             raise BundleError(f"stop={stop!r}: wanted strings that are not empty")
-        sources = Sources(self._encode_references(references))
+        sources = Sources(self._encode_references(references), self.datastore)
         sources.check([rung.name for rung in rungs])
         prompt_ids = self.encode(prompt)
         self._check_room(len(prompt_ids), max_new_tokens, rungs)

@@ -73,6 +73,8 @@ def generate(
     seed: int = 0,
     stop: opt.Stop = None,
     speculate: opt.Ladder = "auto",
+    reference: opt.References = None,
+    datastore: opt.Datastore = None,
     ignore_eos: opt.IgnoreEos = False,
     threads: opt.Threads = None,
     as_json: opt.Json = False,
@@ -85,6 +87,8 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "ignore_eos": ignore_eos,
         "speculate": speculate,
+        "references": reference or (),
+        "datastore": datastore,
         **sampling,
     }
     result = run.generate(bundle, prompt, chat=chat, threads=threads, quiet=as_json, **settings)
@@ -136,6 +140,22 @@ def evaluate(
     }
     result = run.evaluate(bundle, text, prompts, threads=threads, **settings)
     output.emit(result, as_json, show.show_evaluation)
+
+
+@app.command()
+def datastore(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="text files, UTF-8")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the file to write")],
+    bundle: Annotated[Path, typer.Option(help="the bundle whose model is to be drafted for")],
+    as_json: opt.Json = False,
+) -> None:
+    """Index text that the ladder's "rest" drafts from."""
+    from . import datastore, output, show
+    from .progress import show_progress
+
+    with show_progress("datastore") as progress:
+        result = datastore.build_datastore(texts, out, bundle, progress)
+    output.emit(result, as_json, show.show_datastore)
 
 
 @app.command()

@@ -18,4 +18,11 @@ Source = Annotated[str, typer.Option(help="hub id, folder, .gguf file or pypi:NA
 Schema = Annotated[bool, typer.Option("--schema", help="print the JSON schema of recipes instead")]
 Chat = Annotated[bool, typer.Option("--chat", help="ask the prompt as a user, through the chat template")]
 Stop = Annotated[list[str] | None, typer.Option(help="text to stop at; may be given more than once")]
+References = Annotated[
+    list[Path] | None,
+    typer.Option("--reference", help="a text that the output may quote; may be given more than once"),
+]
+Datastore = Annotated[
+    Path | None, typer.Option(help='file by `draftsmith datastore`, for ladders that begin with "rest"')
+]
 StageName = Annotated[str, typer.Argument(help="such as smooth, or smooth-int8")]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +27,22 @@ def generate(
     threads: int | None,
     quiet: bool,
     speculate: str,
+    references: Sequence[Path] = (),
+    datastore: Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Continue `prompt` ("-": standard input), or with `chat` answer it.
 
     The text is written as it comes, unless `quiet`; `settings` are those of `Bundle.stream`.
     """
-    bundle = _open(bundle_dir, threads)
+    bundle = _open(bundle_dir, threads, datastore)
     text = sys.stdin.read() if prompt == "-" else prompt
-    ladder = parse_ladder(speculate)
-    run = bundle.stream([{"role": "user", "content": text}] if chat else text, speculate=ladder, **settings)
+    run = bundle.stream(
+        [{"role": "user", "content": text}] if chat else text,
+        speculate=parse_ladder(speculate),
+        references=[_read_text(path) for path in references],
+        **settings,
+    )
     pieces = []
     for piece in run:
         pieces.append(piece)
@@ -90,8 +97,14 @@ def has_bug(bench_result: dict[str, Any]) -> bool:
     return any(not divergence["near_tie"] for divergence in bench_result["divergences"])
 
 
-def _open(bundle_dir: Path, threads: int | None) -> "Bundle":
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise RecipeError(f"--reference {path}: no such file; a text that the output may quote is wanted")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _open(bundle_dir: Path, threads: int | None, datastore: Path | None = None) -> "Bundle":
     """With as many threads as `tune` measured with, unless told otherwise."""
     from ..speculate.bundle import load
 
-    return load(bundle_dir, num_threads() if threads is None else threads)
+    return load(bundle_dir, num_threads() if threads is None else threads, datastore)

@@ -13,6 +13,13 @@ def show_starter(result: Result) -> str:
     return f"wrote {result['recipe']}; next: {result['next']}"
 
 
+def show_datastore(result: Result) -> str:
+    return (
+        f"wrote {result['datastore']}: {result['tokens']} tokens of {result['files']} files, "
+        f"{result['bytes'] / 1e6:.1f} MB"
+    )
+
+
 def show_build(result: Result) -> str:
     ladder = " → ".join([*result["ladder"], "target"]) if result["ladder"] else "none: plain decoding"
     lengths = ", ".join(f"{name} {count}" for name, count in result["num_speculative_tokens"].items())

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,23 @@ def evaluate(
 
     with show_progress("eval") as progress:
         return measure(_open(bundle_dir, threads), text, prompts, progress=progress, **settings)
+
+
+def gate(
+    bundle_dir: Path, baseline: Path, overrides: Sequence[str], out: Path | None, **request: Any
+) -> dict[str, Any]:
+    """Hold a bundle against its baseline; writes the verdict into the folder `out`."""
+    from .gate import Request
+    from .gate import gate as hold
+    from .gate_files import write_files
+    from .gate_settings import read_settings
+
+    settings = read_settings(bundle_dir, overrides)
+    with show_progress("gate") as progress:
+        result = hold(bundle_dir, baseline, settings, Request(**request), progress=progress)
+    if out is not None:
+        result["files"] = write_files(result, out)
+    return result
 
 
 def has_bug(bench_result: dict[str, Any]) -> bool:

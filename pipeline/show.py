@@ -63,6 +63,16 @@ def show_bench(result: Result) -> str:
     return "\n".join(lines)
 
 
+def show_gate(result: Result) -> str:
+    rows = [["outcome", "check", "baseline", "candidate", "unit", "allowed"]]
+    for check in result["checks"]:
+        rows.append([check[key] for key in ("outcome", "name", "baseline", "candidate", "unit", "limit")])
+    lines = [format_table(rows), ""]
+    lines += [f"{check['name']}: {check['why']}" for check in result["checks"] if check["why"]]
+    lines += ["", f"gate: {result['outcome']} ({result['seconds']:.0f} s)"]
+    return "\n".join(lines)
+
+
 def show_evaluation(result: Result) -> str:
     figures = list(dict.fromkeys(key for engine in result["engines"].values() for key in engine))
     rows = [[name, *(engine.get(key) for key in figures)] for name, engine in result["engines"].items()]

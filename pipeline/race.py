@@ -13,7 +13,7 @@ from .progress import Progress, no_progress
 from .recipe import Gate
 from .snapshot import Mode, Snapshot
 from .steadiness import Disturbance, Reference
-from .trial import MAX_DISTURBANCE, MIN_REPEATS, Trial, run_trial, take_samples
+from .trial import MAX_DISTURBANCE, MIN_REPEATS, MIN_REPEATS_AGAIN, Trial, run_trial, take_samples
 
 TRIAL_SHARE = 0.65  # of the time; measuring suspects again gets as much, where there are any
 FILE_ALLOWANCE = 0.02  # what one bundle differs by from process to process, which no reference shows
@@ -48,7 +48,7 @@ class Race:
         suspects: list[Mode] = [mode for mode in modes if self._is_slower(mode)]
         if suspects:
             again = self._add_trial(self.open_bundles(False))
-            run_trial(again, suspects, enough, self._unconfirmed, progress)
+            run_trial(again, suspects, enough, self._unconfirmed, progress, MIN_REPEATS_AGAIN)
         elif open_ones := self._undecided(modes):
             run_trial(trial, open_ones, self.seconds - enough, self._undecided, progress)
 
@@ -133,7 +133,7 @@ class Race:
         limit += f" and +{settings.floor_ms:g} ms"
         found = self.compare(mode, self.trials)
         trials = [trial for trial in self.trials if mode in trial.modes]
-        if found is None or min(trial.count_repeats(mode) for trial in trials) < MIN_REPEATS:
+        if found is None or sum(trial.count_repeats(mode) for trial in trials) < MIN_REPEATS:
             if self.then is not None and not any(sample.mode == mode for sample in self.then.samples):
                 return Check(name, "cannot tell", "ms", None, None, limit, "the baseline did not measure it")
             return Check(name, "cannot tell", "ms", None, None, limit, self._why_too_few())
@@ -167,15 +167,13 @@ class Race:
     def _why_too_few(self) -> str:
         seen = [one for trial in self.trials for one in trial.disturbances]
         disturbed = sum(trial.num_disturbed for trial in self.trials)
-        if 2 * disturbed > len(seen):
+        few = f"fewer than {MIN_REPEATS} undisturbed repetitions"
+        if disturbed:
             return (
-                f"a loaded neighbour: in {disturbed} of {len(seen)} repetitions others had more than "
+                f"{few}: a loaded neighbour: in {disturbed} of {len(seen)} others had more than "
                 f"{MAX_DISTURBANCE:.0%} of the time that our threads wanted a core ({_describe(seen)})"
             )
-        return (
-            f"fewer than {MIN_REPEATS} repetitions in {self.seconds:g} s: raise --seconds, or lower --limit "
-            "or --max-new-tokens"
-        )
+        return f"{few} in {self.seconds:g} s: raise --seconds, or lower --limit or --max-new-tokens"
 
 
 def _describe(seen: Sequence[Disturbance]) -> str:

@@ -14,6 +14,7 @@ from ..speculate.kernels import Pool
 REFERENCE = (
     "read 64 MiB, then 4e8 int8 multiply-adds, all threads"  # a baseline in other units is another one
 )
+EVERY = 8  # rounds, so that it costs little beside them
 _READ_BYTES = 64 << 20  # more than the caches of most processors hold
 _MULTIPLICATIONS = 400_000_000
 
@@ -27,6 +28,7 @@ class Reference:
         self._pool = Pool(threads)
         self._room = np.ones(_READ_BYTES, np.uint8)
         self.milliseconds: list[float] = []
+        self._asked = 0
         self()
         self.milliseconds.clear()
 
@@ -35,6 +37,12 @@ class Reference:
         lib.ds_probe_read(self._pool.handle, ffi.from_buffer(self._room), _READ_BYTES)
         lib.ds_probe_multiply(self._pool.handle, 1, _MULTIPLICATIONS)
         self.milliseconds.append(1e3 * (time.perf_counter() - started))
+
+    def sometimes(self) -> None:
+        """Once in `EVERY` calls: to be called between rounds."""
+        if self._asked % EVERY == 0:
+            self()
+        self._asked += 1
 
 
 @dataclass(frozen=True)

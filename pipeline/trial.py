@@ -14,7 +14,7 @@ from .steadiness import Disturbance, Reference, Watch
 
 MAX_DISTURBANCE = 0.3  # of the time that our threads wanted a core; a repetition with more is thrown away
 MIN_REPEATS = 3
-REFERENCE_EVERY = 8  # tokens
+MIN_REPEATS_AGAIN = 2  # of a second look, which counts together with the first
 LADDERS: Mapping[Mode, str] = {"plain": "none", "speculative": "auto"}
 
 
@@ -50,16 +50,9 @@ class Trial:
             ]
             repeats = self.kept.setdefault((mode, index), [])
             forward = (len(repeats) + self.num_disturbed) % 2 == 0
-            meetings = 0
-
-            def between() -> None:
-                nonlocal meetings
-                if meetings % REFERENCE_EVERY == 0:
-                    self.reference()
-                meetings += 1
-
             watch = Watch()
-            rounds = decode_in_turn(runs if forward else runs[::-1], between)[:: 1 if forward else -1]
+            order = slice(None, None, 1 if forward else -1)
+            rounds = decode_in_turn(runs[order], self.reference.sometimes)[order]
             disturbance = watch.stop()
             first = self.outputs.setdefault((mode, index), rounds)
             if [one.token_ids for one in rounds] != [one.token_ids for one in first]:
@@ -84,6 +77,7 @@ def run_trial(
     seconds: float,
     undecided: Callable[[Sequence[Mode]], Sequence[Mode]],
     progress: Progress = no_progress,
+    min_repeats: int = MIN_REPEATS,
 ) -> None:
     """Repeat until `undecided`, asked once there are enough repeats, names no mode, or for `seconds`."""
     if not trial.outputs:
@@ -95,7 +89,7 @@ def run_trial(
             trial.repeat(mode)
             progress(min(int(time.monotonic() - started), int(seconds)), int(seconds), "seconds of timing")
         slowest = max(slowest, time.monotonic() - now)
-        if all(trial.count_repeats(mode) >= MIN_REPEATS for mode in left):
+        if all(trial.count_repeats(mode) >= min_repeats for mode in left):
             left = list(undecided(left))
 
 

@@ -118,6 +118,7 @@ def show_bundle(result: Result) -> str:
     engines = [["engine", "weights", "size", "graph"]]
     for name, engine in result["engines"].items():
         engines.append([name, engine["weights"], format_size(engine["bytes"]), engine["graph"]])
+        engines += [["", *_describe_engine(built)] for built in engine["tensorrt"]]
     plan = result["plan"]
     model = result["model"] or {}
     ladder = " → ".join([*(plan["ladder"] or []), "target"])
@@ -132,6 +133,16 @@ def show_bundle(result: Result) -> str:
         f"ladder: {ladder}; tokens proposed a call: {lengths or 'none'}; verify: {plan['verify']}",
     ]
     return "\n".join(lines)
+
+
+def _describe_engine(built: dict[str, Any]) -> list[str]:
+    """Of one of TensorRT. What its builder did not say is not said here either: sparse weights alone are no
+    sparse products."""
+    said = f"TensorRT {built['precision']} for {', '.join(built['compute_capability'])}"
+    if products := built.get("matrix_products"):
+        said += f"; {products['int8']} of {products['total']} products int8"
+        said += f", {built.get('sparse_tactics') or 'none'} with sparse tactics"
+    return [said, format_size(built["size"]), built["file"]]
 
 
 def show_diagnosis(result: Result) -> str:

@@ -124,6 +124,9 @@ class Prune(Section):
     dampening_frac: Fraction = Field(
         default=0.01, description="of the Hessian's mean diagonal, added to its diagonal"
     )
+    refit: bool = Field(
+        default=True, description="move the weights that SparseGPT keeps to their least-squares optimum"
+    )
     targets: Patterns = ["Linear"]
     ignore: Patterns = []
 

@@ -222,7 +222,7 @@ def plan_tasks(recipe: Recipe, source: Path, texts: Mapping[str, Path]) -> Plan:
             params = quantize.model_dump(exclude={"scheme"})
             model = task(SMOOTH, name, params, model=model, tokens=tokens)
         if prune:
-            unused = {"block_size", "dampening_frac"} if prune.method == "magnitude" else set()
+            unused = {"block_size", "dampening_frac", "refit"} if prune.method == "magnitude" else set()
             params = prune.model_dump(exclude=unused) | {"joint_int8": quantize is not None}
             model = task(PRUNE, name, params, model=model, tokens=tokens)
         if quantize:

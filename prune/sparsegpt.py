@@ -98,11 +98,12 @@ def _invert_upper(matrix: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Pruned:
-    """One matrix after the sweep."""
+    """One matrix after the sweep, or after a refit."""
 
     weight: Tensor  # [R, C]; exact zeros where pruned, on the int8 grid where a scale was given
-    loss: float  # ½ tr(ΔW H_damped ΔWᵀ) as the sum of the steps' costs
-    trace: float  # the same, computed from the result; they agree to rounding, or the sweep is wrong
+    loss: float  # ½ tr(ΔW H_damped ΔWᵀ) as the sum of what the steps cost and gained
+    trace: float  # the same, computed from the result; they agree to rounding, or the steps are wrong
+    sweep_loss: float | None = None  # where the weight was refit since: the loss before
 
 
 def prune_matrices(
@@ -110,6 +111,7 @@ def prune_matrices(
     factor: Factor,
     structure: MaskStructure,
     scales: list[Tensor] | None = None,
+    masks: list[Tensor] | None = None,
 ) -> list[Pruned]:
     """Prune matrices [R_n, C] that share their input (hence H), each to its own exact sparsity, in one sweep.
 
@@ -117,6 +119,8 @@ def prune_matrices(
     over all rows of a matrix; the blocks' counts add up to round(sparsity · R · C). N:M: the mask of each M
     columns is chosen when the sweep reaches them, row by row. Either way on the weights as updated so far, by
     w² / U_ii².
+
+    `masks` ([R_n, C] bool, True where pruned) are taken as they are instead of being chosen.
 
     With `scales` ([R_n] each), what is kept is also rounded to the grid int8 · scale, and the rounding error
     is made up for like the pruning error. The arithmetic is in the dtype of the weights.
@@ -128,11 +132,18 @@ def prune_matrices(
     work = before.clone()
     upper = factor.upper.to(work.dtype)
     quantize = None if scales is None else _rounder(torch.cat(scales).to(work.dtype))
+    given = None if masks is None else torch.cat(masks).T
     losses = torch.zeros(work.shape[1], dtype=torch.float64)
     for start in range(0, len(work), structure.block_size):
         stop = min(start + structure.block_size, len(work))
         errors = _sweep_block(
-            work[start:stop], upper[start:stop, start:stop], structure, rows, start, quantize
+            work[start:stop],
+            upper[start:stop, start:stop],
+            structure,
+            rows,
+            start,
+            quantize,
+            None if given is None else given[start:stop],
         )
         work[stop:] -= upper[start:stop, stop:].T @ errors
         losses += errors.double().square().sum(0) / 2
@@ -157,13 +168,16 @@ def _sweep_block(
     rows: list[int],
     start: int,
     quantize: Callable[[Tensor], Tensor] | None,
+    given: Tensor | None,
 ) -> Tensor:
     """Sweep the columns of one block [B, R] in place; return the scaled errors (w - ŵ) / U_ii [B, R] for the
     rest."""
     diagonal = upper.diagonal()
     errors = torch.empty_like(block)
     pruned = torch.empty_like(block, dtype=torch.bool)
-    if structure.group is None:
+    if given is not None:
+        pruned.copy_(given)
+    elif structure.group is None:
         scores = (block / diagonal[:, None]).square()
         for part, mask in zip(scores.split(rows, 1), pruned.split(rows, 1), strict=True):
             before, after = (
@@ -175,7 +189,7 @@ def _sweep_block(
     for first in range(0, len(block), panel):
         stop = min(first + panel, len(block))
         for i in range(first, stop):
-            if structure.group and i % structure.group == 0:
+            if given is None and structure.group and i % structure.group == 0:
                 group = slice(i, i + structure.group)
                 scores = (block[group] / diagonal[group, None]).square()
                 pruned[group] = choose_n_of_m(scores, structure.pruned)

@@ -16,6 +16,7 @@ from ..model.walk import Part, Rows, linear_names, linears_of, walk
 from ..quantize.int8 import is_int8, pack_int8, row_scale
 from .magnitude import prune_by_magnitude
 from .masks import MaskStructure
+from .refit import refit_matrices
 from .sparsegpt import Factor, Hessian, Pruned, factor_hessian, prune_matrices
 
 
@@ -30,6 +31,7 @@ def prune_model(
     mask_structure: str = "unstructured",
     block_size: int = 128,
     dampening_frac: float = 0.01,
+    refit: bool = True,
     targets: list[str] | None = None,
     ignore: list[str] | None = None,
     joint_int8: bool = False,
@@ -48,6 +50,7 @@ def prune_model(
         "mask_structure": mask_structure,
         "block_size": block_size,
         "dampening_frac": dampening_frac,
+        "refit": refit,
         "targets": targets or ["Linear"],
         "ignore": ignore or [],
         "joint_int8": joint_int8,
@@ -71,10 +74,14 @@ def prune_model(
             factor = _observe(chunks, dampening_frac, " and ".join(map(part.full_name, names)))
             dense = [weights[name] for name in names]
             scales = [row_scale(weight) for weight in dense] if joint_int8 else None
-            if method == "sparsegpt":
-                results = prune_matrices(dense, factor, structure, scales)
-            else:
+            if method == "magnitude":
                 results = [prune_by_magnitude(weight, factor, structure) for weight in dense]
+            elif refit:
+                results = refit_matrices(
+                    dense, prune_matrices(dense, factor, structure), factor, structure, scales
+                )
+            else:
+                results = prune_matrices(dense, factor, structure, scales)
             for i, (name, result) in enumerate(zip(names, results, strict=True)):
                 weight = result.weight if scales else result.weight.to(dtype)
                 tensors |= pack_int8(name, weight, scales[i]) if scales else {f"{name}.weight": weight}
@@ -95,7 +102,8 @@ def _observe(chunks: list[Tensor], dampening_frac: float, name: str) -> Factor:
 
 
 def _describe(name: str, weight: Tensor, result: Pruned, dampening_frac: float) -> dict[str, Any]:
-    """`loss` and `trace` are in squared output units per token, on the damped Hessian."""
+    """`loss`, `trace` and, after a refit, `sweep_loss` are in squared output units per token, on the damped
+    Hessian."""
     if not weight.isfinite().all():
         raise ModelError(f"{name}: its pruned weights are not finite; raise dampening_frac")
     return {
@@ -103,6 +111,7 @@ def _describe(name: str, weight: Tensor, result: Pruned, dampening_frac: float) 
         "sparsity": float((weight == 0).float().mean()),
         "loss": result.loss,
         "trace": result.trace,
+        **({} if result.sweep_loss is None else {"sweep_loss": result.sweep_loss}),
         "dampening_frac": dampening_frac,
     }
 

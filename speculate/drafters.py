@@ -16,6 +16,7 @@ from .errors import BundleError
 DRAFTERS = {
     "suffix": "what followed the last time that prompt, output or references ended this way",
     "llma": "the same where there are references, and an error where there are none (arXiv 2304.04487)",
+    "recycling": "what the level above last found likely after each token (arXiv 2408.08696)",
     "rest": "what most places of a datastore say that go on as the text does (arXiv 2311.08252)",
 }
 
@@ -37,8 +38,10 @@ class Sources:
     references: Sequence[Sequence[int]] = ()  # token ids of texts that the output may quote
     datastore: Datastore | None = None
 
-    def open(self, name: str) -> Drafter:
-        """The drafter of a ladder's level."""
+    def open(self, name: str, vocab_size: int) -> Drafter:
+        """The drafter of a ladder's level. vocab_size: the target's."""
+        if name == "recycling":
+            return Drafter(lib.ds_recycling_drafter_create(vocab_size))
         if name == "rest" and self.datastore:
             return Drafter(lib.ds_datastore_drafter_create(self.datastore.handle), self.datastore)
         tokens = list(chain.from_iterable((*text, lib.DS_END_OF_REFERENCE) for text in self.references))

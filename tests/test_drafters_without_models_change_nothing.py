@@ -99,14 +99,14 @@ def test_a_reference_that_says_it_all_is_read_off(tmp_path, name):
 
 
 def test_no_draft_goes_past_the_end_of_a_reference():
-    drafter = Sources(references=[[1, 2, 3, 4], [5, 6, 7]]).open("llma")
+    drafter = Sources(references=[[1, 2, 3, 4], [5, 6, 7]]).open("llma", 10)
     assert draft_after(drafter, [1, 2], 9) == ([3, 4], [2, 3])
     assert draft_after(drafter, [9, 3, 4], 9) == ([], [])
     assert draft_after(drafter, [5, 6, 7, 5, 6], 9)[0] == [7, 5, 6, 7, 5, 6, 7, 5, 6]
 
 
 def test_a_drafter_begins_anew_with_each_generation():
-    drafter = Sources(references=[[1, 2, 3]]).open("llma")
+    drafter = Sources(references=[[1, 2, 3]]).open("llma", 10)
     for _ in range(3):
         assert draft_after(drafter, [7, 8, 9, 7, 8], 3)[0] == [9, 7, 8]
         assert draft_after(drafter, [7, 8], 3)[0] == []
@@ -175,7 +175,7 @@ def test_a_drafter_from_outside_is_one_struct():
     plain = run(engines, [], [], Sources(), [1], 60)[0]
 
     class Own(Sources):
-        def open(self, name):
+        def open(self, name, vocab_size):
             return Stubborn([2, 2, 1])
 
     for ladder in (["suffix"], ["suffix", "int8"]):
@@ -193,7 +193,7 @@ def test_a_drafter_from_outside_is_one_struct():
 )
 def test_a_drafter_that_breaks_its_word_is_an_error(says, count, words):
     class Own(Sources):
-        def open(self, name):
+        def open(self, name, vocab_size):
             return Stubborn(says, count)
 
     with pytest.raises(BundleError, match=words):

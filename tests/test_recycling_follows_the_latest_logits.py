@@ -1,4 +1,4 @@
-"""Token Recycling keeps after each token the likeliest of the latest logits seen there, and drafts by them."""
+"""Token Recycling keeps after each token the likeliest of the latest logits seen there and drafts by them."""
 
 import numpy as np
 import pytest

@@ -3,7 +3,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 RUN    := $(VENV)/bin
 PIP    := $(RUN)/python -m pip install --quiet -c constraints.txt
-NATIVE := $(wildcard speculate/native/*.[ch]) speculate/native/generate_cdefs.py CMakeLists.txt
+NATIVE := $(wildcard speculate/native/*.[ch] speculate/native/cuda/*) speculate/native/generate_cdefs.py CMakeLists.txt
 
 .PHONY: demo install test test-all lint format clean
 
@@ -25,7 +25,7 @@ lint: $(VENV)/installed-dev
 
 format: $(VENV)/installed-dev
 	$(RUN)/ruff check --fix --quiet . && $(RUN)/ruff format --quiet .
-	$(RUN)/clang-format -i speculate/native/*.[ch]
+	$(RUN)/clang-format -i speculate/native/*.[ch] speculate/native/cuda/*
 
 # The build backend is pinned like the rest, hence no build isolation.
 $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)

@@ -108,4 +108,5 @@ def _lay_out_bundle(recipe: Recipe, plan: Plan, done: dict[Task, Entry], out: Pa
             "MODEL_CARD.md": write_card(resolved, provenance, weights),
         }
     engines = {name: done[task].output for name, task in plan.exports.items()}
-    return lay_out(engines, done[plan.load].output, texts, provenance)
+    compiled = {name: [done[task].output for task in tasks] for name, tasks in plan.engines.items()}
+    return lay_out(engines, done[plan.load].output, texts, provenance, compiled)

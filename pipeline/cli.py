@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from . import options as opt
-from .exits import FAILED, FINE, INTERRUPTED, report_error, terminate
+from .exits import CANNOT_TELL, FAILED, FINE, INTERRUPTED, report_error, terminate
 
 app = typer.Typer(
     help="Make drafters out of your language model and decode with them, losslessly.",
@@ -115,6 +115,32 @@ def bench(
     result = run.bench(bundle, prompts, json_out=json_out, **settings)
     output.emit(result, str(json_out) == "-", show.show_bench)
     raise typer.Exit(FAILED if run.has_bug(result) else FINE)
+
+
+@app.command()
+def gate(
+    bundle: opt.Bundle,
+    baseline: Annotated[Path, typer.Option(help="a bundle, or JSON of bench or of an earlier gate")],
+    overrides: opt.GateOverrides = None,
+    prompts: opt.GatePrompts = None,
+    text: Annotated[Path | None, typer.Option(help="text file: gate perplexity too")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for gate.json, .xml, .md")] = None,
+    limit: opt.Limit = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=2, help="tokens to decode, 24 by default")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="of timing; a third more to measure suspects again")
+    ] = 75.0,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Fail if a bundle is slower, larger or worse than its baseline; exit 3 where there is no telling."""
+    from . import output, run, show
+
+    request = {"prompts": prompts, "text": text, "limit": limit, "max_new_tokens": max_new_tokens}
+    request |= {"seconds": seconds, "threads": threads}
+    result = run.gate(bundle, baseline, overrides or (), out, **request)
+    output.emit(result, as_json, show.show_gate)
+    raise typer.Exit({"pass": FINE, "regression": FAILED, "cannot tell": CANNOT_TELL}[result["outcome"]])
 
 
 @app.command(name="eval")

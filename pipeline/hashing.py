@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
-CODE_SUFFIXES = {".py", ".c", ".h", ".so"}
+CODE_SUFFIXES = {".py", ".c", ".h", ".cu", ".cuh", ".so"}
 
 
 def hash_json(value: Any) -> str:

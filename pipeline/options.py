@@ -13,6 +13,12 @@ Limit = Annotated[int | None, typer.Option(min=1, help="prompts to take, evenly 
 NewTokens = Annotated[int, typer.Option(help="tokens to decode, at most")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="decode on behind an end of text")]
+GateOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[gate.FIELD=VALUE]...", help="such as gate.max_regression=0.03"),
+]
+GatePrompts = Annotated[Path | None, typer.Option(help="as of bench; by default eight that are packaged")]
+GateSeconds = Annotated[float, typer.Option(min=1, help="of timing; a third more to time suspects again")]
 PromptFile = Annotated[Path, typer.Option(help="JSONL with turns, messages or prompt; or .txt, one a line")]
 Source = Annotated[str, typer.Option(help="hub id, folder, .gguf file or pypi:NAME==VERSION")]
 Schema = Annotated[bool, typer.Option("--schema", help="print the JSON schema of recipes instead")]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from .hashing import hash_file, list_files, package_version
 from .recipe import TARGET
 
 ENGINE_FILE = "engine.json"  # in an export: what the manifest says of the engine, and its files
+TENSORRT_FILE = "tensorrt.json"  # beside a TensorRT engine: what the manifest says of it
 MODEL_FILES = (TOKENIZER, CHAT_TEMPLATE, "generation_config.json")
 NO_PLAN = {"ladder": [], "num_speculative_tokens": {}, "verify": "block"}
 
@@ -57,9 +58,14 @@ class Layout:
 
 
 def lay_out(
-    engines: Mapping[str, Path], model: Path, texts: Mapping[str, str], provenance: Mapping[str, Any]
+    engines: Mapping[str, Path],
+    model: Path,
+    texts: Mapping[str, str],
+    provenance: Mapping[str, Any],
+    compiled: Mapping[str, Sequence[Path]] | None = None,
 ) -> Layout:
-    """A bundle of exports by engine, the tokenizer of the checkpoint `model`, and `texts` by file name."""
+    """A bundle of exports by engine, the tokenizer of the checkpoint `model`, and `texts` by file name.
+    `compiled`: the folders of TensorRT's engines, by engine."""
     sources: dict[str, Path] = {}
     files: dict[str, dict] = {}
     entries: dict[str, dict] = {}
@@ -70,6 +76,12 @@ def lay_out(
             sources[f"{prefix}/{file}"] = export / file
             files[f"{prefix}/{file}"] = facts
         entries[name] = entry | {key: f"{prefix}/{entry[key]}" for key in ("graph", "portable")}
+        for folder in (compiled or {}).get(name, ()):
+            built = json.loads((folder / TENSORRT_FILE).read_text())
+            file, digest = built["file"], built.pop("sha256")
+            sources[f"{prefix}/{file}"] = folder / file
+            files[f"{prefix}/{file}"] = {"sha256": digest, "size": built["size"]}
+            entries[name].setdefault("tensorrt", []).append(built | {"file": f"{prefix}/{file}"})
     for file in MODEL_FILES:
         if (model / file).exists():
             sources[file] = model / file

@@ -3,32 +3,44 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..model.config import DecoderConfig
+from ..model.errors import ModelError
 from ..model.layout import embed_shapes, head_shapes, layer_shapes, linear_shapes
 from ..model.select import select_linears
 from .errors import RecipeError
-from .recipe import TARGET, Engine, Recipe
+from .recipe import TARGET, Engine, Export, Recipe
 from .recipe_file import LoadedRecipe
 
 BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime")
 TEXTS = "self, text files, or dataset:NAME"
 GIB = 2**30
+PLAN_SIZE = 2  # of a TensorRT engine, times the weights: profiles have layouts of their own
 LEAST_CONTEXT = 160  # tokens: the prompts that are tuned and measured on, their continuation, and a draft
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Raises RecipeError for what this version or this machine cannot build."""
-    for index, export in enumerate(recipe.export):
-        if export.format == "tensorrt":
-            raise RecipeError(
-                f"export.{index}: tensorrt is not supported yet; use {{format: onnx, device: cpu}} alone"
-            )
+    _check_exports(recipe.export)
     missing = [name for name in BUILD_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(f"building needs {', '.join(missing)}: pip install 'draftsmith[build,cpu]'")
+
+
+def _check_exports(exports: Sequence[Export]) -> None:
+    from ..export.capabilities import choose_builder, name_plan
+
+    named: dict[str, int] = {}
+    for index, export in enumerate(exports):
+        if export.compute_capability:
+            try:
+                choose_builder(export.compute_capability)
+            except ModelError as error:
+                raise RecipeError(f"export.{index}: {error}") from None
+            if (other := named.setdefault(name_plan(export.compute_capability), index)) != index:
+                raise RecipeError(f"export.{index}: the same compute_capability as export.{other}")
 
 
 def find_texts(loaded: LoadedRecipe) -> dict[str, Path]:
@@ -91,11 +103,12 @@ def estimate_disk(recipe: Recipe, config: DecoderConfig) -> tuple[int, int]:
     smoothed = {settings.model_dump_json() for settings in quantized if settings.smoothing_strength != "none"}
     kept = plain + 4 * parameters * len(smoothed)  # in float32, once for all that smooth alike
     packed = 0
+    compiled = PLAN_SIZE * sum(export.format == "tensorrt" for export in recipe.export)
     for engine in engines:
         size = int8 if engine.quantize else plain
         written = [section for section in (engine.prune, engine.quantize) if section]
-        kept += size * len(written) + size  # what each stage writes, and the export
-        packed += size
+        kept += size * len(written) + size + compiled * size  # what each stage writes, and the exports
+        packed += size + compiled * size
     return kept, packed
 
 
@@ -133,6 +146,10 @@ def _check_room(recipe: Recipe, config: DecoderConfig, cache: Path, out: Path) -
     largest = max(rows * columns for rows, columns in linear_shapes(config).values())
     needed = (4 * parameters if calibration.text == "self" else 0) + states + 8 * largest
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if any(export.format == "tensorrt" for export in recipe.export):
+        from ..export.tensorrt import check_memory
+
+        check_memory({"float32": 4}.get(config.dtype, 2) * parameters, memory)
     if needed > memory:
         raise RecipeError(
             f"building this model takes about {needed / GIB:.1f} GiB of memory and this machine has "

@@ -189,17 +189,35 @@ class Speculate(Section):
 
 
 class Export(Section):
+    """Graphs are written whatever is listed: the CPU runs them, and TensorRT's engines are made of them."""
+
     format: Literal["onnx", "tensorrt"]
     device: Literal["cpu"] | None = None
-    compute_capability: list[str] | None = Field(default=None, description='TensorRT only, such as ["8.9"]')
+    compute_capability: Annotated[list[str] | None, BeforeValidator(_listed)] = Field(
+        default=None, description='TensorRT only: the GPUs to build one plan for, such as ["8.9", "12.0"]'
+    )
+    precision: Literal["bfloat16", "float16"] | None = Field(
+        default=None, description="TensorRT only: of products that are not int8, and of the cache"
+    )
+    tree_size: Annotated[int, Field(ge=1, le=256)] | None = Field(
+        default=None,
+        description="TensorRT only: tokens of a draft tree that one call verifies; by default 64",
+    )
+    prefill_chunk: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None, description="TensorRT only: prompt tokens read by one call; by default 128"
+    )
     max_seq_len: Count | None = Field(
         default=None, description="tokens that the cache can hold; by default as many as the model can"
     )
 
     @model_validator(mode="after")
     def _check_device(self) -> "Export":
-        if self.format == "onnx" and self.compute_capability:
-            raise ValueError("compute_capability belongs to format: tensorrt")
+        keys = ("compute_capability", "precision", "tree_size", "prefill_chunk")
+        given = [key for key in keys if getattr(self, key) is not None]
+        if self.format == "onnx" and given:
+            raise ValueError(f"{given[0]} belongs to format: tensorrt")
+        if self.format == "tensorrt" and not self.compute_capability:
+            raise ValueError('format: tensorrt needs compute_capability, such as ["8.9"]')
         if self.format == "tensorrt" and self.device:
             raise ValueError("device belongs to format: onnx; TensorRT takes compute_capability")
         return self
@@ -212,6 +230,15 @@ class Gate(Section):
     )
     floor_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=0.05, description="a slowdown below this many milliseconds never fails the gate"
+    )
+    max_acceptance_drop: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.05, description="of the share of the target's tokens that a drafter would choose too"
+    )
+    max_perplexity_growth: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0.02, description="a ratio, of every engine, where the gate is given a text"
+    )
+    max_size_growth: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0.05, description="a ratio, of the bundle's bytes"
     )
 
 

@@ -92,6 +92,23 @@ def evaluate(
         return measure(_open(bundle_dir, threads), text, prompts, progress=progress, **settings)
 
 
+def gate(
+    bundle_dir: Path, baseline: Path, overrides: Sequence[str], out: Path | None, **request: Any
+) -> dict[str, Any]:
+    """Hold a bundle against its baseline; writes the verdict into the folder `out`."""
+    from .gate import Request
+    from .gate import gate as hold
+    from .gate_files import write_files
+    from .gate_settings import read_settings
+
+    settings = read_settings(bundle_dir, overrides)
+    with show_progress("gate") as progress:
+        result = hold(bundle_dir, baseline, settings, Request(**request), progress=progress)
+    if out is not None:
+        result["files"] = write_files(result, out)
+    return result
+
+
 def has_bug(bench_result: dict[str, Any]) -> bool:
     """Whether an output differs from plain decoding other than by the chance order of near-equal logits."""
     return any(not divergence["near_tie"] for divergence in bench_result["divergences"])

@@ -1,12 +1,15 @@
 """The stages of a build, and which of them a recipe asks for.
 
-    load → calibrate → smooth → prune → quantize → export → tune → check → bench
+    load → calibrate → smooth → prune → quantize → export → compile → tune → check → bench
 
 Smoothing, pruning, quantizing and exporting happen once for every engine; engines that ask for the same thing
 share it. Smoothing comes first, so that the mask is chosen on the grid that quantization will use; a pruned
-int8 engine is pruned and quantized jointly, and the quantize stage then adds what is left.
+int8 engine is pruned and quantized jointly, and the quantize stage then adds what is left. Compiling makes
+TensorRT engines of the exported graphs; what it makes is not the same to the byte every time, and nothing
+after it reads it.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +17,16 @@ from typing import Any
 
 from ..model.config import DecoderConfig
 from .hashing import hash_file, hash_json, write_json
-from .pack import ENGINE_FILE, try_bundle
-from .recipe import TARGET, Engine, Recipe, Speculate
+from .pack import ENGINE_FILE, TENSORRT_FILE, try_bundle
+from .recipe import TARGET, Engine, Export, Recipe, Speculate
 from .stage import Call, Stage, Task
 
 ARITHMETIC = ("torch", "numpy", "safetensors")
 RUNTIME = ("onnxruntime", "numpy", "tokenizers")
+TENSORRT_PACKAGES = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-cu13", "tensorrt-cu12", "tensorrt")
+
+DRAFT_LENGTH = 15  # that engines are built for where the recipe leaves the length to `tune`
+TREE_SIZE, PREFILL_CHUNK = 64, 128
 
 
 def _load(call: Call) -> dict:
@@ -98,6 +105,18 @@ def _export(call: Call) -> dict:
     return report
 
 
+def _compile(call: Call) -> dict:
+    from ..export.tensorrt import build_engine
+
+    export, params = call.inputs["graph"], dict(call.params)
+    known = json.loads((export / ENGINE_FILE).read_text())["max_seq_len"]
+    params["max_seq_len"] = min(params["max_seq_len"] or known, known)
+    report = build_engine(export, call.out, progress=call.progress, **params)
+    plan = call.out / report["file"]
+    write_json(call.out / TENSORRT_FILE, report | {"sha256": hash_file(plan)})
+    return report
+
+
 def _tune(call: Call) -> dict:
     from .tune import tune
 
@@ -131,14 +150,15 @@ SMOOTH = Stage("smooth", _smooth, ("model", "quantize"), ARITHMETIC, sums=True)
 PRUNE = Stage("prune", _prune, ("model", "quantize", "prune"), ARITHMETIC, sums=True)
 QUANTIZE = Stage("quantize", _quantize, ("model", "quantize"), ARITHMETIC, sums=True)
 EXPORT = Stage("export", _export, ("model", "export"), ("onnx", "torch", "numpy"))
+COMPILE = Stage("compile", _compile, ("export",), ("onnx", *TENSORRT_PACKAGES))
 MEASURING = (
     *("speculate", "pipeline/pack.py", "pipeline/prompts.py"),
-    *("pipeline/machine.py", "pipeline/processor.py"),
+    *("pipeline/machine.py", "pipeline/processor.py", "pipeline/replay.py", "pipeline/traces.py"),
 )
 TUNE = Stage(
     "tune",
     _tune,
-    (*MEASURING, "pipeline/tune.py", "pipeline/replay.py", "pipeline/traces.py"),
+    (*MEASURING, "pipeline/tune.py"),
     RUNTIME,
     measured=True,
 )
@@ -150,7 +170,8 @@ CHECK = Stage(
     sums=True,
     measured=True,
 )
-BENCH = Stage("bench", _bench, (*MEASURING, "pipeline/bench.py"), RUNTIME, measured=True)
+TIMING = tuple(f"pipeline/{name}.py" for name in ("bench", "figures", "rounds", "snapshot", "steadiness"))
+BENCH = Stage("bench", _bench, (*MEASURING, *TIMING), RUNTIME, measured=True)
 
 
 @dataclass
@@ -161,6 +182,7 @@ class Plan:
     tokens: Task
     checkpoints: dict[str, Task] = field(default_factory=dict)  # by engine, the target first
     exports: dict[str, Task] = field(default_factory=dict)
+    engines: dict[str, list[Task]] = field(default_factory=dict)  # TensorRT's, by engine
 
     def __post_init__(self) -> None:
         self.tune = self.check = self.bench = self.load
@@ -173,7 +195,8 @@ class Plan:
                 visit(source)
             seen.setdefault(task)
 
-        for last in (self.tokens, *self.exports.values(), self.tune, self.check, self.bench):
+        compiled = [task for tasks in self.engines.values() for task in tasks]
+        for last in (self.tokens, *self.exports.values(), *compiled, self.tune, self.check, self.bench):
             visit(last)
         return iter(seen)
 
@@ -190,7 +213,8 @@ def plan_tasks(recipe: Recipe, source: Path, texts: Mapping[str, Path]) -> Plan:
     load = Task(LOAD, "", recipe.model.model_dump(), files={"source": source})
     tokens = Task(CALIBRATE, "", recipe.calibration.model_dump(), {"model": load}, texts)
     plan = Plan(load, tokens)
-    limit = min((export.max_seq_len for export in recipe.export if export.max_seq_len), default=None)
+    graphs = [export for export in recipe.export if export.format == "onnx"]
+    limit = min((export.max_seq_len for export in graphs if export.max_seq_len), default=None)
     for name, engine in {TARGET: recipe.target, **recipe.drafters}.items():
         model = load
         prune, quantize = engine.prune, engine.quantize
@@ -207,6 +231,11 @@ def plan_tasks(recipe: Recipe, source: Path, texts: Mapping[str, Path]) -> Plan:
         plan.checkpoints[name] = model
         params = {"max_seq_len": limit, "weights": describe_weights(engine)}
         plan.exports[name] = task(EXPORT, name, params, model=model)
+        plan.engines[name] = [
+            task(COMPILE, name, describe_engine(export, recipe.speculate), graph=plan.exports[name])
+            for export in recipe.export
+            if export.format == "tensorrt"
+        ]
     engines = {f"engine {name}": export for name, export in plan.exports.items()}
     common = {"model": load, "tokens": tokens, **engines}
     checkpoints = {f"checkpoint {name}": model for name, model in plan.checkpoints.items()}
@@ -214,6 +243,23 @@ def plan_tasks(recipe: Recipe, source: Path, texts: Mapping[str, Path]) -> Plan:
     plan.check = Task(CHECK, "", {}, common | checkpoints)
     plan.bench = Task(BENCH, "", {}, common | {"plan": plan.tune})
     return plan
+
+
+def describe_engine(export: Export, speculate: Speculate) -> dict[str, Any]:
+    """What a TensorRT engine is built for. Its calls read one token, a draft behind the token that it
+    follows, a tree, or a chunk of the prompt."""
+    lengths = speculate.num_speculative_tokens
+    if isinstance(lengths, dict):
+        draft = max(lengths.values(), default=DRAFT_LENGTH)
+    else:
+        draft = lengths if isinstance(lengths, int) else DRAFT_LENGTH
+    rows = {1, 1 + draft, export.tree_size or TREE_SIZE, export.prefill_chunk or PREFILL_CHUNK}
+    return {
+        "compute_capability": export.compute_capability,
+        "precision": export.precision or "bfloat16",
+        "rows": sorted(rows),
+        "max_seq_len": export.max_seq_len,
+    }
 
 
 def describe_weights(engine: Engine) -> str:

@@ -29,6 +29,20 @@ class FileEntry(BaseModel):
     size: int = Field(ge=0)
 
 
+class TensorrtEntry(BaseModel):
+    """A TensorRT engine of the bundle; what its builder said of it is kept as it is."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    file: str
+    builder: str  # package and version, which must be the runtime's
+    compute_capability: tuple[str, ...] = Field(strict=False)
+    precision: Literal["bfloat16", "float16"]  # of the cache
+    rows: tuple[Annotated[int, Field(ge=1)], ...] = Field(strict=False, min_length=1)  # by profile, rising
+    max_seq_len: int = Field(ge=1)
+    num_slots: int = Field(ge=1)  # of the cache
+
+
 class EngineEntry(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -42,6 +56,7 @@ class EngineEntry(BaseModel):
     weights: str = ""
     eos_token_ids: tuple[int, ...] = Field(default=(), strict=False)
     bos_token_id: int | None = None
+    tensorrt: tuple[TensorrtEntry, ...] = Field(default=(), strict=False)
 
 
 class Manifest(BaseModel):
@@ -107,7 +122,9 @@ def read_manifest(bundle: Path) -> Manifest:
             f"{path}: no engine is named target, only {', '.join(manifest.engines) or 'none at all'}"
         )
     check_files(bundle, manifest.files)
-    needed = {PLAN, TOKENIZER, *(engine.graph for engine in manifest.engines.values())}
+    engines = manifest.engines.values()
+    needed = {PLAN, TOKENIZER, *(engine.graph for engine in engines)}
+    needed |= {built.file for engine in engines for built in engine.tensorrt}
     for name in sorted(needed - manifest.files.keys()):
         raise BundleError(f"{path} lists no hash for {name}, which decoding needs: rebuild the bundle")
     return manifest

@@ -154,3 +154,19 @@ def test_a_copy_has_every_byte(tmp_path):
     (tmp_path / "a").write_bytes(data)
     pack.copy_file(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == data
+
+
+def test_tensorrt_engines_lie_beside_the_graphs_and_are_listed_with_what_was_said_of_them(parts, tmp_path):
+    engines, model = parts
+    compiled = tmp_path / "cache" / "compiled"
+    (compiled / "engines").mkdir(parents=True)
+    (compiled / "engines" / "sm89.trt").write_bytes(b"plan")
+    built = {"file": "engines/sm89.trt", "builder": "tensorrt_rtx 1.7", "rows": [1, 8], "sparse_tactics": 0}
+    (compiled / "tensorrt.json").write_text(json.dumps(built | facts(b"plan")))
+    layout = lay_out(engines, model, {"plan.json": "{}"}, {}, {"target": [], "int8": [compiled]})
+    publish(tmp_path / "bundle", layout)
+    assert contents(tmp_path / "bundle")["drafters/int8/engines/sm89.trt"] == b"plan"
+    assert layout.manifest["files"]["drafters/int8/engines/sm89.trt"] == facts(b"plan")
+    described = built | {"file": "drafters/int8/engines/sm89.trt", "size": 4}
+    assert layout.manifest["engines"]["int8"]["tensorrt"] == [described]
+    assert "tensorrt" not in layout.manifest["engines"]["target"]

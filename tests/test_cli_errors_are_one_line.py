@@ -47,7 +47,11 @@ def files(folder):
         (["build", "recipe.yaml"], "model"),
         (["build", "recipe.yaml", "calibration.text=[gone.txt]"], "no file gone.txt in "),
         (["build", "recipe.yaml", "calibration.text=gone.txt"], "no file gone.txt in "),
-        (["build", "recipe.yaml", "export=[{format: tensorrt}]"], "export.0: tensorrt is not supported yet"),
+        (["build", "recipe.yaml", "export=[{format: tensorrt}]"], "needs compute_capability, such as"),
+        (
+            ["build", "recipe.yaml", "export=[{format: tensorrt, compute_capability: '5.2'}]"],
+            "export.0: compute_capability '5.2' is unknown; there are: 7.5, 8.0",
+        ),
         (["build", "recipe.yaml", "-o", "recipe.yaml"], "recipe.yaml is a file; give a folder"),
         (["build", "recipe.yaml", "-o", "mine"], "is there and is no bundle, so it is left alone"),
         (["build"], "Missing argument"),

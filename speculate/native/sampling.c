@@ -2,6 +2,7 @@
 #include "draftsmith.h"
 #include "error.h"
 #include "laws.h"
+#include "numbers.h"
 #include "vector.h"
 
 #include <math.h>
@@ -11,24 +12,13 @@
 
 /* ---- Order --------------------------------------------------------------------------------------------- */
 
-/* Integers in the order of the floats, so that comparing vectorizes and radix selection works. -0 and +0 are
- * one; NaNs lie beyond the infinities. */
-static inline int32_t order_key(float x) {
-  int32_t bits;
-  x += 0.0f;
-  memcpy(&bits, &x, sizeof bits);
-  return bits ^ (bits >> 31 & INT32_MAX);
-}
-
-static const int32_t KEY_INFINITY = 0x7f800000, KEY_MINUS_INFINITY = -0x7f800001;
-
 enum { BLOCK = 64 };
 
 /* The extremes of up to BLOCK logits, as keys. */
 static inline int32_t scan_block(const float *row, int32_t n, int32_t *least) {
   int32_t most = INT32_MIN, low = *least;
   for (int32_t i = 0; i < n; ++i) {
-    int32_t key = order_key(row[i]);
+    int32_t key = ds_order_key(row[i]);
     most = key > most ? key : most;
     low = key < low ? key : low;
   }
@@ -49,53 +39,19 @@ DS_WIDE static int32_t scan_row(const float *row, int32_t n, int32_t *maxima) {
       first = start;
     }
   }
-  if (least < KEY_MINUS_INFINITY || most > KEY_INFINITY) return -1;
-  while (order_key(row[first]) != most) ++first;
+  if (least < DS_KEY_MINUS_INFINITY || most > DS_KEY_INFINITY) return -1;
+  while (ds_order_key(row[first]) != most) ++first;
   return first;
 }
 
 /* ---- Weights ------------------------------------------------------------------------------------------- */
-
-/* exp(x) for x <= 0, within 1 ulp: x = k ln 2 + r with |r| <= ln(2) / 2, and the Taylor series of exp(r) up
- * to r^13 (what follows is below 5e-18). Ours, because libm's differs by an ulp between machines, so that a
- * seed would give other tokens elsewhere; and because this one vectorizes. Below -708 the mass is 0, not
- * subnormal. */
-static inline double exp_nonpositive(double x) {
-  const double round_shift = 0x1.8p52; /* adding it leaves the nearest integer in the low bits */
-  double y = x > -708.0 ? x : -708.0;
-  double shifted = y * 0x1.71547652b82fep0 + round_shift;
-  double k = shifted - round_shift;
-  double r =
-      (y - k * 0x1.62e42fefa3800p-1) - k * 0x1.ef35793c76730p-45; /* ln 2 in two parts, k * high exact */
-  double e = 1.0 / 6227020800.0;
-  e = e * r + 1.0 / 479001600.0;
-  e = e * r + 1.0 / 39916800.0;
-  e = e * r + 1.0 / 3628800.0;
-  e = e * r + 1.0 / 362880.0;
-  e = e * r + 1.0 / 40320.0;
-  e = e * r + 1.0 / 5040.0;
-  e = e * r + 1.0 / 720.0;
-  e = e * r + 1.0 / 120.0;
-  e = e * r + 1.0 / 24.0;
-  e = e * r + 1.0 / 6.0;
-  e = e * r + 0.5;
-  e = e * (r * r) + r;
-  e = e + 1.0;
-  uint64_t bits;
-  double scale;
-  memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 1023) << 52;
-  memcpy(&scale, &bits, sizeof scale);
-  double result = e * scale;
-  return x > -708.0 ? result : 0.0;
-}
 
 typedef struct {
   double largest, temperature;
 } softmax;
 
 static inline double weigh(softmax s, float logit) {
-  return exp_nonpositive(((double)logit - s.largest) / s.temperature);
+  return ds_exp_nonpositive(((double)logit - s.largest) / s.temperature);
 }
 
 DS_WIDE static void weigh_row(softmax s, const float *row, int32_t n, double *weights) {
@@ -194,7 +150,7 @@ static selection select_top_k(const float *row, int32_t n, int32_t top_k, scratc
   for (int32_t b = 0; b < n_blocks; ++b) {
     if (room->maxima[b] < bound) continue;
     for (int32_t i = b * BLOCK; i < n && i < (b + 1) * BLOCK; ++i) {
-      int32_t key = order_key(row[i]);
+      int32_t key = ds_order_key(row[i]);
       if (key < bound) continue;
       room->keys[s.n] = key;
       s.index[s.n++] = i;
@@ -221,7 +177,7 @@ static selection select_heavy(const double *weights, int32_t n, double floor, sc
  * equals at the cut the lower indices go first, and one of the most likely always stays. */
 static selection select_top_p(const float *row, double *weights, selection s, double budget, scratch *room) {
   for (int32_t i = 0; i < s.n; ++i) {
-    room->keys[i] = order_key(row[s.index[i]]);
+    room->keys[i] = ds_order_key(row[s.index[i]]);
     room->weights[i] = weights[s.index[i]];
   }
   cut at = find_cut(room->keys, room->weights, s.n, budget);

@@ -7,11 +7,7 @@
 #ifndef DRAFTSMITH_VERIFY_H
 #define DRAFTSMITH_VERIFY_H
 
-#ifdef __CUDACC__
-#define DS_INLINE __host__ __device__ __forceinline__
-#else
-#define DS_INLINE static inline
-#endif
+#include "inline.h"
 
 /* A residual law with less mass than this is rounding; the target's own law takes its place. */
 #define DS_RESIDUAL_FLOOR 1e-12

@@ -1,0 +1,55 @@
+"""Which TensorRT builds for which GPUs, by compute capability.
+
+TensorRT-RTX builds ahead of time for any of its capabilities, several in one plan, on a machine without a
+GPU. TensorRT itself times its kernels, so it builds for the GPU that it finds.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from ..model.errors import ModelError
+
+RTX, ENTERPRISE = "tensorrt_rtx", "tensorrt"  # Python packages
+
+# As TensorRT-RTX names them.
+RTX_NAMES = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121"}
+ENTERPRISE_ONLY = ("9.0", "10.0", "10.3")
+
+_HOW_TO_INSTALL = {
+    RTX: "pip install 'draftsmith[tensorrt]'",
+    ENTERPRISE: "pip install tensorrt, on a machine with such a GPU",
+}
+
+
+def choose_builder(capabilities: Sequence[str]) -> str:
+    """The package that builds one plan for all of `capabilities`.
+
+    Raises ModelError for one that is unknown, for a mix that no package builds, and where it is not
+    installed.
+    """
+    known = [*RTX_NAMES, *ENTERPRISE_ONLY]
+    for capability in capabilities:
+        if capability not in known:
+            raise ModelError(
+                f"compute_capability {capability!r} is unknown; there are: {', '.join(known)}, quoted"
+            )
+    if len(set(capabilities)) < len(capabilities):
+        raise ModelError("compute_capability names one twice")
+    enterprise = [capability for capability in capabilities if capability in ENTERPRISE_ONLY]
+    if enterprise and len(capabilities) > 1:
+        raise ModelError(
+            f"compute_capability {enterprise[0]} is not built by TensorRT-RTX, and TensorRT builds for one "
+            f"GPU at a time; give {enterprise[0]} an entry of its own"
+        )
+    builder = ENTERPRISE if enterprise else RTX
+    if find_spec(builder) is None:
+        raise ModelError(
+            f"compute_capability {', '.join(capabilities)} needs the package {builder}, which is not "
+            f"installed: {_HOW_TO_INSTALL[builder]}"
+        )
+    return builder
+
+
+def name_plan(capabilities: Sequence[str]) -> str:
+    """A file name such as "sm80-sm89.trt"."""
+    return "-".join(f"sm{capability.replace('.', '')}" for capability in capabilities) + ".trt"

@@ -1,0 +1,75 @@
+/* Draftsmith on NVIDIA GPUs: laws, acceptance and cache compaction where the logits are.
+ *
+ * Pointers are device memory unless said otherwise, rows as in draftsmith.h. Work is queued on `stream`
+ * (a cudaStream_t, or NULL for the default one) and not waited for. Every function returns 0, or a cudaError_t
+ * that ds_cuda_error_message explains. Inputs are trusted: they were made on the device by these functions.
+ */
+#ifndef DRAFTSMITH_CUDA_H
+#define DRAFTSMITH_CUDA_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifndef DS_API
+#define DS_API __attribute__((visibility("default")))
+#endif
+
+/* What a status says, in words. */
+DS_API const char *ds_cuda_error_message(int32_t status);
+
+/* ---- The device ---------------------------------------------------------------------------------------- */
+
+/* Memory, streams and graphs, so that whoever drives engines needs no other binding of CUDA. Host pointers may
+ * stand for either end of a copy; a copy is queued like everything else. */
+DS_API int32_t ds_cuda_allocate(void **pointer, int64_t size);
+DS_API int32_t ds_cuda_free(void *pointer);
+DS_API int32_t ds_cuda_copy(void *to, const void *from, int64_t size, void *stream);
+DS_API int32_t ds_cuda_create_stream(void **stream);
+DS_API int32_t ds_cuda_destroy_stream(void *stream);
+DS_API int32_t ds_cuda_wait(void *stream);
+
+/* What is queued between the two is recorded and not run; *graph can then be launched any number of times. */
+DS_API int32_t ds_cuda_begin_graph(void *stream);
+DS_API int32_t ds_cuda_end_graph(void *stream, void **graph);
+DS_API int32_t ds_cuda_launch_graph(void *graph, void *stream);
+DS_API int32_t ds_cuda_destroy_graph(void *graph);
+
+/* ---- A round ------------------------------------------------------------------------------------------- */
+
+/* As ds_laws_from_logits. A row of logits that has no law gives zeros. */
+DS_API int32_t ds_cuda_laws(const float *logits, int32_t n_rows, int32_t vocab, double temperature,
+                            int32_t top_k, double top_p, double *laws, void *stream);
+
+/* As ds_uniforms, to the bit. */
+DS_API int32_t ds_cuda_uniforms(uint64_t seed, uint64_t counter_stream, uint64_t counter, int32_t n,
+                                double *out, void *stream);
+
+typedef struct {
+  int32_t n_accepted;
+  int32_t next_token; /* -1: the law of that row has no mass */
+} ds_cuda_verdict;
+
+/* As ds_verify_chain; `sums` is room for n_draft doubles. Sums over the vocabulary have an order of their own,
+ * so laws differ from the CPU's by rounding; so does a token if its uniform lies within that of a threshold. */
+DS_API int32_t ds_cuda_verify_chain(int32_t rule, int32_t n_draft, int32_t vocab, const double *p,
+                                    const double *q, const int32_t *draft, const double *uniforms,
+                                    double *sums, ds_cuda_verdict *verdict, void *stream);
+
+/* As ds_verify_greedy. */
+DS_API int32_t ds_cuda_verify_greedy(int32_t n_draft, int32_t vocab, const float *logits,
+                                     const int32_t *draft, ds_cuda_verdict *verdict, void *stream);
+
+/* Move the rows in slots[0..n_path), which ascend, to start, start + 1, ...: an accepted path of a tree becomes
+ * a part of the sequence. `caches` holds n_caches device pointers to [n_heads, n_slots, bytes_a_row]; a row is a
+ * multiple of 4 bytes, and slots[i] >= start + i. */
+DS_API int32_t ds_cuda_compact(void *const *caches, int32_t n_caches, int32_t n_heads, int64_t n_slots,
+                               int32_t bytes_a_row, const int32_t *slots, int32_t n_path, int32_t start,
+                               void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

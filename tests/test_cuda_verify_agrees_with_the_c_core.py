@@ -1,0 +1,132 @@
+"""The CUDA kernels, run on the CPU thread by thread, accept and draw what the C core does.
+
+The same source is compiled by nvcc for GPUs. Sums over the vocabulary have another order there than in C, so
+laws are compared to rounding, and what follows from them exactly.
+"""
+
+import numpy as np
+import pytest
+from cuda_cases import check_cases
+from draftsmith.speculate import sampling, verify
+from draftsmith.speculate.errors import BundleError
+from emulated_cuda import SOURCES, Emulated, EmulatorError, compile_emulated
+
+NUM_CASES, MANY_CASES = 120, 100_000 // len(verify.RULES)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    path = tmp_path_factory.mktemp("emulated") / "libverify.so"
+    compile_emulated(SOURCES / "verify.cu", path)
+    return path
+
+
+@pytest.fixture
+def cuda(library):
+    emulated = Emulated(library)
+    emulated.order(0)
+    return emulated
+
+
+def test_laws_and_verdicts(cuda):
+    check_cases(cuda, np.random.default_rng(0), NUM_CASES, largest_vocab=1_000)
+
+
+def test_laws_and_verdicts_of_a_large_vocabulary(cuda):
+    check_cases(cuda, np.random.default_rng(1), 12)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_thousand_laws_and_verdicts(cuda):
+    """A tenth of them over the whole range of vocabularies."""
+    check_cases(cuda, np.random.default_rng(2), MANY_CASES * 9 // 10, largest_vocab=300, filtered=0.1)
+    check_cases(cuda, np.random.default_rng(3), MANY_CASES // 10 + 1, filtered=0.1)
+
+
+@pytest.mark.parametrize("counter", [0, 3, 2**33 + 1, 2**64 - 3])
+def test_random_numbers_are_the_same_to_the_bit(cuda, counter):
+    expected = sampling.uniforms(2**63 + 11, 7, counter, 200)
+    assert (cuda.uniforms(2**63 + 11, 7, counter, 200) == expected).all()
+
+
+@pytest.mark.parametrize("row", [[0.0, np.nan, 1.0], [-np.inf] * 3, [0.0, np.inf, 1.0], [-np.nan, 0.0, 1.0]])
+def test_logits_without_a_law_are_told_apart(cuda, row):
+    logits = np.array([row], np.float32)
+    with pytest.raises(BundleError):
+        sampling.laws(logits, 1.0)
+    laws = cuda.laws(logits)
+    assert (laws == 0).all()
+    assert cuda.chain(verify.RULES["token"], laws, None, np.empty(0, np.int32), np.zeros(2)) == (0, -1)
+    assert cuda.greedy(logits, np.empty(0, np.int32)) == (0, -1)
+
+
+def test_an_accepted_path_becomes_part_of_the_sequence(cuda):
+    rng = np.random.default_rng(4)
+    for heads, width, start in ((1, 2, 0), (3, 64, 5), (2, 200, 40)):
+        caches = [rng.normal(size=(heads, 64, width)).astype(np.float16) for _ in range(4)]
+        steps = rng.integers(1, 4, 7)
+        slots = (start + np.cumsum(steps) - 1).astype(np.int32)
+        expected = [cache.copy() for cache in caches]
+        for cache in expected:
+            cache[:, start : start + len(slots)] = cache[:, slots]
+        cuda.compact(caches, slots, start)
+        for cache, wanted in zip(caches, expected, strict=True):
+            assert (cache == wanted).all()
+
+
+def barriers():
+    """Places of every barrier of the kernels, as (file, number)."""
+    found = []
+    for name in ("block.cuh", "laws.cuh", "verify.cu"):
+        found += [(name, i) for i in range((SOURCES / name).read_text().count("__syncthreads();"))]
+    return found
+
+
+def without_barrier(folder, file, number):
+    """A copy of the kernels that lacks one barrier."""
+    native = folder / "native"
+    (native / "cuda").mkdir(parents=True)
+    for path in [*SOURCES.parent.glob("*.h"), *SOURCES.iterdir()]:
+        text = path.read_text()
+        if path.name == file:
+            parts = text.split("__syncthreads();")
+            text = "__syncthreads();".join(parts[: number + 1]) + "".join(
+                f";{part}" if i == 0 else f"__syncthreads();{part}"
+                for i, part in enumerate(parts[number + 1 :])
+            )
+        (native / path.relative_to(SOURCES.parent)).write_text(text)
+    compile_emulated(native / "cuda" / "verify.cu", folder / "libverify.so")
+    return Emulated(folder / "libverify.so")
+
+
+@pytest.mark.parametrize(
+    ("file", "number"),
+    [
+        pytest.param(*place, marks=[] if place == ("block.cuh", 0) else [pytest.mark.slow])
+        for place in barriers()
+    ],
+)
+def test_a_missing_barrier_is_noticed(tmp_path, file, number):
+    broken = without_barrier(tmp_path, file, number)
+    with pytest.raises((AssertionError, EmulatorError)):
+        check_cases(broken, np.random.default_rng(5), 300, largest_vocab=300)
+
+
+def test_a_barrier_that_some_threads_never_reach_is_an_error(tmp_path):
+    source = tmp_path / "parted.cu"
+    source.write_text(
+        '#include "' + str(SOURCES / "block.cuh") + '"\n'
+        "__global__ void parted(int *out) {\n"
+        "  if (threadIdx.x < 40) __syncthreads();\n"
+        "  out[threadIdx.x] = 1;\n"
+        "}\n"
+        'extern "C" __attribute__((visibility("default"))) int ds_cuda_uniforms(\n'
+        "    uint64_t, uint64_t, uint64_t, int32_t, int *out, void *stream) {\n"
+        "  LAUNCH(parted, 1, draftsmith::THREADS, stream, out);\n"
+        "  return LAUNCH_STATUS();\n"
+        "}\n"
+    )
+    compile_emulated(source, tmp_path / "parted.so")
+    with pytest.raises(EmulatorError, match=r"threads part: 0 waits at a barrier in line 3, 40 has ended"):
+        Emulated(tmp_path / "parted.so").uniforms(0, 0, 0, 64)

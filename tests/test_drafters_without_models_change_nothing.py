@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from decoding import random_costs
-from draftsmith.speculate.binding import ffi, lib
+from draftsmith.speculate.binding import ffi
 from draftsmith.speculate.datastore import Datastore, write_datastore
 from draftsmith.speculate.drafters import DRAFTERS, Drafter, Sources
 from draftsmith.speculate.errors import BundleError
@@ -114,15 +114,10 @@ def test_a_drafter_begins_anew_with_each_generation():
 
 def draft_after(drafter: Drafter, text: list[int], count: int) -> tuple[list[int], list[int]]:
     """(the draft, its support) behind a text, the last half of which is the tail."""
-    handle, half = drafter.handle, (len(text) + 1) // 2
-    tokens, support = ffi.new("int32_t[]", count), ffi.new("int32_t[]", count)
-    assert handle.begin(handle, len(text)) >= 0
-    assert handle.append(handle, ffi.new("int32_t[]", text[:half]), half) >= 0
-    drafted = handle.draft(
-        handle, ffi.new("int32_t[]", text[half:]), len(text) - half, count, tokens, support
-    )
-    assert drafted >= 0, ffi.string(lib.ds_error_message())
-    return list(tokens[0:drafted]), list(support[0:drafted])
+    half = (len(text) + 1) // 2
+    drafter.begin(len(text))
+    drafter.append(text[:half])
+    return drafter.draft(text[half:], count)
 
 
 @pytest.mark.parametrize(

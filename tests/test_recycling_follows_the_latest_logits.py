@@ -13,24 +13,8 @@ WIDTH = lib.DS_RECYCLING_WIDTH
 
 def make(vocab: int) -> Drafter:
     drafter = Sources().open("recycling", vocab)
-    assert drafter.handle.begin(drafter.handle, 100) >= 0
+    drafter.begin(100)
     return drafter
-
-
-def observe(drafter: Drafter, tokens: list[int], logits: np.ndarray) -> None:
-    rows = np.ascontiguousarray(logits, np.float32)
-    handle, data = drafter.handle, ffi.from_buffer("float[]", rows)
-    check(handle.observe(handle, ffi.new("int32_t[]", tokens), len(tokens), data, rows.shape[1]))
-
-
-def append(drafter: Drafter, tokens: list[int]) -> None:
-    check(drafter.handle.append(drafter.handle, ffi.new("int32_t[]", tokens), len(tokens)))
-
-
-def draft(drafter: Drafter, tail: list[int], count: int) -> list[int]:
-    tokens, support = ffi.new("int32_t[]", count), ffi.new("int32_t[]", count)
-    handle, pending = drafter.handle, ffi.new("int32_t[]", tail)
-    return list(tokens[0 : check(handle.draft(handle, pending, len(tail), count, tokens, support))])
 
 
 def candidates(drafter: Drafter, token: int) -> list[int]:
@@ -51,7 +35,7 @@ def test_candidates_are_the_largest_of_the_latest_logits(vocab):
         if trial % 5 == 0:
             logits[rng.random(logits.shape) < 0.2] = np.nan
             logits[rng.random(logits.shape) < 0.2] = -np.inf
-        observe(drafter, tokens, logits)
+        drafter.observe(tokens, logits)
         for token, row in zip(tokens, logits, strict=True):
             order = np.argsort(-np.nan_to_num(row, nan=-np.inf), kind="stable")
             latest[token] = [int(x) for x in order[:WIDTH] if row[x] > -np.inf]
@@ -61,29 +45,29 @@ def test_candidates_are_the_largest_of_the_latest_logits(vocab):
 
 def test_what_stands_comes_first_and_falls_back_one_by_one():
     drafter = make(20)
-    append(drafter, [1, 2, 1, 3])
+    drafter.append([1, 2, 1, 3])
     assert candidates(drafter, 1) == [3, 2]
-    append(drafter, [1])
-    append(drafter, [2])
+    drafter.append([1])
+    drafter.append([2])
     assert candidates(drafter, 1) == [2, 3] and candidates(drafter, 3) == [1]
     for token in range(5, 5 + WIDTH):
-        append(drafter, [1, token])
+        drafter.append([1, token])
     assert candidates(drafter, 1) == list(range(5 + WIDTH - 1, 4, -1))
 
 
 def test_a_draft_follows_the_first_candidates_from_the_last_token():
     drafter = make(10)
-    assert draft(drafter, [], 5) == []
-    append(drafter, [1, 2, 3, 1])
-    assert draft(drafter, [], 5) == [2, 3, 1, 2, 3]
-    assert draft(drafter, [7, 2], 2) == [3, 1]
-    assert draft(drafter, [7], 5) == []
-    logits = np.zeros((1, 10))
+    assert drafter.draft([], 5)[0] == []
+    drafter.append([1, 2, 3, 1])
+    assert drafter.draft([], 5)[0] == [2, 3, 1, 2, 3]
+    assert drafter.draft([7, 2], 2)[0] == [3, 1]
+    assert drafter.draft([7], 5)[0] == []
+    logits = np.zeros((1, 10), np.float32)
     logits[0, 9] = 1
-    observe(drafter, [3], logits)
-    assert draft(drafter, [], 5) == [2, 3, 9]
-    assert drafter.handle.begin(drafter.handle, 5) >= 0
-    assert draft(drafter, [1], 5) == []
+    drafter.observe([3], logits)
+    assert drafter.draft([], 5)[0] == [2, 3, 9]
+    drafter.begin(5)
+    assert drafter.draft([1], 5)[0] == []
 
 
 def test_rejected_drafts_are_learnt_from_too():

@@ -7,6 +7,7 @@ from typing import Literal
 
 from .binding import lib
 from .drafters import DRAFTERS, Drafter, Sources
+from .drafters import SUFFIX as SUFFIX
 from .engine import Engine
 from .errors import BundleError
 from .loop import Decoder, Level
@@ -90,17 +91,19 @@ def build_ladder(
     rungs: list[Rung],
     open_engine: Callable[[str], Engine],
     costs: Mapping[str, Sequence[float]] | None = None,
-    open_drafter: Callable[[str], Drafter] | None = None,
+    open_drafter: Callable[[str, int], Drafter] | None = None,
 ) -> Decoder:
     """The decoder of a ladder with the target on top.
 
     costs: name -> milliseconds of a call with 1, 2, ... rows, by which drafts end where they stop to pay.
     """
     known, open_drafter = costs or {}, open_drafter or Sources().open
-    levels = [
-        Level(rung.name, None, rung.num_speculative_tokens, drafter=open_drafter(rung.name))
-        if rung.name in DRAFTERS
-        else Level(rung.name, open_engine(rung.name), rung.num_speculative_tokens, known.get(rung.name))
-        for rung in rungs
-    ]
-    return Decoder([*levels, Level(TARGET, open_engine(TARGET), costs=known.get(TARGET))])
+    target = open_engine(TARGET)
+
+    def level(rung: Rung) -> Level:
+        if rung.name in DRAFTERS:
+            drafter = open_drafter(rung.name, target.vocab_size)
+            return Level(rung.name, None, rung.num_speculative_tokens, drafter=drafter)
+        return Level(rung.name, open_engine(rung.name), rung.num_speculative_tokens, known.get(rung.name))
+
+    return Decoder([*map(level, rungs), Level(TARGET, target, costs=known.get(TARGET))])

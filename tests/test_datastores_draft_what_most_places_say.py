@@ -1,4 +1,4 @@
-"""A datastore drafts what most places say where the longest end of a context occurs; bad files are refused."""
+"""A datastore drafts what most places say where the longest end of a context occurs; others are refused."""
 
 import struct
 from collections import Counter

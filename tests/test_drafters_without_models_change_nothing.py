@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from decoding import random_costs
-from draftsmith.speculate.binding import ffi, lib
+from draftsmith.speculate.binding import ffi
 from draftsmith.speculate.datastore import Datastore, write_datastore
 from draftsmith.speculate.drafters import DRAFTERS, Drafter, Sources
 from draftsmith.speculate.errors import BundleError
@@ -99,14 +99,14 @@ def test_a_reference_that_says_it_all_is_read_off(tmp_path, name):
 
 
 def test_no_draft_goes_past_the_end_of_a_reference():
-    drafter = Sources(references=[[1, 2, 3, 4], [5, 6, 7]]).open("llma")
+    drafter = Sources(references=[[1, 2, 3, 4], [5, 6, 7]]).open("llma", 10)
     assert draft_after(drafter, [1, 2], 9) == ([3, 4], [2, 3])
     assert draft_after(drafter, [9, 3, 4], 9) == ([], [])
     assert draft_after(drafter, [5, 6, 7, 5, 6], 9)[0] == [7, 5, 6, 7, 5, 6, 7, 5, 6]
 
 
 def test_a_drafter_begins_anew_with_each_generation():
-    drafter = Sources(references=[[1, 2, 3]]).open("llma")
+    drafter = Sources(references=[[1, 2, 3]]).open("llma", 10)
     for _ in range(3):
         assert draft_after(drafter, [7, 8, 9, 7, 8], 3)[0] == [9, 7, 8]
         assert draft_after(drafter, [7, 8], 3)[0] == []
@@ -114,15 +114,10 @@ def test_a_drafter_begins_anew_with_each_generation():
 
 def draft_after(drafter: Drafter, text: list[int], count: int) -> tuple[list[int], list[int]]:
     """(the draft, its support) behind a text, the last half of which is the tail."""
-    handle, half = drafter.handle, (len(text) + 1) // 2
-    tokens, support = ffi.new("int32_t[]", count), ffi.new("int32_t[]", count)
-    assert handle.begin(handle, len(text)) >= 0
-    assert handle.append(handle, ffi.new("int32_t[]", text[:half]), half) >= 0
-    drafted = handle.draft(
-        handle, ffi.new("int32_t[]", text[half:]), len(text) - half, count, tokens, support
-    )
-    assert drafted >= 0, ffi.string(lib.ds_error_message())
-    return list(tokens[0:drafted]), list(support[0:drafted])
+    half = (len(text) + 1) // 2
+    drafter.begin(len(text))
+    drafter.append(text[:half])
+    return drafter.draft(text[half:], count)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +170,7 @@ def test_a_drafter_from_outside_is_one_struct():
     plain = run(engines, [], [], Sources(), [1], 60)[0]
 
     class Own(Sources):
-        def open(self, name):
+        def open(self, name, vocab_size):
             return Stubborn([2, 2, 1])
 
     for ladder in (["suffix"], ["suffix", "int8"]):
@@ -193,7 +188,7 @@ def test_a_drafter_from_outside_is_one_struct():
 )
 def test_a_drafter_that_breaks_its_word_is_an_error(says, count, words):
     class Own(Sources):
-        def open(self, name):
+        def open(self, name, vocab_size):
             return Stubborn(says, count)
 
     with pytest.raises(BundleError, match=words):

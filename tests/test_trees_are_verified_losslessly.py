@@ -415,7 +415,7 @@ def test_kseq_of_two_drafts_does_not_cover():
     """Sequoia's example (arXiv 2402.12374): p = [1, 0], q uniform, two drafts are accepted at 0.75."""
     p, q = np.array([1.0, 0.0]), np.array([0.5, 0.5])
     accepted = sum(integrate_kseq(p, q, drafts)[1] / 4 for drafts in itertools.product(range(2), repeat=2))
-    assert accepted == pytest.approx(0.75, abs=1e-9)
+    assert accepted == pytest.approx(0.75, abs=1e-6)
 
 
 # ---- Inputs ------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
  * Place i stands for the text that ends before token i. Places are sorted by that text read backwards,
  * token by token from i - 1 down, DS_DATASTORE_MAX_MATCH of them: so those that end as a context does lie
  * together, and one binary search finds where the longest match is, whatever its length. (A suffix array
- * of the reversed text.) /
+ * of the reversed text.)
  */
 #ifndef DRAFTSMITH_DATASTORE_FILE_H
 #define DRAFTSMITH_DATASTORE_FILE_H

@@ -89,15 +89,16 @@ DS_INLINE ds_rest ds_rest_normalize(ds_rest rest, double sum) {
 
 /* ---- K-SEQ --------------------------------------------------------------------------------------------- */
 
-/* min(q, p / rho): the chance that one draft is this token and is accepted (arXiv 2310.15141). */
-DS_INLINE double ds_kseq_share(double p, double q, double rho) {
-  double most = p / rho;
+/* min(q, p / rho), with scale = 1 / rho: the chance that one draft is this token and is accepted (arXiv
+ * 2310.15141). */
+DS_INLINE double ds_kseq_share(double p, double q, double scale) {
+  double most = p * scale;
   return q < most ? q : most;
 }
 
 /* What the token still lacks once each accepted one came `tries` times, the mean number of drafts tried. */
-DS_INLINE double ds_kseq_residual(double p, double q, double rho, double tries) {
-  double rest = p - ds_kseq_share(p, q, rho) * tries;
+DS_INLINE double ds_kseq_residual(double p, double q, double scale, double tries) {
+  double rest = p - ds_kseq_share(p, q, scale) * tries;
   return rest > 0 ? rest : 0;
 }
 

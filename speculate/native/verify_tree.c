@@ -1,7 +1,7 @@
 /* Verification of a drafted tree. The rules are in verify.h; here are the walks and the sums.
  *
  * A node is its index, the root is -1, and row i + 1 of p and q belongs to node i. Nothing is allocated:
- * what is left of a law is two numbers (ds_rest) and the tokens of the children that were tried. /
+ * what is left of a law is two numbers (ds_rest) and the tokens of the children that were tried.
  */
 #include "draftsmith.h"
 #include "error.h"

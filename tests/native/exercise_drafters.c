@@ -50,6 +50,34 @@ static void exercise_suffix_drafter(void) {
   ds_drafter_close(NULL);
 }
 
+static void exercise_recycling(void) {
+  int32_t tokens[1] = {VOCAB}, candidates[DS_RECYCLING_WIDTH], draft[2], support[2];
+  float logits[2 * VOCAB] = {0};
+  for (int trial = 0; trial < 50; ++trial) {
+    ds_drafter *drafter = ds_recycling_drafter_create(VOCAB);
+    CHECK(drafter);
+    for (int round = 0; round < 3; ++round) generate(drafter);
+    for (int32_t token = 0; token < VOCAB; ++token) {
+      int32_t n = ds_recycling_candidates(drafter, token, candidates);
+      CHECK(n >= 0 && n <= VOCAB);
+    }
+    CHECK(drafter->observe(drafter, tokens, 0, NULL, 1) == DS_OK);
+    REFUSED(drafter->observe(drafter, tokens, 1, logits, VOCAB), "token 7 is outside");
+    REFUSED(drafter->append(drafter, tokens, 1), "token 7 is outside");
+    REFUSED(drafter->draft(drafter, tokens, 1, 2, draft, support), "token 7 is outside");
+    REFUSED(ds_recycling_candidates(drafter, -1, candidates), "token -1");
+    REFUSED(ds_recycling_candidates(drafter, 1, NULL), "room");
+    tokens[0] = 2;
+    CHECK(drafter->observe(drafter, tokens, 1, logits, 2 * VOCAB) == DS_OK); /* a wider level above */
+    CHECK(drafter->observe(drafter, tokens, 1, logits, 2) == DS_OK);         /* and a narrower one */
+    CHECK(ds_recycling_candidates(drafter, 2, candidates) == 2);
+    tokens[0] = VOCAB;
+    ds_drafter_close(drafter);
+  }
+  REFUSED(ds_recycling_candidates(NULL, 1, candidates), "a drafter");
+  CHECK(!ds_recycling_drafter_create(0) && strstr(ds_error_message(), "vocab is 0"));
+}
+
 static const uint8_t NO_TOKENIZER[DS_TOKENIZER_BYTES];
 static const char *scratch; /* a file to write */
 
@@ -170,6 +198,8 @@ static ds_drafter *create_suffix(void) {
   return ds_suffix_drafter_create(text, 3);
 }
 
+static ds_drafter *create_recycling(void) { return ds_recycling_drafter_create(VOCAB); }
+
 static ds_datastore *opened;
 
 static ds_drafter *create_rest(void) { return ds_datastore_drafter_create(opened); }
@@ -178,9 +208,11 @@ int main(int n_words, char **words) {
   CHECK(n_words == 2);
   scratch = words[1];
   exercise_suffix_drafter();
+  exercise_recycling();
   exercise_datastore();
   exercise_writing_without_memory();
   exercise_memory(create_suffix, 6);
+  exercise_memory(create_recycling, 1);
   CHECK((opened = ds_datastore_open(scratch, VOCAB, NO_TOKENIZER)));
   exercise_memory(create_rest, 1);
   ds_datastore_free(opened);

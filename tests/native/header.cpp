@@ -21,6 +21,6 @@ int main() {
   ds_rest rest = ds_rest_normalize(ds_rest_without(ds_rest{1, 1, 0}, 1), 0.5);
   right =
       right && ds_rest_mass(rest, 0.75, 0.25) == 1 && ds_rest_mass(rest, 0.25, 0.75) == 0 && rest.keep == 1;
-  right = right && ds_kseq_share(0.5, 0.5, 2) == 0.25 && ds_kseq_residual(0.5, 0.5, 2, 1) == 0.25;
+  right = right && ds_kseq_share(0.5, 0.5, 0.5) == 0.25 && ds_kseq_residual(0.5, 0.5, 0.5, 1) == 0.25;
   return right ? 0 : 1;
 }

@@ -13,7 +13,7 @@ from .errors import RecipeError
 from .recipe import TARGET, Engine, Recipe
 from .recipe_file import LoadedRecipe
 
-BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime")
+BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib")
 TEXTS = "self, text files, or dataset:NAME"
 GIB = 2**30
 LEAST_CONTEXT = 160  # tokens: the prompts that are tuned and measured on, their continuation, and a draft

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.config import DecoderConfig
+from .gate_prompts import DEFAULT_PROMPTS
 from .hashing import hash_file, hash_json, write_json
 from .pack import ENGINE_FILE, try_bundle
 from .recipe import TARGET, Engine, Recipe, Speculate
@@ -122,7 +123,7 @@ def _bench(call: Call) -> dict:
     from .bench import bench_stage
 
     bundle = try_bundle(call.work, call.inputs)
-    return bench_stage(bundle, call.inputs["tokens"], call.out, call.progress)
+    return bench_stage(bundle, call.inputs["tokens"], call.out, call.progress, call.files["questions"])
 
 
 LOAD = Stage("load", _load, code=("model",), packages=("torch", "safetensors", "transformers", "gguf"))
@@ -214,7 +215,7 @@ def plan_tasks(recipe: Recipe, source: Path, texts: Mapping[str, Path]) -> Plan:
     checkpoints = {f"checkpoint {name}": model for name, model in plan.checkpoints.items()}
     plan.tune = Task(TUNE, "", recipe.speculate.model_dump(), common)
     plan.check = Task(CHECK, "", {}, common | checkpoints)
-    plan.bench = Task(BENCH, "", {}, common | {"plan": plan.tune})
+    plan.bench = Task(BENCH, "", {}, common | {"plan": plan.tune}, {"questions": DEFAULT_PROMPTS})
     return plan
 
 

@@ -72,7 +72,7 @@ def tune_bundle(
         progress(index + 1, len(ladders), "predicting ladders")
     plans.sort(key=lambda plan: -plan.tokens_per_second)
     best = _choose(spec, plans, plain, recordings, options, costs)
-    table = _describe_costs(costs)
+    table = _describe_costs(costs) | {"floor_ms": meter.floors()}
     measured = check_prediction(bundle, recordings, spec, best, costs, table, progress)
     why = _say_why(best, plain, measured)
     if spec.ladder == "auto" and best.ladder and measured["speedup"] < 1:

@@ -124,6 +124,18 @@ def test_each_candidate_has_a_reason(page):
     assert "off by +2.3 %" in text
 
 
+def test_a_bundle_without_drafters_has_a_page_too(tmp_path):
+    bundle = open_bundle(write_bundle(tmp_path / "bundle", plan={"ladder": []}))
+    result = bench(bundle, [Prompt("The drafter", "all", 1)], max_new_tokens=8, ignore_eos=True)
+    plain = CANDIDATES[2]
+    plan = PLAN | {"ladder": [], "num_speculative_tokens": {}, "predicted": plain, "candidates": [plain]}
+    plan |= {"measured": {"plain": PLAN["measured"]["plain"], "speedup": 1.0, "prediction_error": -0.016}}
+    for name, reports in {"both": {"tune": plan, "bench": result}, "none": {}}.items():
+        write_report(Path("bundle"), reports, tmp_path / f"{name}.html")
+    text = (tmp_path / "both.html").read_text()
+    assert "Plain decoding." in text and "Acceptance</h2>" not in text
+
+
 @pytest.mark.slow
 def test_it_opens_in_a_browser_without_a_word_on_the_console(page, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")

@@ -42,8 +42,12 @@ class Trial:
                 bundle.generate(self.prompts[0], 4, speculate=ladder, ignore_eos=True)
 
     def repeat(self, mode: Mode) -> None:
-        """Decode every prompt once more on every bundle, round by round in turn."""
+        """Decode the prompts that have the fewest undisturbed repetitions, usually all, once more on every
+        bundle, round by round in turn."""
+        least = self.count_repeats(mode)
         for index, prompt in enumerate(self.prompts):
+            if len(self.kept.get((mode, index), ())) > least:
+                continue
             runs = [
                 bundle.stream(prompt, self.max_new_tokens, speculate=LADDERS[mode], ignore_eos=True)
                 for bundle in self.bundles

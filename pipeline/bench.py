@@ -10,11 +10,12 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ..speculate.bundle import Bundle, load
+from ..speculate.manifest import CHAT_TEMPLATE
 from .figures import Run, describe_memory, summarise, summarise_categories
 from .machine import describe_machine
 from .processor import num_threads
 from .progress import Progress, no_progress
-from .prompts import Prompt, encode_prompts
+from .prompts import Prompt, encode_prompts, read_prompts
 from .rounds import decode_in_turn
 from .snapshot import Mode, Sample, take_snapshot
 from .steadiness import Reference, Watch
@@ -154,16 +155,26 @@ def find_divergence(bundle: Bundle, prompt: list[int], plain: list[int], specula
     }
 
 
-def bench_stage(bundle_dir: Path, tokens: Path, out: Path, progress: Progress = no_progress) -> dict:
-    """The build's own measurement, on a few calibration windows: writes ``bench.json``."""
+def bench_stage(
+    bundle_dir: Path,
+    tokens: Path,
+    out: Path,
+    progress: Progress = no_progress,
+    questions: Path | None = None,
+) -> dict:
+    """The build's own measurement, on a few calibration windows and, where the bundle has a chat template, a
+    file of prompts of several categories: writes ``bench.json``."""
     windows = load_file(tokens / "tokens.safetensors")["tokens"]
     # The far ends of the windows: tuning saw the beginnings.
     picked = windows[
         np.linspace(0, len(windows) - 1, min(STAGE_PROMPTS, len(windows))).astype(int), -STAGE_PROMPT_TOKENS:
     ]
     prompts = [Prompt(ids, "calibration", index) for index, ids in enumerate(picked.tolist())]
+    bundle = load(bundle_dir, num_threads())
+    if questions and CHAT_TEMPLATE in bundle.manifest.files:
+        prompts += read_prompts(questions)[0]
     result = bench(
-        load(bundle_dir, num_threads()),
+        bundle,
         prompts,
         max_new_tokens=STAGE_NEW_TOKENS,
         ignore_eos=True,

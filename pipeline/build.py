@@ -105,7 +105,7 @@ def _lay_out_bundle(recipe: Recipe, plan: Plan, done: dict[Task, Entry], out: Pa
             "recipe.yaml": "# As resolved by the build that made this bundle.\n" + dump_recipe(resolved),
             PLAN: (done[plan.tune].output / PLAN).read_text(encoding="utf-8"),
             "report.html": report.read_text(encoding="utf-8"),
-            "MODEL_CARD.md": write_card(resolved, provenance, weights),
+            "MODEL_CARD.md": write_card(resolved, provenance, weights, done[plan.tune].report),
         }
     engines = {name: done[task].output for name, task in plan.exports.items()}
     compiled = {name: [done[task].output for task in tasks] for name, tasks in plan.engines.items()}

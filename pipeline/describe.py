@@ -56,34 +56,35 @@ def collect_reports(done: Mapping[Task, Entry], provenance: Mapping[str, Any]) -
     }
 
 
-def write_card(resolved: Recipe, provenance: Mapping[str, Any], engines: Mapping[str, str]) -> str:
-    """A model card, from the same data as the manifest. `engines`: weights by name, the target first."""
-    model, measured = provenance["model"], provenance["measurements"]
-    drafters = [f"| {name} | {weights} |" for name, weights in engines.items()]
+def write_card(
+    resolved: Recipe,
+    provenance: Mapping[str, Any],
+    engines: Mapping[str, str],
+    plan: Mapping[str, Any] | None = None,
+) -> str:
+    """A model card, from the same data as the manifest and the report. `engines`: weights by name, the target
+    first. `plan`: what tuning found."""
+    model, measured, plan = provenance["model"], provenance["measurements"], plan or {}
+    agreement = measured.get("greedy_agreement") or {}
+    rows = [
+        f"| {name} | {weights} | {f'{agreement[name]:.0%}' if name in agreement else ''} |"
+        for name, weights in engines.items()
+    ]
     ladder = resolved.speculate.ladder
     chain = " → ".join([*ladder, "target"]) if isinstance(ladder, list) else "the target alone"
-    bench = measured["bench"]
     lines = [
         f"# {model['source']}, with drafters of its own",
         "",
         f"Made by Draftsmith from `{model['source']}` ({model['architecture']}). The target's words are what",
         "you get: drafters propose them, and every one is checked.",
         "",
-        "| engine | weights |",
-        "|---|---|",
-        *drafters,
+        "| engine | weights | of the target's tokens, would choose the same |",
+        "|---|---|---|",
+        *rows,
         "",
-        f"Decoding: {chain}.",
-    ]
-    if speedup := (bench.get("speedup") or {}).get("p50"):
-        machine = measured["machine"] or {}
-        where = f"{machine.get('processor', 'an unknown processor')}, {machine.get('cores', '?')} cores"
-        lines += [
-            f"Measured on {where}, {measured['date']}: {speedup:.2f} times plain decoding (median over "
-            f"{bench['prompts']} prompts of this model's own text). How it was taken: `report.html`.",
-        ]
-    lines += [
+        f"Decoding: {chain}. {plan.get('why', '')}".rstrip(),
         "",
+        *_measured_lines(measured),
         "```sh",
         "draftsmith generate . 'Once upon a time'",
         "```",
@@ -91,3 +92,27 @@ def write_card(resolved: Recipe, provenance: Mapping[str, Any], engines: Mapping
         "Licence, intended use and limits are those of the original model.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _measured_lines(measured: Mapping[str, Any]) -> list[str]:
+    bench = measured["bench"]
+    speedup = (bench.get("speedup") or {}).get("p50")
+    if not speedup:
+        return []
+    machine = measured["machine"] or {}
+    where = f"{machine.get('processor', 'an unknown processor')}, {machine.get('cores', '?')} cores"
+    rows = []
+    for label, key in (("tokens/s", "tokens_per_second"), ("TTFT, ms", "ttft_ms"), ("TPOT, ms", "tpot_ms")):
+        plain, fast = ((bench[mode].get(key) or {}).get("p50") for mode in ("plain", "speculative"))
+        if plain and fast:
+            rows.append(f"| {label} | {plain:.1f} | {fast:.1f} |")
+    return [
+        f"Measured on {where}, {measured['date']}: {speedup:.2f} times plain decoding (median over "
+        f"{bench['prompts']} prompts), {bench['identical']} of {bench['prompts']} outputs the same token for",
+        "token. How it was taken, and what was not chosen: `report.html`.",
+        "",
+        "| median | plain | speculative |",
+        "|---|---:|---:|",
+        *rows,
+        "",
+    ]

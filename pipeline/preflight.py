@@ -14,7 +14,7 @@ from .errors import RecipeError
 from .recipe import TARGET, Engine, Export, Recipe
 from .recipe_file import LoadedRecipe
 
-BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime")
+BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib")
 TEXTS = "self, text files, or dataset:NAME"
 GIB = 2**30
 PLAN_SIZE = 2  # of a TensorRT engine, times the weights: profiles have layouts of their own

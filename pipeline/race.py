@@ -71,7 +71,10 @@ class Race:
             return compare(old, new, self.settings.metric)
         # What the baseline would take today, if all went as much slower or faster as the reference kernel.
         scale = _calm(self.reference.milliseconds) / self.then.calm_reference_ms
-        old = [sample.series(scale) for sample in self.then.samples if sample.mode == mode]
+        known = {sample.prompt: sample for sample in self.then.samples if sample.mode == mode}
+        if not all(sample.prompt in known for sample in candidate):
+            return None
+        old = [known[sample.prompt].series(scale) for sample in candidate]
         found = compare(old, new, self.settings.metric)
         return replace(
             found, lower=found.lower * (1 - FILE_ALLOWANCE), upper=found.upper * (1 + FILE_ALLOWANCE)
@@ -134,7 +137,7 @@ class Race:
         found = self.compare(mode, self.trials)
         trials = [trial for trial in self.trials if mode in trial.modes]
         if found is None or sum(trial.count_repeats(mode) for trial in trials) < MIN_REPEATS:
-            if self.then is not None and not any(sample.mode == mode for sample in self.then.samples):
+            if self.then is not None and mode not in {sample.mode for sample in self.then.samples}:
                 return Check(name, "cannot tell", "ms", None, None, limit, "the baseline did not measure it")
             return Check(name, "cannot tell", "ms", None, None, limit, self._why_too_few())
         bounds = f"{found.ratio:.3f} times the baseline, {found.lower:.3f} to {found.upper:.3f}"

@@ -1,11 +1,23 @@
 """report.html: what was built, chosen and measured, in one self-contained page."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-SERIES_COLORS = ("#1f5fa8", "#c2571a", "#3a7d44", "#7a4fa0", "#8a6d1c", "#555")
+from .plots import plot_bars, plot_costs, plot_layers, plot_parts, plot_positions
+from .reasons import explain_candidates
+
+COMPRESSION_STAGES = ("load", "calibrate", "smooth", "prune", "quantize", "export")
+LAYER = re.compile(r"(?:layers\.|layers/)(\d+)(?:\.(?:\w+\.)?(\w+))?$")
+# Of each stage: the list in its report, the figure in a row, and what to call it.
+QUALITY = {
+    "prune": ("linears", "loss", "squared error of the output, a token"),
+    "quantize": ("linears", "dynamic_error", "relative error of W8A8"),
+    "smooth": ("parts", "error", "relative error of W8A8, smoothed"),
+}
 
 
 def write_report(bundle_dir: Path, reports: Mapping[str, dict], out_file: Path) -> None:
@@ -16,13 +28,15 @@ def write_report(bundle_dir: Path, reports: Mapping[str, dict], out_file: Path) 
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= {"figure": _figure}
-    plan = reports.get("tune", {})
+    environment.filters |= {"figure": format_figure}
+    plan, bench = reports.get("tune", {}), reports.get("bench", {})
     page = environment.get_template("report.html.j2").render(
         title=bundle_dir.name,
         plan=plan,
-        chart=_cost_chart(plan["costs"]) if "costs" in plan else "",
-        bench=reports.get("bench", {}),
+        candidates=explain_candidates(plan) if plan else [],
+        plots=_plan_plots(plan) | _bench_plots(bench),
+        quality=_quality_plots(reports),
+        bench=bench,
         check=reports.get("check", {}),
         provenance=reports.get("manifest", {}),
         tables=_tables(reports),
@@ -33,10 +47,7 @@ def write_report(bundle_dir: Path, reports: Mapping[str, dict], out_file: Path) 
     out_file.write_text(page, encoding="utf-8")
 
 
-COMPRESSION_STAGES = ("load", "calibrate", "smooth", "prune", "quantize", "export")
-
-
-def _figure(value: object) -> str:
+def format_figure(value: object) -> str:
     """A number as a person reads it: three or four significant digits, lists joined."""
     match value:
         case bool():
@@ -44,12 +55,64 @@ def _figure(value: object) -> str:
         case float():
             return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
         case list() | tuple():
-            return ", ".join(map(_figure, value)) or "none"
+            return ", ".join(map(format_figure, value)) or "none"
         case dict():
-            return ", ".join(f"{key} {_figure(item)}" for key, item in value.items()) or "none"
+            return ", ".join(f"{key} {format_figure(item)}" for key, item in value.items()) or "none"
         case None:
             return "–"
     return str(value)
+
+
+def _plan_plots(plan: Mapping[str, Any]) -> dict[str, str]:
+    if "costs" not in plan:
+        return {}
+    names = [" → ".join(row["ladder"]) or "none (plain)" for row in plan["candidates"]]
+    speeds = [row["tokens_per_second"] for row in plan["candidates"]]
+    measured = {}
+    for mode, ladder in (("plain", []), ("chosen", plan["ladder"])):
+        run = plan.get("measured", {}).get(mode)
+        name = " → ".join(ladder) or "none (plain)"
+        if run and name in names:
+            measured[name] = run["tokens_per_second"]
+    predicted = dict(zip(names, speeds, strict=True))
+    alt = "Predicted and measured tokens per second"
+    return {
+        "costs": plot_costs(plan["costs"]),
+        "speeds": plot_bars(predicted, "tokens per second, decoding", alt, measured),
+    }
+
+
+def _bench_plots(bench: Mapping[str, Any]) -> dict[str, str]:
+    if not bench:
+        return {}
+    plots = {"parts": plot_parts({mode: bench[mode]["ms_per_token"] for mode in ("plain", "speculative")})}
+    levels = bench["speculative"]["levels"]
+    drafted = {name: level for name, level in levels.items() if level.get("per_position_acceptance")}
+    if drafted:
+        plots["positions"] = plot_positions(drafted)
+    lengths = {
+        name: part["speculative"]["mean_acceptance_length"] for name, part in bench["categories"].items()
+    }
+    lengths = {name: length for name, length in lengths.items() if length is not None}
+    if levels and len(lengths) > 1:
+        alt = "Tokens per target call by category"
+        plots["categories"] = plot_bars(lengths, "tokens per target call", alt, {})
+    return plots
+
+
+def _quality_plots(reports: Mapping[str, dict]) -> dict[str, str]:
+    """By stage: how much each linear, or layer, lost."""
+    plots = {}
+    for name, report in reports.items():
+        rows, figure, label = QUALITY.get(name.split()[0], ("", "", ""))
+        series: dict[str, list[tuple[int, float]]] = {}
+        for row in report.get(rows) or ():
+            place = LAYER.search(str(row.get("linear") or row.get("part")))
+            if place and isinstance(value := row.get(figure), float):
+                series.setdefault(place[2] or "whole layer", []).append((int(place[1]), value))
+        if series:
+            plots[name] = plot_layers(series, label, f"{name}: {label}, by layer")
+    return plots
 
 
 def _tables(reports: Mapping[str, dict]) -> dict[str, list[dict]]:
@@ -70,38 +133,3 @@ def _flat(report: Mapping) -> dict[str, object]:
         for key, value in report.items()
         if not isinstance(value, list) or not value or not isinstance(value[0], dict)
     }
-
-
-def _cost_chart(costs: Mapping) -> str:
-    """Milliseconds of a call against its rows, one line an engine, as inline SVG."""
-    width, height, left, bottom = 640, 320, 56, 44
-    rows: Sequence[float] = costs["rows"]
-    series: Mapping[str, Sequence[float]] = costs["milliseconds"]
-    top = 1.1 * max(max(values) for values in series.values())
-
-    def place(row: float, ms: float) -> tuple[float, float]:
-        return left + (width - left - 130) * row / max(rows), (height - bottom) * (1 - ms / top) + 8
-
-    label = "Milliseconds of one call against its rows"
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">']
-    for tick in range(5):
-        value = top * tick / 4
-        x, y = place(0, value)
-        parts.append(f'<line x1="{x}" y1="{y:.1f}" x2="{width - 130}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    for row in rows:
-        x, y = place(row, 0)
-        parts.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{row}</text>')
-    x, y = place(max(rows) / 2, 0)
-    parts.append(f'<text x="{x:.1f}" y="{y + 34:.1f}" text-anchor="middle">rows in one call</text>')
-    parts.append(
-        f'<text text-anchor="middle" transform="translate(14 {height / 2}) rotate(-90)">milliseconds</text>'
-    )
-    for (name, values), color in zip(series.items(), SERIES_COLORS * len(series), strict=False):
-        points = [place(row, ms) for row, ms in zip(rows, values, strict=True)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points]
-        x, y = points[-1]
-        parts.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{color}">{name}</text>')
-    return "".join([*parts, "</svg>"])

@@ -69,9 +69,14 @@ class Snapshot(BaseModel):
     reference: str = REFERENCE
     reference_ms: list[float] = Field(min_length=1)  # sorted
     agreement: dict[str, float] = {}  # drafter -> share of the target's own tokens that it would choose
-    acceptance: dict[str, float | None] = {}  # as measured with this plan
     perplexity: Perplexity | None = None
     bytes: int
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> Self:
+        if any(sample.prompt >= len(self.prompts) for sample in self.samples):
+            raise ValueError("a sample is of a prompt that is not there")
+        return self
 
     @property
     def calm_reference_ms(self) -> float:
@@ -92,7 +97,7 @@ def take_snapshot(
     reference_ms: Sequence[float],
     **measured: Any,
 ) -> Snapshot:
-    """`measured`: agreement, acceptance, perplexity."""
+    """`measured`: agreement, perplexity."""
     return Snapshot(
         version=SNAPSHOT_VERSION,
         **describe_bundle(bundle),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.config import DecoderConfig
+from .gate_prompts import DEFAULT_PROMPTS
 from .hashing import hash_file, hash_json, write_json
 from .pack import ENGINE_FILE, TENSORRT_FILE, try_bundle
 from .recipe import TARGET, Engine, Export, Recipe, Speculate
@@ -141,7 +142,7 @@ def _bench(call: Call) -> dict:
     from .bench import bench_stage
 
     bundle = try_bundle(call.work, call.inputs)
-    return bench_stage(bundle, call.inputs["tokens"], call.out, call.progress)
+    return bench_stage(bundle, call.inputs["tokens"], call.out, call.progress, call.files["questions"])
 
 
 LOAD = Stage("load", _load, code=("model",), packages=("torch", "safetensors", "transformers", "gguf"))
@@ -154,11 +155,12 @@ COMPILE = Stage("compile", _compile, ("export",), ("onnx", *TENSORRT_PACKAGES))
 MEASURING = (
     *("speculate", "pipeline/pack.py", "pipeline/prompts.py"),
     *("pipeline/machine.py", "pipeline/processor.py", "pipeline/replay.py", "pipeline/traces.py"),
+    *("pipeline/rounds.py", "pipeline/compare.py"),
 )
 TUNE = Stage(
     "tune",
     _tune,
-    (*MEASURING, "pipeline/tune.py"),
+    (*MEASURING, "pipeline/tune.py", "pipeline/call_costs.py"),
     RUNTIME,
     measured=True,
 )
@@ -170,7 +172,7 @@ CHECK = Stage(
     sums=True,
     measured=True,
 )
-TIMING = tuple(f"pipeline/{name}.py" for name in ("bench", "figures", "rounds", "snapshot", "steadiness"))
+TIMING = tuple(f"pipeline/{name}.py" for name in ("bench", "figures", "snapshot", "steadiness"))
 BENCH = Stage("bench", _bench, (*MEASURING, *TIMING), RUNTIME, measured=True)
 
 
@@ -241,7 +243,7 @@ def plan_tasks(recipe: Recipe, source: Path, texts: Mapping[str, Path]) -> Plan:
     checkpoints = {f"checkpoint {name}": model for name, model in plan.checkpoints.items()}
     plan.tune = Task(TUNE, "", recipe.speculate.model_dump(), common)
     plan.check = Task(CHECK, "", {}, common | checkpoints)
-    plan.bench = Task(BENCH, "", {}, common | {"plan": plan.tune})
+    plan.bench = Task(BENCH, "", {}, common | {"plan": plan.tune}, {"questions": DEFAULT_PROMPTS})
     return plan
 
 

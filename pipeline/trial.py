@@ -41,9 +41,15 @@ class Trial:
             for ladder in LADDERS.values():
                 bundle.generate(self.prompts[0], 4, speculate=ladder, ignore_eos=True)
 
-    def repeat(self, mode: Mode) -> None:
-        """Decode every prompt once more on every bundle, round by round in turn."""
+    def repeat(self, mode: Mode, until: float) -> None:
+        """Decode the prompts that have the fewest undisturbed repetitions, usually all, once more on every
+        bundle, round by round in turn; each once, and more only `until` some time of the clock."""
+        least = self.count_repeats(mode)
         for index, prompt in enumerate(self.prompts):
+            if len(self.kept.get((mode, index), ())) > least:
+                continue
+            if (mode, index) in self.outputs and time.monotonic() > until:
+                break
             runs = [
                 bundle.stream(prompt, self.max_new_tokens, speculate=LADDERS[mode], ignore_eos=True)
                 for bundle in self.bundles
@@ -86,7 +92,7 @@ def run_trial(
     left, slowest = list(modes), 0.0
     while left and (now := time.monotonic()) - started + slowest <= seconds:
         for mode in left:
-            trial.repeat(mode)
+            trial.repeat(mode, started + seconds)
             progress(min(int(time.monotonic() - started), int(seconds)), int(seconds), "seconds of timing")
         slowest = max(slowest, time.monotonic() - now)
         if all(trial.count_repeats(mode) >= min_repeats for mode in left):

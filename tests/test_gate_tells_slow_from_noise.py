@@ -280,6 +280,16 @@ def test_a_reference_that_varies_cannot_stand_for_the_clock(make_world, baseline
     assert result["outcome"] == "cannot tell" and "reference kernel" in why(result, "plain tpot")
 
 
+def test_a_file_that_lacks_a_kind_of_decoding_leaves_no_verdict_on_it(make_world, baseline_file):
+    raw = json.loads(baseline_file.read_text())
+    samples = raw["snapshot"]["samples"]
+    raw["snapshot"]["samples"] = [sample for sample in samples if sample["mode"] == "plain"]
+    baseline_file.write_text(json.dumps(raw))
+    result = make_world(noise=0.03).gate(baseline_file)
+    assert outcomes(result)["plain tpot"] == "pass"
+    assert why(result, "speculative tpot") == "the baseline did not measure it"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -118,6 +118,20 @@ def bench(
 
 
 @app.command()
+def tune(
+    bundle: opt.Bundle,
+    prompts: opt.GatePrompts = None,
+    limit: opt.Limit = None,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Choose ladder and draft lengths anew on this machine, and rewrite the bundle's plan."""
+    from . import output, run, show
+
+    output.emit(run.tune(bundle, prompts, limit=limit, threads=threads), as_json, show.show_tuning)
+
+
+@app.command()
 def gate(
     bundle: opt.Bundle,
     baseline: Annotated[Path, typer.Option(help="a bundle, or JSON of bench or of an earlier gate")],

@@ -10,17 +10,16 @@ from typing import Any
 
 from ..speculate.bundle import Bundle, load
 from ..speculate.errors import BundleError
-from ..speculate.manifest import CHAT_TEMPLATE
 from .checks import Check, check_agreement, check_perplexity, check_size
 from .compare import Outcome
 from .evaluate import measure_perplexity
+from .gate_prompts import read_ids
 from .machine import describe_machine
 from .processor import num_threads
 from .progress import Progress, no_progress
-from .prompts import Prompt, encode_prompts, pick_evenly, read_prompts
+from .prompts import pick_evenly
 from .race import Race
 from .recipe import Gate
-from .recipe_file import RECIPES
 from .snapshot import (
     Perplexity,
     Snapshot,
@@ -37,7 +36,6 @@ from .trial import take_samples
 NEW_TOKENS = 24
 SECONDS = 75.0
 PROMPTS = {"tpot": 4, "itl": 4, "ttft": 8, "e2el": 8}  # by metric; the last two give one figure a prompt
-DEFAULT_PROMPTS = RECIPES / "demo_prompts.jsonl"
 TEXT_WINDOW, TEXT_WINDOWS = 512, 8
 
 Opener = Callable[[Path, int], Bundle]
@@ -101,7 +99,12 @@ def gate(
         prompts, then = _choose_earlier(then, request, settings)
         max_new_tokens = then.max_new_tokens
     else:
-        prompts = _read_prompts(bundles, request, settings)
+        prompts = read_ids(
+            bundles,
+            request.prompts,
+            request.limit or PROMPTS[settings.metric],
+            request.max_new_tokens or NEW_TOKENS,
+        )
         max_new_tokens = request.max_new_tokens or NEW_TOKENS
     race = Race(
         open_all, then, prompts, max_new_tokens, settings, request.seconds, Reference(candidate.threads)
@@ -162,26 +165,6 @@ def _choose_earlier(then: Snapshot, request: Request, settings: Gate) -> tuple[l
         if sample.prompt in chosen
     ]
     return [then.prompts[index] for index in chosen], then.model_copy(update={"samples": samples})
-
-
-def _read_prompts(bundles: Sequence[Bundle], request: Request, settings: Gate) -> list[list[int]]:
-    """Token ids that every bundle decodes."""
-    chosen, _ = read_prompts(request.prompts or DEFAULT_PROMPTS)
-    templates = [CHAT_TEMPLATE in bundle.manifest.files for bundle in bundles]
-    if request.prompts is None and not all(templates):
-        chosen = [Prompt(_as_text(prompt), prompt.category, prompt.line) for prompt in chosen]
-    options = {"max_new_tokens": request.max_new_tokens or NEW_TOKENS}
-    ids: list[list[int]] = []
-    for index, bundle in enumerate(bundles):
-        prompts = chosen if index == 0 else [Prompt(tokens, "", line) for line, tokens in enumerate(ids, 1)]
-        encoded, _ = encode_prompts(bundle, prompts, ["none", "auto"], **options)
-        ids = [tokens for _, tokens in encoded]
-    return pick_evenly(ids, request.limit or PROMPTS[settings.metric])
-
-
-def _as_text(prompt: Prompt) -> str:
-    last = prompt.content[-1]
-    return last["content"] if isinstance(last, dict) else str(prompt.content)
 
 
 def _read_text(bundle: Bundle, text: Path | None, progress: Progress) -> Perplexity | None:

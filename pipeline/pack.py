@@ -139,11 +139,17 @@ def publish(out: Path, layout: Layout) -> str:
     if not why:
         return ""
     out.parent.mkdir(parents=True, exist_ok=True)
+    _exchange(out, lambda part: layout.write(part, copy_file))
+    return why
+
+
+def _exchange(out: Path, fill: Callable[[Path], None]) -> None:
+    """Put the folder that `fill` writes in the place of `out`; as it was, if that fails."""
     part, old = (out.parent / f".{out.name}.{suffix}" for suffix in ("part", "old"))
     try:
         shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
         part.mkdir()
-        layout.write(part, copy_file)
+        fill(part)
         if out.exists():
             out.rename(old)
         try:
@@ -154,7 +160,18 @@ def publish(out: Path, layout: Layout) -> str:
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-    return why
+
+
+def replace_files(bundle_dir: Path, texts: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+    """Change text files of a bundle together with their hashes, and add `facts` to its manifest: a folder
+    with all files, most of them as links, takes the place of the old one, so nobody sees half of it."""
+    out = bundle_dir.absolute()
+    manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8")) | facts
+    for name, text in texts.items():
+        data = text.encode()
+        manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    sources = {name: out / name for name in manifest["files"] if name not in texts}
+    _exchange(out, lambda part: Layout(sources, dict(texts), manifest).write(part, link_file))
 
 
 def link_file(source: Path, destination: Path) -> None:

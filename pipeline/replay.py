@@ -1,125 +1,184 @@
-"""Predict the speed of any ladder from one recorded run, without running it.
+"""Predict the speed of any ladder from one recorded run, by decoding it again without the engines.
 
-Under greedy decoding the output is the target's own text whatever drafts. So one plain run of the target,
-each drafter's greedy choice at every position of that text, and the cost of one call of every engine
-determine the calls that any ladder with any draft lengths would make: the replay walks them. The one thing
-it cannot know is what an inner level proposes after its outer level has already left the target's text;
-there it counts on nothing being accepted, and those tokens are rejected anyway.
+Under greedy decoding the output is the target's own text whatever drafts. So one plain run of the target and
+each drafter's choice at every position of that text, with how sure it was, let the shipped decode loop run
+over a tape: engines that look up what they said. Draft lengths, with the schedule that ends a draft where it
+does not pay, are those of real decoding, since it is the same code; the calls that it makes are added up by
+their measured cost. What a drafter says after it has left the target's text is not on the tape: there it says
+something that nobody accepts, as sure of it as it was at that position of the text.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, field
 
 import numpy as np
 
-SUFFIX = "suffix"
+from ..speculate.ladder import SUFFIX, TARGET, Rung, build_ladder
+from ..speculate.settings import Sampling
 
 
 @dataclass(frozen=True)
-class Trace:
-    """The target's greedy continuation of one prompt, T tokens, and what each drafter would have said."""
+class Recording:
+    """The target's own greedy output for one prompt, and what every drafter would have said along it."""
 
-    misses: Mapping[str, np.ndarray]
-    """engine -> int [T]: the first position >= t at which its greedy choice is not the target's; T: none"""
-    suffix_drafted: np.ndarray
-    """int [T]: tokens that the suffix drafter proposes at position t, asked for as many as it has"""
-    suffix_matched: np.ndarray
-    """int [T]: how many of those are the target's"""
+    prompt: list[int]
+    tokens: np.ndarray  # int [T]
+    choices: Mapping[str, np.ndarray]  # drafter -> int [T], given the prompt and the target's tokens before
+    leads: Mapping[str, np.ndarray] = field(default_factory=dict)  # first logit over second, float [T]
 
-    def __len__(self) -> int:
-        return len(self.suffix_drafted)
+    def agreement(self, drafter: str) -> float:
+        return float(np.mean(self.choices[drafter] == self.tokens))
 
 
 @dataclass(frozen=True)
 class CallCosts:
-    """Milliseconds of one call of each engine, measured at some row counts and linear between them."""
+    """Milliseconds of one call of each engine: at some row counts over a cache of `context` slots, linear
+    between them, and how much more or less at other contexts."""
 
     rows: Sequence[int]
     milliseconds: Mapping[str, Sequence[float]]
+    context: int = 0
+    contexts: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # to add, at one row
+    overhead_ms: float = 0.0  # of a round beside the calls: choice, text, bookkeeping
 
-    def of(self, engine: str, rows: int) -> float:
-        return float(np.interp(rows, self.rows, self.milliseconds[engine]))
+    def of(self, engine: str, rows: int, context: int | None = None) -> float:
+        cost = float(np.interp(rows, self.rows, self.milliseconds[engine]))
+        if context is None or not self.contexts:
+            return cost
+        added = {self.context: 0.0} | {slots: more[engine] for slots, more in self.contexts.items()}
+        known = sorted(added)
+        return max(0.0, cost + float(np.interp(context, known, [added[slots] for slots in known])))
+
+    def spread(self, engine: str, num_rows: int) -> list[float]:
+        """Of 1 to num_rows rows, as the decode loop takes them."""
+        return [self.of(engine, rows) for rows in range(1, num_rows + 1)]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A ladder (innermost first, the target implied), what each level proposes per call, and its predicted
-    speed.
-    """
+    """A ladder (innermost first, the target implied), what each level proposes at most, and its predicted
+    speed."""
 
     ladder: tuple[str, ...]
     num_speculative_tokens: Mapping[str, int]
     tokens_per_second: float
     tokens_per_target_call: float
+    ms_per_token: Mapping[str, float] = field(default_factory=dict)  # by engine
 
 
-def next_misses(agrees: np.ndarray) -> np.ndarray:
-    """bool [T] -> int [T]: the first position >= t that does not agree, T where there is none."""
-    count = len(agrees)
-    misses = np.where(agrees, count, np.arange(count))
-    return np.minimum.accumulate(misses[::-1])[::-1]
+@dataclass(frozen=True)
+class Calls:
+    """What one replay did."""
+
+    target_calls: int  # behind the prompt
+    calls: dict[str, list[tuple[int, int]]]  # engine -> (rows, slots before); not the target's prompt
+
+
+class TapeEngine:
+    """Says again what an engine said along a text. Ids are places in a list of the tokens that occur."""
+
+    def __init__(
+        self,
+        text: np.ndarray,
+        num_prompt: int,
+        choices: np.ndarray,
+        leads: np.ndarray,
+        elsewhere: int,
+        vocab: int,
+    ) -> None:
+        self.vocab_size, self.max_seq_len = vocab, len(text) + 1
+        self._elsewhere = elsewhere  # and up: what it says off the text, at each place something new
+        self.calls = self.rows = 0
+        self.log: list[tuple[int, int]] = []
+        self._text, self._num_prompt = text, num_prompt
+        self._choices, self._leads = choices, leads
+        self._agrees = 0  # slots, from the first, that hold the text
+
+    def reserve(self, num_slots: int) -> None:
+        self._agrees = 0
+
+    def forward(self, token_ids, start, position_ids=None, mask=None, num_logits=None) -> np.ndarray:
+        count = len(token_ids)
+        self.log.append((count, start))
+        same = np.asarray(token_ids) == self._text[start : start + count]
+        right = count if same.all() else int(np.argmin(same))
+        self._agrees = start + right if self._agrees >= start else self._agrees
+        wanted = count if num_logits is None else num_logits
+        logits = np.zeros((wanted, self.vocab_size), np.float32)
+        for row in range(wanted):
+            slot = start + count - wanted + row
+            place = min(max(slot + 1 - self._num_prompt, 0), len(self._choices) - 1)
+            token = self._choices[place] if slot < self._agrees else self._elsewhere + place
+            logits[row, token] = max(float(self._leads[place]), 1e-3)
+        return logits
 
 
 def replay(
-    trace: Trace, ladder: Sequence[str], lengths: Mapping[str, int], costs: CallCosts
-) -> tuple[int, float]:
-    """Walk one trace. Returns the number of target calls and the milliseconds that they and the drafting
-    take.
-    """
-
-    def propose(level: int, start: int, count: int) -> tuple[int, int, float]:
-        """What `level` proposes for `count` tokens at `start`: how many are right, how many there are, and
-        their cost.
-        """
-        name = ladder[level]
-        if name == SUFFIX:
-            drafted = min(count, int(trace.suffix_drafted[start]))
-            return min(drafted, int(trace.suffix_matched[start])), drafted, 0.0
-        right = min(count, int(trace.misses[name][start]) - start)
-        have, spent = 0, 0.0
-        while have < count:
-            room = count - have - 1
-            accepted, drafted = 0, 0
-            if level > 0 and room > 0 and have <= right:
-                correct, drafted, inner = propose(
-                    level - 1, start + have, min(lengths[ladder[level - 1]], room)
-                )
-                accepted = min(correct, right - have)
-                spent += inner
-            spent += costs.of(name, drafted + 1)
-            have += accepted + 1
-        return right, count, spent
-
-    position, calls, spent = 1, 0, 0.0
-    while position < len(trace):
-        right, drafted, inner = 0, 0, 0.0
-        room = len(trace) - position - 1
-        if ladder and room > 0:
-            right, drafted, inner = propose(len(ladder) - 1, position, min(lengths[ladder[-1]], room))
-        spent += inner + costs.of("target", drafted + 1)
-        calls += 1
-        position += right + 1
-    return calls, spent
+    recording: Recording, ladder: Sequence[str], lengths: Mapping[str, int], costs: CallCosts | None = None
+) -> Calls:
+    """Decode one recording again. Without costs, drafts are as long as `lengths` says."""
+    count, num_prompt = len(recording.tokens), len(recording.prompt)
+    said = [np.asarray(recording.prompt), recording.tokens, *recording.choices.values()]
+    known, places = np.unique(np.concatenate(said), return_inverse=True)
+    vocab = len(known) + (1 + len(recording.choices)) * count
+    text = places[: num_prompt + count]
+    sure = np.full(count, 1.0)
+    engines = {TARGET: TapeEngine(text, num_prompt, text[num_prompt:], sure, len(known), vocab)}
+    for index, name in enumerate(recording.choices, 1):
+        choices = places[num_prompt + index * count : num_prompt + (index + 1) * count]
+        leads = recording.leads.get(name, sure)
+        engines[name] = TapeEngine(text, num_prompt, choices, leads, len(known) + index * count, vocab)
+    rungs = [Rung(name, lengths[name]) for name in ladder]
+    rows = 1 + max(lengths[name] for name in ladder) if ladder else 1
+    tables = None
+    if costs and ladder:
+        tables = {name: costs.spread(name, rows) for name in [TARGET, *ladder] if name != SUFFIX}
+    decoder = build_ladder(rungs, engines.__getitem__, tables)
+    decoder.begin(text[:num_prompt].tolist(), count, Sampling())
+    output = [token for tokens in iter(decoder.step, []) for token in tokens]
+    assert output == text[num_prompt:].tolist(), "the loop left the target's own text"
+    target_log = [call for call in engines[TARGET].log if call[1] >= num_prompt]
+    logs = {name: engines[name].log for name in ladder if name != SUFFIX}
+    return Calls(len(target_log), {**logs, TARGET: target_log})
 
 
 def predict(
-    traces: Iterable[Trace], ladder: Sequence[str], lengths: Mapping[str, int], costs: CallCosts
+    recordings: Iterable[Recording], ladder: Sequence[str], lengths: Mapping[str, int], costs: CallCosts
 ) -> Plan:
-    """The pooled speed of one setting over all traces."""
-    traces = list(traces)
-    totals = [replay(trace, ladder, lengths, costs) for trace in traces]
-    tokens = sum(len(trace) - 1 for trace in traces)
-    calls = sum(call for call, _ in totals)
-    spent = sum(ms for _, ms in totals)
+    """The pooled speed of one setting over all recordings, from the first token on; the drafters' reading of
+    the prompt counts, the target's does not."""
+    recordings = list(recordings)
+    replays = [replay(recording, ladder, lengths, costs) for recording in recordings]
+    tokens = sum(len(recording.tokens) - 1 for recording in recordings)
+    calls = sum(one.target_calls for one in replays)
+    spent = {
+        name: sum(costs.of(name, rows, slots) for one in replays for rows, slots in one.calls[name])
+        for name in [*(name for name in ladder if name != SUFFIX), TARGET]
+    }
+    total = sum(spent.values()) + calls * costs.overhead_ms
+    shares = {name: ms / tokens for name, ms in spent.items()}
     used = {name: lengths[name] for name in ladder}
-    return Plan(tuple(ladder), used, 1e3 * tokens / spent, tokens / calls)
+    return Plan(tuple(ladder), used, 1e3 * tokens / total, tokens / calls, shares)
 
 
 def best_plan(
-    traces: Sequence[Trace], ladder: Sequence[str], options: Mapping[str, Sequence[int]], costs: CallCosts
+    recordings: Sequence[Recording],
+    ladder: Sequence[str],
+    options: Mapping[str, Sequence[int]],
+    costs: CallCosts,
 ) -> Plan:
-    """The fastest draft lengths for `ladder`, by trying every combination of `options` (level -> lengths)."""
-    settings = product(*(options[name] for name in ladder))
-    plans = [predict(traces, ladder, dict(zip(ladder, lengths, strict=True)), costs) for lengths in settings]
-    return max(plans, key=lambda plan: plan.tokens_per_second)
+    """The fastest draft lengths for `ladder` among `options` (level -> lengths): one level after another,
+    from the outermost in, until none gets better alone. Lengths are upper bounds where the schedule cuts, so
+    the order of the search hardly matters."""
+    lengths = {name: max(options[name]) for name in ladder}
+    best = predict(recordings, ladder, lengths, costs)
+    improved = True
+    while improved:
+        improved = False
+        for name in reversed(ladder):
+            for length in options[name]:
+                tried = {**best.num_speculative_tokens, name: length}
+                plan = predict(recordings, ladder, tried, costs)
+                if plan.tokens_per_second > best.tokens_per_second * (1 + 1e-9):
+                    best, improved = plan, len(ladder) > 1
+    return best

@@ -92,6 +92,14 @@ def evaluate(
         return measure(_open(bundle_dir, threads), text, prompts, progress=progress, **settings)
 
 
+def tune(bundle_dir: Path, prompts: Path | None, *, limit: int | None, threads: int | None) -> dict[str, Any]:
+    """Tune a bundle anew on this machine; rewrites its plan."""
+    from .retune import retune
+
+    with show_progress("tune") as progress:
+        return retune(bundle_dir, prompts, limit, threads, progress)
+
+
 def gate(
     bundle_dir: Path, baseline: Path, overrides: Sequence[str], out: Path | None, **request: Any
 ) -> dict[str, Any]:

@@ -95,6 +95,24 @@ def _category_rows(categories: Mapping[str, Result]) -> list[list[Any]]:
     return rows
 
 
+def show_tuning(result: Result) -> str:
+    rows = [["ladder", "at most", "tokens a call", "tokens/s predicted", "speedup"]]
+    for row in result["candidates"]:
+        lengths = ", ".join(str(row["num_speculative_tokens"][name]) for name in row["ladder"])
+        ladder = " → ".join([*row["ladder"], "target"])
+        speed = (row["tokens_per_target_call"], row["tokens_per_second"], row["estimated_speedup"])
+        rows.append([ladder, lengths, *speed])
+    lines = [format_table(rows), "", result["why"]]
+    for mode in ("plain", "chosen"):
+        if run := result["measured"].get(mode):
+            lines.append(
+                f"{mode}: {run['tokens_per_second']:.1f} tokens/s when run, "
+                f"{run['predicted_tokens_per_second']:.1f} predicted ({run['prediction_error']:+.0%})"
+            )
+    lines.append(f"ladder: {' → '.join([*result['ladder'], 'target'])}; written to {result['bundle']}")
+    return "\n".join(lines)
+
+
 def show_gate(result: Result) -> str:
     rows = [["outcome", "check", "baseline", "candidate", "unit", "allowed"]]
     for check in result["checks"]:

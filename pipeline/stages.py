@@ -154,11 +154,12 @@ COMPILE = Stage("compile", _compile, ("export",), ("onnx", *TENSORRT_PACKAGES))
 MEASURING = (
     *("speculate", "pipeline/pack.py", "pipeline/prompts.py"),
     *("pipeline/machine.py", "pipeline/processor.py", "pipeline/replay.py", "pipeline/traces.py"),
+    *("pipeline/rounds.py", "pipeline/compare.py"),
 )
 TUNE = Stage(
     "tune",
     _tune,
-    (*MEASURING, "pipeline/tune.py"),
+    (*MEASURING, "pipeline/tune.py", "pipeline/call_costs.py"),
     RUNTIME,
     measured=True,
 )
@@ -170,7 +171,7 @@ CHECK = Stage(
     sums=True,
     measured=True,
 )
-TIMING = tuple(f"pipeline/{name}.py" for name in ("bench", "figures", "rounds", "snapshot", "steadiness"))
+TIMING = tuple(f"pipeline/{name}.py" for name in ("bench", "figures", "snapshot", "steadiness"))
 BENCH = Stage("bench", _bench, (*MEASURING, *TIMING), RUNTIME, measured=True)
 
 

@@ -1,108 +1,161 @@
 """Choose the ladder and its draft lengths from measurements on this machine, and say what they were."""
 
 import json
-import statistics
-import time
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from datetime import UTC, datetime
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from ..speculate.bundle import Bundle, load
+from ..speculate.manifest import Plan as BundlePlan
+from .call_costs import CostMeter
+from .compare import settle
+from .machine import describe_machine
 from .processor import num_threads
 from .progress import Progress, no_progress
 from .recipe import Speculate
-from .replay import SUFFIX, CallCosts, Plan, best_plan, predict
-from .traces import Recording, record, trace
+from .replay import SUFFIX, CallCosts, Plan, Recording, best_plan, predict
+from .rounds import Rounds, decode_in_turn
+from .traces import record
 
 PROMPT_TOKENS = 64  # of each calibration window, as the prompt to tune on
 NEW_TOKENS = 64
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
-COST_CONTEXT = 256  # cache slots in use while calls are timed
-COST_REPEATS = 7
-SUFFIX_LENGTHS = (1, 2, 3, 4, 6, 8, 12)
-ENGINE_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
+COST_SWEEPS = 4  # before the recordings, and again after them
+SUFFIX_LENGTHS = (2, 4, 8, 16)
+ENGINE_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+LEAST_GAIN = 1.02  # predicted, over plain decoding: less is not worth a drafter
+CHECK_PROMPTS, CHECK_REPEATS = 4, 3
 
 
 def tune(
     bundle_dir: Path, tokens: Path, spec: Speculate, out: Path, progress: Progress = no_progress
 ) -> dict:
-    """Write ``plan.json``: the ladder, its draft lengths, the predicted speed, and every figure that led
-    there.
-
-    The prompts are the first tokens of evenly spaced calibration windows (`tokens`, a folder with
-    ``tokens.safetensors``). Nothing is decoded speculatively here: see `replay`. A ladder or lengths that
-    the recipe names are kept, and only what is `auto` is chosen.
-    """
-    bundle = load(bundle_dir, num_threads())
+    """The stage: write ``plan.json``. The prompts are the first tokens of evenly spaced calibration windows
+    (`tokens`, a folder with ``tokens.safetensors``)."""
     windows = load_file(tokens / "tokens.safetensors")["tokens"]
     chosen = windows[
         np.linspace(0, len(windows) - 1, min(spec.tune_prompts, len(windows))).astype(int), :PROMPT_TOKENS
     ]
+    plan = tune_bundle(load(bundle_dir, num_threads()), chosen.tolist(), spec, progress)
+    (out / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
+    return plan
+
+
+def tune_bundle(
+    bundle: Bundle, prompts: Sequence[list[int]], spec: Speculate, progress: Progress = no_progress
+) -> dict:
+    """The plan for `bundle`: the ladder, its draft lengths, the predicted and the measured speed, and every
+    figure that led there.
+
+    Candidates are not decoded: see `replay`. A ladder or lengths that the recipe names are kept, and only
+    what is `auto` is chosen; the choice is then run beside plain decoding, which wins if it is faster.
+    """
+    meter = CostMeter(bundle)
+    meter.sweep(COST_SWEEPS, progress)
     recordings: list[Recording] = []
-    for index, prompt in enumerate(chosen.tolist()):
+    for index, prompt in enumerate(prompts):
         recordings.append(record(bundle, prompt, bundle.drafters, NEW_TOKENS))
-        progress(index + 1, len(chosen), "recording the target and its drafters")
-    traces = [trace(recording) for recording in recordings]
-    costs = measure_costs(bundle, progress)
+        progress(index + 1, len(prompts), "recording the target and its drafters")
+    overhead = _measure_overhead(bundle, prompts[0])
+    meter.sweep(COST_SWEEPS, progress)
+    costs = meter.costs(overhead)
 
     options = _length_options(spec, bundle.drafters)
-    plain = predict(traces, (), {}, costs)
-    plans = [
-        plain if not ladder else best_plan(traces, ladder, options, costs)
-        for ladder in _ladders(bundle.drafters)
-    ]
+    plain = predict(recordings, (), {}, costs)
+    plans = [plain]
+    ladders = _list_ladders(bundle.drafters, costs)
+    for index, ladder in enumerate(ladders):
+        plans.append(best_plan(recordings, ladder, options, costs))
+        progress(index + 1, len(ladders), "predicting ladders")
     plans.sort(key=lambda plan: -plan.tokens_per_second)
-    best = plans[0] if spec.ladder == "auto" else _planned(spec, traces, options, costs)
-    plan = {
+    best = _choose(spec, plans, plain, recordings, options, costs)
+    table = _describe_costs(costs)
+    measured = check_prediction(bundle, recordings, spec, best, costs, table, progress)
+    why = _say_why(best, plain, measured)
+    if spec.ladder == "auto" and best.ladder and measured["speedup"] < 1:
+        best = plain
+    return {
         "ladder": list(best.ladder),
         "num_speculative_tokens": dict(best.num_speculative_tokens),
         "verify": spec.verify,
+        "why": why,
         "predicted": _figures(best, plain),
+        "measured": measured,
         "candidates": [_figures(plan, plain) for plan in plans],
         "greedy_agreement": {
             name: float(np.mean([recording.agreement(name) for recording in recordings]))
             for name in bundle.drafters
         },
-        "costs": {
-            "context_at_most": COST_CONTEXT,
-            "rows": list(costs.rows),
-            "milliseconds": dict(costs.milliseconds),
+        "costs": table,
+        "tuned_on": {
+            "prompts": len(recordings),
+            "prompt_tokens": float(np.mean([len(recording.prompt) for recording in recordings])),
+            "new_tokens": NEW_TOKENS,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": describe_machine(),
+            "threads": bundle.threads,
         },
-        "tuned_on": {"prompts": len(recordings), "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS},
     }
-    (out / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
-    return plan
 
 
-def measure_costs(bundle: Bundle, progress: Progress = no_progress) -> CallCosts:
-    """Median milliseconds of one call of every engine for each row count, taken in turn so that drift falls
-    on all alike.
-    """
-    engines = {name: bundle.engine(name) for name in ["target", *bundle.drafters]}
-    context = min(COST_CONTEXT, min(engine.max_seq_len for engine in engines.values()) - max(ROWS))
-    ids = np.ones(context, np.int32)  # what they say does not matter to the clock
-    for engine in engines.values():
-        engine.reserve(context + max(ROWS))
-        engine.forward(ids, 0)
-    samples: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in engines for rows in ROWS}
-    for repeat in range(COST_REPEATS + 1):
-        for (name, rows), times in samples.items():
-            started = time.perf_counter()
-            engines[name].forward(ids[:rows], context)
-            if repeat:  # the first round warms up
-                times.append(1e3 * (time.perf_counter() - started))
-        progress(repeat, COST_REPEATS, "timing calls")
-    return CallCosts(
-        ROWS, {name: [statistics.median(samples[name, rows]) for rows in ROWS] for name in engines}
-    )
+def check_prediction(
+    bundle: Bundle,
+    recordings: Sequence[Recording],
+    spec: Speculate,
+    best: Plan,
+    costs: CallCosts,
+    table: Mapping,
+    progress: Progress = no_progress,
+) -> dict:
+    """Run the choice beside plain decoding, in turn, and compare with what was predicted for these prompts:
+    `prediction_error` is predicted / measured - 1."""
+    chosen = recordings[:CHECK_PROMPTS]
+    planned = {"ladder": best.ladder, "num_speculative_tokens": dict(best.num_speculative_tokens)}
+    bundle.plan = BundlePlan.model_validate({**planned, "verify": spec.verify, "costs": table})
+    modes = {"plain": "none", "chosen": "auto"} if best.ladder else {"plain": "none"}
+    timings: dict[str, list[list[Rounds]]] = {mode: [[] for _ in chosen] for mode in modes}
+    for repeat in range(CHECK_REPEATS):
+        for index, recording in enumerate(chosen):
+            for mode in list(modes)[:: 1 if (repeat + index) % 2 == 0 else -1]:
+                run = bundle.stream(recording.prompt, NEW_TOKENS, speculate=modes[mode], ignore_eos=True)
+                timings[mode][index] += decode_in_turn([run])
+        progress(repeat + 1, CHECK_REPEATS, "checking the prediction")
+    predictions = {"plain": predict(chosen, (), {}, costs)}
+    if best.ladder:
+        predictions["chosen"] = predict(chosen, best.ladder, best.num_speculative_tokens, costs)
+    result: dict = {}
+    for mode, prompts in timings.items():
+        tokens = sum(len(repeats[0].token_ids) - 1 for repeats in prompts)
+        spent = sum(sum(settle([one.milliseconds for one in repeats])[1:]) for repeats in prompts)
+        measured, predicted = 1e3 * tokens / spent, predictions[mode].tokens_per_second
+        result[mode] = {
+            "tokens_per_second": measured,
+            "predicted_tokens_per_second": predicted,
+            "prediction_error": predicted / measured - 1,
+        }
+    last = result["chosen" if best.ladder else "plain"]
+    speedup = last["tokens_per_second"] / result["plain"]["tokens_per_second"]
+    return result | {"speedup": speedup, "prediction_error": last["prediction_error"]}
 
 
-def _ladders(drafters: Sequence[str]) -> list[tuple[str, ...]]:
-    """No drafter, each alone, and the suffix drafter under each engine."""
-    return [(), (SUFFIX,), *chain.from_iterable(((name,), (SUFFIX, name)) for name in drafters)]
+def _measure_overhead(bundle: Bundle, prompt: list[int]) -> float:
+    """Milliseconds of a round of plain decoding that are no call."""
+    stats = bundle.generate(prompt, 32, speculate="none", ignore_eos=True).stats
+    return (stats.sampling_ms + stats.bookkeeping_ms) / max(1, stats.steps)
+
+
+def _list_ladders(drafters: Sequence[str], costs: CallCosts) -> list[tuple[str, ...]]:
+    """Each drafter alone, each on top of a cheaper one, and all of these with the suffix drafter below."""
+    pairs = [
+        (inner, outer)
+        for inner, outer in permutations(drafters, 2)
+        if costs.of(inner, 1) < costs.of(outer, 1)
+    ]
+    ladders: list[tuple[str, ...]] = [(), *((name,) for name in drafters), *pairs]
+    return [*ladders[1:], *((SUFFIX, *ladder) for ladder in ladders)]
 
 
 def _length_options(spec: Speculate, drafters: Sequence[str]) -> dict[str, Sequence[int]]:
@@ -117,9 +170,42 @@ def _length_options(spec: Speculate, drafters: Sequence[str]) -> dict[str, Seque
             return options | {name: (length,) for name, length in lengths.items()}
 
 
-def _planned(spec: Speculate, traces: list, options: Mapping[str, Sequence[int]], costs: CallCosts) -> Plan:
-    ladder = () if spec.ladder == "none" else tuple(spec.ladder)
-    return best_plan(traces, ladder, options, costs) if ladder else predict(traces, (), {}, costs)
+def _choose(
+    spec: Speculate,
+    plans: Sequence[Plan],
+    plain: Plan,
+    recordings: Sequence[Recording],
+    options: Mapping[str, Sequence[int]],
+    costs: CallCosts,
+) -> Plan:
+    if spec.ladder == "auto":
+        return plans[0] if plans[0].tokens_per_second >= LEAST_GAIN * plain.tokens_per_second else plain
+    if spec.ladder == "none" or not spec.ladder:
+        return plain
+    return best_plan(recordings, tuple(spec.ladder), options, costs)
+
+
+def _describe_costs(costs: CallCosts) -> dict:
+    """In the form that a bundle's plan has them."""
+    return {
+        "context": costs.context,
+        "rows": list(costs.rows),
+        "milliseconds": {name: list(row) for name, row in costs.milliseconds.items()},
+        "other_contexts": {str(slots): dict(more) for slots, more in costs.contexts.items()},
+        "overhead_ms": costs.overhead_ms,
+    }
+
+
+def _say_why(best: Plan, plain: Plan, measured: Mapping) -> str:
+    gain = best.tokens_per_second / plain.tokens_per_second
+    if not best.ladder:
+        return "No drafter is predicted to pay on this machine, so the target decodes alone."
+    if measured["speedup"] < 1:
+        return (
+            f"{' → '.join(best.ladder)} was predicted to be {gain:.2f} times as fast as plain decoding, but "
+            f"was {measured['speedup']:.2f} times when it was run, so the target decodes alone."
+        )
+    return f"The fastest by prediction: {gain:.2f} times plain decoding, {measured['speedup']:.2f} when run."
 
 
 def _figures(plan: Plan, plain: Plan) -> dict:
@@ -129,4 +215,5 @@ def _figures(plan: Plan, plain: Plan) -> dict:
         "tokens_per_second": plan.tokens_per_second,
         "tokens_per_target_call": plan.tokens_per_target_call,
         "estimated_speedup": plan.tokens_per_second / plain.tokens_per_second,
+        "ms_per_token": dict(plan.ms_per_token),
     }

@@ -1,0 +1,69 @@
+"""What one call of every engine costs on this machine."""
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..speculate.bundle import Bundle
+from .compare import settle
+from .progress import Progress, no_progress
+from .replay import CallCosts
+
+ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 128)  # the last is a chunk of a prompt
+CONTEXT = 256  # slots in use while calls are timed
+OTHER_CONTEXTS = (64, 1024)  # how much more or less one row costs there
+
+
+@dataclass
+class CostMeter:
+    """Times calls of all engines in turn, so that drift falls on all alike. Disturbances only add time: of
+    all sweeps, the calmer half of each call counts."""
+
+    bundle: Bundle
+    samples: dict[tuple[str, int, int], list[float]] = field(default_factory=dict)  # engine, rows, context
+
+    def sweep(self, sweeps: int, progress: Progress = no_progress) -> None:
+        """Each call once warm and untimed, then timed `sweeps` times."""
+        engines = {name: self.bundle.engine(name) for name in ["target", *self.bundle.drafters]}
+        slots = min(engine.max_seq_len for engine in engines.values())
+        rows = [count for count in ROWS if 2 * count <= slots]
+        context = min(CONTEXT, slots - rows[-1])
+        others = [other for other in OTHER_CONTEXTS if other + rows[-1] <= slots and other != context]
+        calls = [(name, count, context) for name in engines for count in rows]
+        calls += [(name, 1, other) for name in engines for other in others]
+        deepest = max([context, *others])
+        ids = np.ones(max(deepest, rows[-1]), np.int32)  # what they say does not matter to the clock
+        for engine in engines.values():
+            engine.reserve(deepest + rows[-1])
+            for start in range(0, deepest, 128):
+                engine.forward(ids[: min(128, deepest - start)], start, num_logits=1)
+        for number in range(sweeps + 1):
+            for name, count, start in calls:
+                began = time.perf_counter()
+                engines[name].forward(ids[:count], start, num_logits=1 if count > 32 else count)
+                if number:  # the first round warms up
+                    spent = 1e3 * (time.perf_counter() - began)
+                    self.samples.setdefault((name, count, start), []).append(spent)
+            progress(number, sweeps, "timing calls")
+
+    def costs(self, overhead_ms: float = 0.0) -> CallCosts:
+        names = list(dict.fromkeys(name for name, _, _ in self.samples))
+        starts = [start for _, count, start in self.samples if count == 2]
+        context = starts[0]
+        rows = sorted({count for _, count, start in self.samples if start == context})
+        figure = {key: settle([[ms] for ms in times])[0] for key, times in self.samples.items()}
+        return CallCosts(
+            rows,
+            # A call of more rows does no less: where it seems to, that is noise.
+            {
+                name: np.maximum.accumulate([figure[name, count, context] for count in rows]).tolist()
+                for name in names
+            },
+            context,
+            {
+                other: {name: figure[name, 1, other] - figure[name, 1, context] for name in names}
+                for other in sorted({start for _, _, start in self.samples} - {context})
+            },
+            overhead_ms,
+        )

@@ -1,0 +1,111 @@
+"""Tuning measures calls, predicts every ladder, runs the best beside plain decoding, and keeps what pays."""
+
+import hashlib
+import json
+
+import pytest
+from draftsmith.pipeline import call_costs, rounds
+from draftsmith.pipeline import tune as tune_module
+from draftsmith.pipeline.cli import main
+from draftsmith.pipeline.recipe import Speculate
+from draftsmith.pipeline.tune import tune_bundle
+from draftsmith.speculate.manifest import Plan, read_manifest
+from fake_engine import BYTE_VOCAB, FakeEngine, open_bundle, write_bundle
+
+ENGINES = {
+    "target": {"scale": 4},
+    "int8": {"scale": 4, "noise": 0.7},
+    "tiny": {"scale": 4, "noise": 1.0, "own": 2},
+}
+PROMPTS = [[ord(letter) for letter in text] for text in ("Once upon a time", "The drafter", "def plan(n):")]
+KNOWN: dict[str, dict] = {}
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+        self.perf_counter = lambda: self.now
+
+
+class TimedEngine(FakeEngine):
+    def __init__(self, clock, name, milliseconds):
+        super().__init__(BYTE_VOCAB, **ENGINES[name])
+        self._clock, self._milliseconds = clock, milliseconds
+        self._known = KNOWN.setdefault(name, {})
+
+    def forward(self, token_ids, start, *rest, **named):
+        self._clock.now += 1e-3 * self._milliseconds * (1 + 0.03 * len(token_ids)) + 1e-7 * start
+        return super().forward(token_ids, start, *rest, **named)
+
+
+@pytest.fixture
+def tune_with(tmp_path, monkeypatch):
+    clock = Clock()
+    for module in (rounds, call_costs):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(tune_module, "_measure_overhead", lambda *_: 0.0)
+
+    def tune(spec=None, **milliseconds):
+        engines = {name: TimedEngine(clock, name, ms) for name, ms in milliseconds.items()}
+        bundle = open_bundle(write_bundle(tmp_path / "bundle", plan={"ladder": []}), **engines)
+        return tune_bundle(bundle, PROMPTS, spec or Speculate())
+
+    return tune
+
+
+def test_a_cheap_good_drafter_is_chosen_and_its_speed_foreseen(tune_with):
+    plan = tune_with(target=15.0, int8=3.0, tiny=9.0)
+    assert plan["ladder"][-1] == "int8"
+    assert abs(plan["measured"]["plain"]["prediction_error"]) < 0.02
+    assert abs(plan["measured"]["prediction_error"]) < 0.15
+    assert plan["measured"]["speedup"] > 1.2
+    assert plan["predicted"] == max(plan["candidates"], key=lambda row: row["tokens_per_second"])
+    ladders = [tuple(row["ladder"]) for row in plan["candidates"]]
+    assert {(), ("suffix",), ("int8", "tiny"), ("suffix", "int8", "tiny")} <= set(ladders)
+    assert ("tiny", "int8") not in ladders  # the dearer one would draft for the cheaper
+    assert Plan.model_validate(json.loads(json.dumps(plan))).costs is not None
+    assert plan["costs"]["rows"][:2] == [1, 2] and plan["costs"]["rows"][-1] >= 32
+    assert plan["costs"]["milliseconds"]["target"][0] == pytest.approx(15.0 * 1.03, rel=0.01)
+
+
+def test_none_wins_where_nothing_pays(tune_with):
+    plan = tune_with(target=15.0, int8=15.0, tiny=15.0)
+    assert plan["ladder"] == [] or plan["ladder"] == ["suffix"]
+    assert plan["predicted"]["estimated_speedup"] < 1.1
+    plan = tune_with(Speculate(ladder=["int8"]), target=15.0, int8=15.0, tiny=15.0)
+    assert plan["ladder"] == ["int8"]  # the recipe's word stands
+
+
+def test_a_choice_that_is_slower_when_run_is_not_kept(tune_with, monkeypatch):
+    check = tune_module.check_prediction
+    monkeypatch.setattr(tune_module, "check_prediction", lambda *a, **k: check(*a, **k) | {"speedup": 0.9})
+    plan = tune_with(target=15.0, int8=3.0, tiny=9.0)
+    assert plan["ladder"] == [] and "was 0.90 times" in plan["why"]
+
+
+def test_lengths_that_the_recipe_names_are_kept(tune_with):
+    spec = Speculate(ladder=["suffix", "int8"], num_speculative_tokens={"int8": 3})
+    plan = tune_with(spec, target=15.0, int8=3.0, tiny=9.0)
+    assert plan["ladder"] == ["suffix", "int8"] and plan["num_speculative_tokens"]["int8"] == 3
+
+
+def test_the_verb_writes_a_whole_bundle_again(tmp_path, monkeypatch, capsys):
+    from draftsmith.pipeline import retune
+
+    folder = write_bundle(tmp_path / "bundle")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    chosen = {"ladder": ["suffix"], "num_speculative_tokens": {"suffix": 3}, "verify": "block"}
+    shown = {"why": "because", "candidates": [], "measured": {}, "tuned_on": {"date": "d", "machine": {}}}
+    monkeypatch.setattr(retune, "tune_bundle", lambda *_: chosen | shown)
+    monkeypatch.setattr(retune, "load", lambda path, threads: open_bundle(path))
+    with pytest.raises(SystemExit) as end:
+        main(["tune", str(folder), "--json"])
+    assert end.value.code == 0 and json.loads(capsys.readouterr().out)["ladder"] == ["suffix"]
+    manifest = read_manifest(folder)  # checks every hash
+    text = (folder / "plan.json").read_bytes()
+    assert manifest.files["plan.json"].sha256 == hashlib.sha256(text).hexdigest()
+    assert json.loads(text)["ladder"] == ["suffix"]
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} == {"plan.json", "manifest.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

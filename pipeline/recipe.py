@@ -36,9 +36,10 @@ HINTS = {
     "trust_remote_code": "code that comes with a checkpoint is never run",
 }
 
-SUFFIX = "suffix"  # the training-free drafter at level 0; needs no engine, so every recipe has it
+FREE_DRAFTERS = ("suffix", "recycling")  # no models, so every recipe has them; one may begin a ladder
+CALLED_DRAFTERS = ("llma", "rest")  # these draft from what a generation is given: references, a datastore
 TARGET = "target"
-RESERVED = (SUFFIX, TARGET, "none", "auto")
+RESERVED = (*FREE_DRAFTERS, *CALLED_DRAFTERS, TARGET, "none", "auto")
 
 
 def _none_if_none(value: object) -> object:
@@ -271,14 +272,15 @@ class Recipe(Section):
                 raise ValueError(
                     f"drafters.{name}: neither prune nor quantize, so it would cost what the target costs"
                 )
-        levels = [SUFFIX, *self.drafters]
+        levels = [*FREE_DRAFTERS, *self.drafters]
         ladder, lengths = self.speculate.ladder, self.speculate.num_speculative_tokens
         if isinstance(ladder, list):
             _check_levels("speculate.ladder", ladder, levels)
             if len(set(ladder)) < len(ladder):
                 raise ValueError("speculate.ladder: a level is named twice")
-            if SUFFIX in ladder[1:]:
-                raise ValueError("speculate.ladder: suffix verifies nothing, so it can only come first")
+            for name in ladder[1:]:
+                if name in FREE_DRAFTERS:
+                    raise ValueError(f"speculate.ladder: {name} verifies nothing, so it can only come first")
         if isinstance(lengths, dict):
             _check_levels("speculate.num_speculative_tokens", lengths, levels)
         return self
@@ -286,6 +288,10 @@ class Recipe(Section):
 
 def _check_levels(key: str, names: Any, levels: list[str]) -> None:
     for name in names:
+        if name in CALLED_DRAFTERS:
+            raise ValueError(
+                f"{key}: {name} drafts from what a call is given: name it there, as speculate=[...]"
+            )
         if name not in levels:
             nearest = difflib.get_close_matches(name, levels, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(levels)}"

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..speculate.ladder import SUFFIX, TARGET, Rung, build_ladder
+from ..speculate.drafters import DRAFTERS
+from ..speculate.ladder import TARGET, Rung, build_ladder
 from ..speculate.settings import Sampling
 
 
@@ -132,13 +133,13 @@ def replay(
     rows = 1 + max(lengths[name] for name in ladder) if ladder else 1
     tables = None
     if costs and ladder:
-        tables = {name: costs.spread(name, rows) for name in [TARGET, *ladder] if name != SUFFIX}
+        tables = {name: costs.spread(name, rows) for name in [TARGET, *ladder] if name not in DRAFTERS}
     decoder = build_ladder(rungs, engines.__getitem__, tables)
     decoder.begin(text[:num_prompt].tolist(), count, Sampling())
     output = [token for tokens in iter(decoder.step, []) for token in tokens]
     assert output == text[num_prompt:].tolist(), "the loop left the target's own text"
     target_log = [call for call in engines[TARGET].log if call[1] >= num_prompt]
-    logs = {name: engines[name].log for name in ladder if name != SUFFIX}
+    logs = {name: engines[name].log for name in ladder if name not in DRAFTERS}
     return Calls(len(target_log), {**logs, TARGET: target_log})
 
 
@@ -153,7 +154,7 @@ def predict(
     calls = sum(one.target_calls for one in replays)
     spent = {
         name: sum(costs.of(name, rows, slots) for one in replays for rows, slots in one.calls[name])
-        for name in [*(name for name in ladder if name != SUFFIX), TARGET]
+        for name in [*(name for name in ladder if name not in DRAFTERS), TARGET]
     }
     total = sum(spent.values()) + calls * costs.overhead_ms
     shares = {name: ms / tokens for name, ms in spent.items()}

@@ -16,15 +16,15 @@ from .compare import settle
 from .machine import describe_machine
 from .processor import num_threads
 from .progress import Progress, no_progress
-from .recipe import Speculate
-from .replay import SUFFIX, CallCosts, Plan, Recording, best_plan, predict
+from .recipe import FREE_DRAFTERS, Speculate
+from .replay import CallCosts, Plan, Recording, best_plan, predict
 from .rounds import Rounds, decode_in_turn
 from .traces import record
 
 PROMPT_TOKENS = 64  # of each calibration window, as the prompt to tune on
 NEW_TOKENS = 64
 COST_SWEEPS = 4  # before the recordings, and again after them
-SUFFIX_LENGTHS = (2, 4, 8, 16)
+FREE_LENGTHS = (2, 4, 8, 16)
 ENGINE_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 LEAST_GAIN = 1.02  # predicted, over plain decoding: less is not worth a drafter
 CHECK_PROMPTS, CHECK_REPEATS = 4, 3
@@ -148,18 +148,18 @@ def _measure_overhead(bundle: Bundle, prompt: list[int]) -> float:
 
 
 def _list_ladders(drafters: Sequence[str], costs: CallCosts) -> list[tuple[str, ...]]:
-    """Each drafter alone, each on top of a cheaper one, and all of these with the suffix drafter below."""
+    """Each drafter alone, each on top of a cheaper one, and all of these with one below that is no model."""
     pairs = [
         (inner, outer)
         for inner, outer in permutations(drafters, 2)
         if costs.of(inner, 1) < costs.of(outer, 1)
     ]
     ladders: list[tuple[str, ...]] = [(), *((name,) for name in drafters), *pairs]
-    return [*ladders[1:], *((SUFFIX, *ladder) for ladder in ladders)]
+    return [*ladders[1:], *((free, *ladder) for free in FREE_DRAFTERS for ladder in ladders)]
 
 
 def _length_options(spec: Speculate, drafters: Sequence[str]) -> dict[str, Sequence[int]]:
-    options: dict[str, Sequence[int]] = {SUFFIX: SUFFIX_LENGTHS}
+    options: dict[str, Sequence[int]] = dict.fromkeys(FREE_DRAFTERS, FREE_LENGTHS)
     options.update((name, ENGINE_LENGTHS) for name in drafters)
     match spec.num_speculative_tokens:
         case "auto":

@@ -7,7 +7,6 @@ from typing import Literal
 
 from .binding import lib
 from .drafters import DRAFTERS, Drafter, Sources
-from .drafters import SUFFIX as SUFFIX
 from .engine import Engine
 from .errors import BundleError
 from .loop import Decoder, Level

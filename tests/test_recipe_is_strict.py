@@ -75,6 +75,7 @@ def refusal(load, *arguments) -> str:
         ("2:4", "2:4, block_size: 6", r":9: drafters\.sparse8\.prune: block_size 6"),
         ("source: org/name, ", "", r":2: model\.source: missing"),
         ("int8:", "suffix:", r":6: drafters\.suffix: wanted a name"),
+        ("int8:", "rest:", r":6: drafters\.rest: wanted a name"),
         ("int8:", "../up:", r":6: drafters\.\.\./up: wanted a name"),
         ("{quantize: none}", "[]", r":4: target: found \[\], wanted a mapping"),
         ("version: 1", "version: 2", r":1: version: found 2, wanted 1"),
@@ -174,6 +175,8 @@ def test_a_list_of_one_text_is_that_text(load, text):
         ("calibration=!!python/name:os.system", r"the tag !!python/name:os\.system is refused"),
         ("calibration={seed: 1, seed: 2}", r"the key seed is given twice"),
         ("speculate.ladder=[int8, suffix]", r"suffix verifies nothing"),
+        ("speculate.ladder=[int8, recycling]", r"recycling verifies nothing"),
+        ("speculate.ladder=[rest, int8]", r"rest drafts from what a call is given: name it there"),
         ("speculate.ladder=[int8, int8]", r"a level is named twice"),
         ("speculate.ladder=[sufix]", r"no drafter is called sufix; did you mean suffix\?"),
         (
@@ -219,3 +222,10 @@ def test_a_file_is_looked_for_beside_the_recipe_then_in_the_working_directory(tm
     assert loaded.find("both.txt") == beside / "both.txt"
     assert loaded.find("here.txt") == working / "here.txt"
     assert loaded.find("nowhere.txt") is None
+
+
+def test_no_drafter_of_a_recipe_has_the_name_of_one_that_is_no_model():
+    from draftsmith.pipeline.recipe import RESERVED
+    from draftsmith.speculate.drafters import DRAFTERS
+
+    assert DRAFTERS.keys() <= set(RESERVED)

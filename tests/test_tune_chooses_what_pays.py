@@ -61,7 +61,9 @@ def test_a_cheap_good_drafter_is_chosen_and_its_speed_foreseen(tune_with):
     assert plan["measured"]["speedup"] > 1.2
     assert plan["predicted"] == max(plan["candidates"], key=lambda row: row["tokens_per_second"])
     ladders = [tuple(row["ladder"]) for row in plan["candidates"]]
-    assert {(), ("suffix",), ("int8", "tiny"), ("suffix", "int8", "tiny")} <= set(ladders)
+    assert {(), ("suffix",), ("int8", "tiny"), ("suffix", "int8", "tiny"), ("recycling", "int8")} <= set(
+        ladders
+    )
     assert ("tiny", "int8") not in ladders  # the dearer one would draft for the cheaper
     assert Plan.model_validate(json.loads(json.dumps(plan))).costs is not None
     assert plan["costs"]["rows"][:2] == [1, 2] and plan["costs"]["rows"][-1] >= 32
@@ -70,7 +72,7 @@ def test_a_cheap_good_drafter_is_chosen_and_its_speed_foreseen(tune_with):
 
 def test_none_wins_where_nothing_pays(tune_with):
     plan = tune_with(target=15.0, int8=15.0, tiny=15.0)
-    assert plan["ladder"] == [] or plan["ladder"] == ["suffix"]
+    assert plan["ladder"] in ([], ["suffix"], ["recycling"])
     assert plan["predicted"]["estimated_speedup"] < 1.1
     plan = tune_with(Speculate(ladder=["int8"]), target=15.0, int8=15.0, tiny=15.0)
     assert plan["ladder"] == ["int8"]  # the recipe's word stands

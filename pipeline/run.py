@@ -24,6 +24,7 @@ def generate(
     *,
     chat: bool,
     threads: int | None,
+    device: str,
     quiet: bool,
     speculate: str,
     **settings: Any,
@@ -32,7 +33,7 @@ def generate(
 
     The text is written as it comes, unless `quiet`; `settings` are those of `Bundle.stream`.
     """
-    bundle = _open(bundle_dir, threads)
+    bundle = _open(bundle_dir, threads, device)
     text = sys.stdin.read() if prompt == "-" else prompt
     ladder = parse_ladder(speculate)
     run = bundle.stream([{"role": "user", "content": text}] if chat else text, speculate=ladder, **settings)
@@ -55,6 +56,7 @@ def bench(
     *,
     limit: int | None,
     threads: int | None,
+    device: str,
     speculate: str,
     json_out: Path | None,
     **settings: Any,
@@ -66,7 +68,7 @@ def bench(
     if json_out and str(json_out) != "-" and not json_out.absolute().parent.is_dir():
         raise RecipeError(f"--json {json_out}: its folder is not there; make it first")
     chosen, problems = read_prompts(prompts, limit)
-    bundle = _open(bundle_dir, threads)
+    bundle = _open(bundle_dir, threads, device)
     with show_progress("bench") as progress:
         result = measure(bundle, chosen, speculate=parse_ladder(speculate), progress=progress, **settings)
     result |= {"prompts_file": str(prompts), "passed_over": problems + result["passed_over"]}
@@ -76,13 +78,19 @@ def bench(
 
 
 def evaluate(
-    bundle_dir: Path, text: Path | None, prompts: Path | None, *, threads: int | None, **settings: Any
+    bundle_dir: Path,
+    text: Path | None,
+    prompts: Path | None,
+    *,
+    threads: int | None,
+    device: str,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Perplexity on `text` and greedy agreement on `prompts` of every engine of a bundle."""
     from .evaluate import evaluate as measure
 
     with show_progress("eval") as progress:
-        return measure(_open(bundle_dir, threads), text, prompts, progress=progress, **settings)
+        return measure(_open(bundle_dir, threads, device), text, prompts, progress=progress, **settings)
 
 
 def has_bug(bench_result: dict[str, Any]) -> bool:
@@ -90,8 +98,11 @@ def has_bug(bench_result: dict[str, Any]) -> bool:
     return any(not divergence["near_tie"] for divergence in bench_result["divergences"])
 
 
-def _open(bundle_dir: Path, threads: int | None) -> "Bundle":
+def _open(bundle_dir: Path, threads: int | None, device: str) -> "Bundle":
     """With as many threads as `tune` measured with, unless told otherwise."""
-    from ..speculate.bundle import load
+    from ..speculate.bundle import Bundle
 
-    return load(bundle_dir, num_threads() if threads is None else threads)
+    bundle = Bundle(bundle_dir, num_threads() if threads is None else threads, device)
+    if bundle.why_cpu:
+        print(f"runs on the CPU: {bundle.why_cpu}", file=sys.stderr)
+    return bundle

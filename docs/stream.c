@@ -46,8 +46,9 @@ static ds_engine *open_engine(ds_onnx *onnx, const char *bundle, const char *nam
 /* prompt [n_prompt]; eos: where to stop, or negative. */
 static int decode(ds_engine *drafter, ds_engine *target, const int32_t *prompt, int32_t n_prompt,
                   int32_t max_new_tokens, int32_t eos) {
-  const ds_level ladder[] = {
-      {.engine = NULL, .n_draft = N_SUFFIX_DRAFT}, {drafter, N_INT8_DRAFT, 0, NULL}, {.engine = target}};
+  const ds_level ladder[] = {{.engine = NULL, .n_draft = N_SUFFIX_DRAFT},
+                             {.engine = drafter, .n_draft = N_INT8_DRAFT},
+                             {.engine = target}};
   const ds_sampling greedy = {.temperature = 0, .top_p = 1};
   ds_decoder *decoder = ds_decoder_create(ladder, 3);
   int32_t tokens[N_INT8_DRAFT + 1]; /* the drafter's proposal and a token of the target's */

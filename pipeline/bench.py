@@ -1,10 +1,8 @@
 """Measure plain and speculative decoding side by side, and check that they say the same thing."""
 
 import json
-import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,25 +10,20 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ..speculate.bundle import Bundle, load
+from .figures import Run, describe_memory, summarise, summarise_categories
 from .machine import describe_machine
 from .processor import num_threads
 from .progress import Progress, no_progress
 from .prompts import Prompt, encode_prompts
+from .rounds import decode_in_turn
+from .snapshot import Mode, Sample, take_snapshot
+from .steadiness import Reference, Watch
+from .traces import measure_agreement
 
 # Kernels round differently for one row and for several, so where the target's two best logits are closer than
 # that moves them, the order of the two is chance. Anything wider that differs is a bug.
 NEAR_TIE = 1e-2  # at least; more where reading the same tokens one by one moves the logits by more
 STAGE_PROMPTS, STAGE_PROMPT_TOKENS, STAGE_NEW_TOKENS = 4, 64, 64
-
-
-@dataclass
-class Run:
-    """One prompt decoded one way."""
-
-    mode: str  # "plain" | "speculative"
-    category: str
-    token_ids: list[int]
-    stats: dict
 
 
 def bench(
@@ -48,11 +41,13 @@ def bench(
     A prompt that the bundle refuses is passed over. An interrupt ends the run early and keeps what was
     measured. Figures are defined in docs/metrics.md.
     """
-    modes = {"plain": "none", "speculative": speculate}
+    modes: dict[Mode, str | list[str]] = {"plain": "none", "speculative": speculate}
     options = {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos, "temperature": temperature}
     encoded, passed_over = encode_prompts(bundle, prompts, list(modes.values()), **options)
     for mode in modes.values():  # warms the kernels
         bundle.generate(encoded[0][1], max_new_tokens=min(4, max_new_tokens), speculate=mode, ignore_eos=True)
+    reference = Reference(bundle.threads)
+    watch = Watch()
     runs: list[Run] = []
     divergences: list[dict] = []
     interrupted = False
@@ -60,46 +55,78 @@ def bench(
         for index, (prompt, ids) in enumerate(encoded):
             pair: dict[str, Run] = {}
             for mode in list(modes) if index % 2 == 0 else reversed(modes):
-                pair[mode] = _decode(bundle, ids, mode, modes[mode], prompt.category, options)
-            if temperature == 0.0 and pair["plain"].token_ids != pair["speculative"].token_ids:
-                found = find_divergence(bundle, ids, pair["plain"].token_ids, pair["speculative"].token_ids)
+                ladder = modes[mode]
+                pair[mode] = _decode(bundle, index, ids, mode, ladder, prompt.category, options, reference)
+            plain, speculative = (pair[mode].rounds.token_ids for mode in modes)
+            if temperature == 0.0 and plain != speculative:
+                found = find_divergence(bundle, ids, plain, speculative)
                 divergences.append({"prompt": index, "line": prompt.line} | found)
             runs += pair.values()
             progress(index + 1, len(encoded), "plain and speculative in turn")
     except KeyboardInterrupt:
         interrupted = True
-        runs = runs[: len(runs) // 2 * 2]
         if not runs:
             raise
+    disturbance = watch.stop()
+    greedy = temperature == 0.0 and ignore_eos and speculate == "auto"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(),
         "settings": options
         | {"speculate": speculate, "plan": bundle.plan_for(speculate), "threads": bundle.threads},
         "prompts": len(runs) // 2,
+        "warm_up": {"prompts": 1, "new_tokens": min(4, max_new_tokens)},
         "passed_over": passed_over,
         "interrupted": interrupted,
         "identical": len(runs) // 2 - len(divergences) if temperature == 0.0 else None,
         "divergences": divergences,
-        **_summarise(runs),
-        "categories": {
-            name: _summarise([r for r in runs if r.category == name]) for name in _categories(runs)
-        },
-        "runs": [{"mode": r.mode, "category": r.category, "stats": r.stats} for r in runs],
+        **summarise(runs),
+        "categories": summarise_categories(runs),
+        "memory": describe_memory(bundle, [*modes.values()]),
+        "disturbance": asdict(disturbance),
+        "snapshot": _snapshot(bundle, [ids for _, ids in encoded], max_new_tokens, runs, reference)
+        if greedy
+        else None,
+        "runs": [run.to_dict() for run in runs],
     }
 
 
 def _decode(
-    bundle: Bundle, ids: list[int], mode: str, speculate: str | list[str], category: str, options: dict
+    bundle: Bundle,
+    prompt: int,
+    ids: list[int],
+    mode: Mode,
+    speculate: str | list[str],
+    category: str,
+    options: dict,
+    reference: Reference,
 ) -> Run:
-    started = time.perf_counter()
-    stream = bundle.stream(ids, speculate=speculate, **options)
-    token_ids: list[int] = []
-    times: list[float] = []
-    for piece in stream:
-        token_ids += piece.token_ids
-        times += [time.perf_counter() - started] * len(piece.token_ids)
-    return Run(mode, category, token_ids, stream.stats.to_dict() | {"token_times": times})
+    rounds = decode_in_turn([bundle.stream(ids, speculate=speculate, **options)], reference.sometimes)[0]
+    return Run(prompt, mode, category, rounds)
+
+
+def _snapshot(
+    bundle: Bundle, prompts: list[list[int]], max_new_tokens: int, runs: list[Run], reference: Reference
+) -> dict:
+    """For a gate to hold a later bundle against; only of greedy runs of a fixed length by the bundle's own
+    plan."""
+    count = len(runs) // 2
+    samples = [
+        Sample(
+            prompt=run.prompt,
+            mode=run.mode,
+            tokens=run.rounds.tokens,
+            milliseconds=run.rounds.milliseconds,
+            repeats=1,
+        )
+        for run in runs
+    ]
+    outputs = {run.prompt: run.rounds.token_ids for run in runs if run.mode == "plain"}
+    agreement = measure_agreement(bundle, prompts[:count], [outputs[index] for index in range(count)])
+    snapshot = take_snapshot(
+        bundle, prompts[:count], max_new_tokens, samples, reference.milliseconds, agreement=agreement
+    )
+    return snapshot.model_dump()
 
 
 def find_divergence(bundle: Bundle, prompt: list[int], plain: list[int], speculative: list[int]) -> dict:
@@ -146,57 +173,3 @@ def bench_stage(bundle_dir: Path, tokens: Path, out: Path, progress: Progress = 
         raise KeyboardInterrupt  # what is kept in the cache is whole
     (out / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
-
-
-def _categories(runs: Iterable[Run]) -> list[str]:
-    return list(Counter(run.category for run in runs))
-
-
-def _summarise(runs: list[Run]) -> dict:
-    modes = {
-        mode: _figures([run.stats for run in runs if run.mode == mode]) for mode in ("plain", "speculative")
-    }
-    pairs = zip(
-        (run.stats["tokens_per_second"] for run in runs if run.mode == "speculative"),
-        (run.stats["tokens_per_second"] for run in runs if run.mode == "plain"),
-        strict=True,
-    )
-    return modes | {"speedup": _spread([fast / slow for fast, slow in pairs])}
-
-
-def _figures(stats: list[dict]) -> dict:
-    """One mode's figures over its runs; rates pooled, times as quantiles."""
-    gaps = np.concatenate([np.diff(s["token_times"]) for s in stats] or [np.zeros(0)])
-    levels: dict[str, dict] = {}
-    for name in Counter(name for s in stats for name in s["levels"]):
-        rows = [s["levels"][name] for s in stats if name in s["levels"]]
-        drafted, accepted = (sum(row[key] for row in rows) for key in ("drafted", "accepted"))
-        rate = accepted / drafted if drafted else None
-        levels[name] = {"drafted": drafted, "accepted": accepted, "draft_acceptance_rate": rate}
-    tokens, steps, accepted = (sum(s[key] for s in stats) for key in ("emitted", "steps", "accepted"))
-    parts: Counter[str] = Counter()
-    for s in stats:
-        parts.update({part: ms for part, ms in s["ms"].items() if part != "draft"})
-        parts.update({f"draft by {name}": ms for name, ms in s["ms"]["draft"].items()})
-    return {
-        "tokens": tokens,
-        "target_calls": steps,
-        "mean_acceptance_length": 1 + accepted / steps if steps else None,
-        "levels": levels,
-        "tokens_per_second": _spread([s["tokens_per_second"] for s in stats]),
-        "decode_tokens_per_second": _spread([1e3 / s["tpot_ms"] for s in stats if s["tpot_ms"]]),
-        "ttft_ms": _spread([s["ttft_ms"] for s in stats]),
-        "tpot_ms": _spread([s["tpot_ms"] for s in stats if s["tpot_ms"] is not None]),
-        "itl_ms": _spread(list(1e3 * gaps)),
-        "ms_per_token": {part: total / tokens for part, total in parts.items()} if tokens else {},
-    }
-
-
-def _spread(values: Sequence[float]) -> dict | None:
-    if not len(values):
-        return None
-    quantiles = np.percentile(values, [10, 50, 90, 99])
-    return {
-        "mean": float(np.mean(values)),
-        **dict(zip(("p10", "p50", "p90", "p99"), map(float, quantiles), strict=True)),
-    }

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from . import options as opt
-from .exits import FAILED, FINE, INTERRUPTED, report_error, terminate
+from .exits import CANNOT_TELL, FAILED, FINE, INTERRUPTED, report_error, terminate
 
 app = typer.Typer(
     help="Make drafters out of your language model and decode with them, losslessly.",
@@ -73,6 +73,8 @@ def generate(
     seed: int = 0,
     stop: opt.Stop = None,
     speculate: opt.Ladder = "auto",
+    reference: opt.References = None,
+    datastore: opt.Datastore = None,
     ignore_eos: opt.IgnoreEos = False,
     threads: opt.Threads = None,
     device: opt.Device = "auto",
@@ -86,6 +88,8 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "ignore_eos": ignore_eos,
         "speculate": speculate,
+        "references": reference or (),
+        "datastore": datastore,
         **sampling,
     }
     result = run.generate(
@@ -117,6 +121,32 @@ def bench(
     raise typer.Exit(FAILED if run.has_bug(result) else FINE)
 
 
+@app.command()
+def gate(
+    bundle: opt.Bundle,
+    baseline: Annotated[Path, typer.Option(help="a bundle, or JSON of bench or of an earlier gate")],
+    overrides: opt.GateOverrides = None,
+    prompts: opt.GatePrompts = None,
+    text: Annotated[Path | None, typer.Option(help="text file: gate perplexity too")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for gate.json, .xml, .md")] = None,
+    limit: opt.Limit = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=2, help="tokens to decode, 24 by default")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="of timing; a third more to measure suspects again")
+    ] = 75.0,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Fail if a bundle is slower, larger or worse than its baseline; exit 3 where there is no telling."""
+    from . import output, run, show
+
+    request = {"prompts": prompts, "text": text, "limit": limit, "max_new_tokens": max_new_tokens}
+    request |= {"seconds": seconds, "threads": threads}
+    result = run.gate(bundle, baseline, overrides or (), out, **request)
+    output.emit(result, as_json, show.show_gate)
+    raise typer.Exit({"pass": FINE, "regression": FAILED, "cannot tell": CANNOT_TELL}[result["outcome"]])
+
+
 @app.command(name="eval")
 def evaluate(
     bundle: opt.Bundle,
@@ -141,6 +171,22 @@ def evaluate(
     }
     result = run.evaluate(bundle, text, prompts, threads=threads, device=device, **settings)
     output.emit(result, as_json, show.show_evaluation)
+
+
+@app.command()
+def datastore(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="text files, UTF-8")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the file to write")],
+    bundle: Annotated[Path, typer.Option(help="the bundle whose model is to be drafted for")],
+    as_json: opt.Json = False,
+) -> None:
+    """Index text that the ladder's "rest" drafts from."""
+    from . import datastore, output, show
+    from .progress import show_progress
+
+    with show_progress("datastore") as progress:
+        result = datastore.build_datastore(texts, out, bundle, progress)
+    output.emit(result, as_json, show.show_datastore)
 
 
 @app.command()

@@ -60,6 +60,14 @@ def evaluate(
     return result
 
 
+def measure_perplexity(
+    bundle: Bundle, text: Path, window: int, max_windows: int, progress: Progress = no_progress
+) -> dict[str, float]:
+    """Of every engine, as `evaluate` has it."""
+    windows = _cut_windows(bundle, text, window, max_windows)
+    return {name: row["perplexity"] for name, row in _perplexities(bundle, windows, progress).items()}
+
+
 def _cut_windows(bundle: Bundle, text: Path, window: int, max_windows: int | None) -> list[list[int]]:
     if not text.is_file():
         raise BundleError(f"text file {text} not found")

@@ -31,6 +31,11 @@ def format_size(size: int) -> str:
     return f"{amount:.1f} {UNITS[power]}" if power and amount < 10 else f"{amount:.0f} {UNITS[power]}"
 
 
+def format_number(value: float) -> str:
+    """Four significant digits; integers whole."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
 def format_table(rows: Sequence[Sequence[Any]]) -> str:
     """Columns padded to their widest cell; figures to the right."""
     cells = [[_cell(value) for value in row] for row in rows]

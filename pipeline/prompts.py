@@ -6,19 +6,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..speculate.bundle import Bundle
 from ..speculate.errors import BundleError
 
 Message = dict[str, str]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`content` is what `Bundle.generate` takes: a string, or messages for the chat template."""
+    """`content` is what `Bundle.generate` takes: a string, messages for the chat template, or token ids."""
 
-    content: str | list[Message]
+    content: str | list[Message] | list[int]
     category: str
     line: int
 
@@ -42,9 +43,14 @@ def read_prompts(path: Path, limit: int | None = None) -> tuple[list[Prompt], li
             problems.append(f"line {number}: {error}; passed over")
     if not prompts:
         raise BundleError(f"{path} holds no usable prompt" + (f" ({problems[0]})" if problems else ""))
-    if limit is not None and 0 < limit < len(prompts):
-        prompts = [prompts[index * len(prompts) // limit] for index in range(limit)]
-    return prompts, problems
+    return pick_evenly(prompts, limit), problems
+
+
+def pick_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit` of them, spread over all."""
+    if limit is None or not 0 < limit < len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
 
 
 def encode_prompts(

@@ -231,6 +231,15 @@ class Gate(Section):
     floor_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=0.05, description="a slowdown below this many milliseconds never fails the gate"
     )
+    max_acceptance_drop: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.05, description="of the share of the target's tokens that a drafter would choose too"
+    )
+    max_perplexity_growth: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0.02, description="a ratio, of every engine, where the gate is given a text"
+    )
+    max_size_growth: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0.05, description="a ratio, of the bundle's bytes"
+    )
 
 
 class Recipe(Section):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +28,22 @@ def generate(
     device: str,
     quiet: bool,
     speculate: str,
+    references: Sequence[Path] = (),
+    datastore: Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Continue `prompt` ("-": standard input), or with `chat` answer it.
 
     The text is written as it comes, unless `quiet`; `settings` are those of `Bundle.stream`.
     """
-    bundle = _open(bundle_dir, threads, device)
+    bundle = _open(bundle_dir, threads, device, datastore)
     text = sys.stdin.read() if prompt == "-" else prompt
-    ladder = parse_ladder(speculate)
-    run = bundle.stream([{"role": "user", "content": text}] if chat else text, speculate=ladder, **settings)
+    run = bundle.stream(
+        [{"role": "user", "content": text}] if chat else text,
+        speculate=parse_ladder(speculate),
+        references=[_read_text(path) for path in references],
+        **settings,
+    )
     pieces = []
     for piece in run:
         pieces.append(piece)
@@ -93,16 +100,39 @@ def evaluate(
         return measure(_open(bundle_dir, threads, device), text, prompts, progress=progress, **settings)
 
 
+def gate(
+    bundle_dir: Path, baseline: Path, overrides: Sequence[str], out: Path | None, **request: Any
+) -> dict[str, Any]:
+    """Hold a bundle against its baseline; writes the verdict into the folder `out`."""
+    from .gate import Request
+    from .gate import gate as hold
+    from .gate_files import write_files
+    from .gate_settings import read_settings
+
+    settings = read_settings(bundle_dir, overrides)
+    with show_progress("gate") as progress:
+        result = hold(bundle_dir, baseline, settings, Request(**request), progress=progress)
+    if out is not None:
+        result["files"] = write_files(result, out)
+    return result
+
+
 def has_bug(bench_result: dict[str, Any]) -> bool:
     """Whether an output differs from plain decoding other than by the chance order of near-equal logits."""
     return any(not divergence["near_tie"] for divergence in bench_result["divergences"])
 
 
-def _open(bundle_dir: Path, threads: int | None, device: str) -> "Bundle":
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise RecipeError(f"--reference {path}: no such file; a text that the output may quote is wanted")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _open(bundle_dir: Path, threads: int | None, device: str, datastore: Path | None = None) -> "Bundle":
     """With as many threads as `tune` measured with, unless told otherwise."""
     from ..speculate.bundle import Bundle
 
-    bundle = Bundle(bundle_dir, num_threads() if threads is None else threads, device)
+    bundle = Bundle(bundle_dir, num_threads() if threads is None else threads, datastore, device)
     if bundle.why_cpu:
         print(f"runs on the CPU: {bundle.why_cpu}", file=sys.stderr)
     return bundle

@@ -6,11 +6,19 @@ from typing import Any
 from .output import format_size, format_table
 
 Result = Mapping[str, Any]
+MUCH_WAITING = 0.05
 MAX_REASONS = 5  # of a kind that are printed; --json has them all
 
 
 def show_starter(result: Result) -> str:
     return f"wrote {result['recipe']}; next: {result['next']}"
+
+
+def show_datastore(result: Result) -> str:
+    return (
+        f"wrote {result['datastore']}: {result['tokens']} tokens of {result['files']} files, "
+        f"{result['bytes'] / 1e6:.1f} MB"
+    )
 
 
 def show_build(result: Result) -> str:
@@ -27,28 +35,21 @@ def show_build(result: Result) -> str:
 
 
 def show_bench(result: Result) -> str:
-    rows: list[list[Any]] = [["", "plain", "speculative"]]
+    modes = ("plain", "speculative")
+    rows: list[list[Any]] = [["", *(f"{mode} {q}" for mode in modes for q in ("p50", "p90", "p99"))]]
     for label, key in [
-        ("tokens/s, prefill included, median", "tokens_per_second"),
-        ("tokens/s decoding, median", "decode_tokens_per_second"),
-        ("TTFT ms, median", "ttft_ms"),
-        ("TPOT ms, median", "tpot_ms"),
-        ("ITL ms, median", "itl_ms"),
+        ("tokens/s, prefill included", "tokens_per_second"),
+        ("tokens/s decoding", "decode_tokens_per_second"),
+        ("TTFT ms", "ttft_ms"),
+        ("TPOT ms", "tpot_ms"),
+        ("ITL ms", "itl_ms"),
+        ("whole request ms", "e2el_ms"),
     ]:
-        rows.append([label, *((result[mode][key] or {}).get("p50") for mode in ("plain", "speculative"))])
-    rows.append(
-        ["tokens per target call", *(result[m]["mean_acceptance_length"] for m in ("plain", "speculative"))]
-    )
-    for name, level in result["speculative"]["levels"].items():
-        counts = f"{level['accepted']} of {level['drafted']}"
-        rate = level["draft_acceptance_rate"]
-        rows.append(
-            [f"{name}: accepted of drafted", None, counts if rate is None else f"{counts} ({rate:.0%})"]
-        )
-    plain, speculative = (result[mode]["ms_per_token"] for mode in ("plain", "speculative"))
-    for part in dict.fromkeys([*plain, *speculative]):
-        rows.append([f"ms per token: {part}", plain.get(part), speculative.get(part)])
-    lines = [format_table(rows), ""]
+        spreads = [result[mode][key] or {} for mode in modes]
+        rows.append([label, *(spread.get(q) for spread in spreads for q in ("p50", "p90", "p99"))])
+    lines = [format_table(rows), "", format_table(_pooled_rows(result)), ""]
+    if len(result["categories"]) > 1:
+        lines += [format_table(_category_rows(result["categories"])), ""]
     if result["speedup"]:
         lines.append(f"speedup: {_speedup(result['speedup'])}, over {result['prompts']} prompts")
     if result["identical"] is not None:
@@ -57,9 +58,50 @@ def show_bench(result: Result) -> str:
         kind = "a near-tie" if row["near_tie"] else "NOT a near-tie: please report it"
         where = f"line {row['line']}, token {row['position']}"
         lines.append(f"  {where}: differs, top-2 gap {row['top2_gap']:.2e}, {kind}")
+    lines.append(f"memory: {format_size(result['memory']['peak_rss'])} at the most")
+    if (waited := result["disturbance"]["waited"] or 0) > MUCH_WAITING:
+        lines.append(f"others were busy: our threads waited {waited:.0%} of the time that they wanted a core")
     lines += _passed_over(result["passed_over"])
     if result["interrupted"]:
         lines.append("interrupted: figures are of the prompts until then")
+    return "\n".join(lines)
+
+
+def _pooled_rows(result: Result) -> list[list[Any]]:
+    rows: list[list[Any]] = [["over all prompts", "plain", "speculative"]]
+    plain, speculative = result["plain"], result["speculative"]
+    lengths = (plain["mean_acceptance_length"], speculative["mean_acceptance_length"])
+    rows.append(["tokens per target call", *lengths])
+    for name, level in speculative["levels"].items():
+        counts = f"{level['accepted']} of {level['drafted']}"
+        rate = level["draft_acceptance_rate"]
+        counts = counts if rate is None else f"{counts} ({rate:.0%})"
+        rows.append([f"{name}: accepted of drafted", None, counts])
+        positions = " ".join(f"{100 * share:.0f}" for share in level["per_position_acceptance"])
+        rows.append([f"{name}: accepted by position, %", None, positions or None])
+    for part in dict.fromkeys([*plain["ms_per_token"], *speculative["ms_per_token"]]):
+        shares = (mode["ms_per_token"].get(part) for mode in (plain, speculative))
+        rows.append([f"ms per token: {part}", *shares])
+    return rows
+
+
+def _category_rows(categories: Mapping[str, Result]) -> list[list[Any]]:
+    rows: list[list[Any]] = [["category", "prompts", "plain tok/s", "spec. tok/s", "speedup", "a call"]]
+    for name, part in categories.items():
+        speeds = ((part[mode]["tokens_per_second"] or {}).get("p50") for mode in ("plain", "speculative"))
+        speedup = part["speedup"] or {}
+        length = part["speculative"]["mean_acceptance_length"]
+        rows.append([name, speedup.get("n"), *speeds, speedup.get("p50"), length])
+    return rows
+
+
+def show_gate(result: Result) -> str:
+    rows = [["outcome", "check", "baseline", "candidate", "unit", "allowed"]]
+    for check in result["checks"]:
+        rows.append([check[key] for key in ("outcome", "name", "baseline", "candidate", "unit", "limit")])
+    lines = [format_table(rows), ""]
+    lines += [f"{check['name']}: {check['why']}" for check in result["checks"] if check["why"]]
+    lines += ["", f"gate: {result['outcome']} ({result['seconds']:.0f} s)"]
     return "\n".join(lines)
 
 

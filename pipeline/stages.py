@@ -153,12 +153,12 @@ EXPORT = Stage("export", _export, ("model", "export"), ("onnx", "torch", "numpy"
 COMPILE = Stage("compile", _compile, ("export",), ("onnx", *TENSORRT_PACKAGES))
 MEASURING = (
     *("speculate", "pipeline/pack.py", "pipeline/prompts.py"),
-    *("pipeline/machine.py", "pipeline/processor.py"),
+    *("pipeline/machine.py", "pipeline/processor.py", "pipeline/replay.py", "pipeline/traces.py"),
 )
 TUNE = Stage(
     "tune",
     _tune,
-    (*MEASURING, "pipeline/tune.py", "pipeline/replay.py", "pipeline/traces.py"),
+    (*MEASURING, "pipeline/tune.py"),
     RUNTIME,
     measured=True,
 )
@@ -170,7 +170,8 @@ CHECK = Stage(
     sums=True,
     measured=True,
 )
-BENCH = Stage("bench", _bench, (*MEASURING, "pipeline/bench.py"), RUNTIME, measured=True)
+TIMING = tuple(f"pipeline/{name}.py" for name in ("bench", "figures", "rounds", "snapshot", "steadiness"))
+BENCH = Stage("bench", _bench, (*MEASURING, *TIMING), RUNTIME, measured=True)
 
 
 @dataclass

@@ -40,6 +40,20 @@ def record(bundle: Bundle, prompt: Sequence[int], drafters: Sequence[str], max_n
     return Recording(prompt, tokens, choices)
 
 
+def measure_agreement(
+    bundle: Bundle, prompts: Sequence[list[int]], outputs: Sequence[list[int]]
+) -> dict[str, float]:
+    """The share of the target's own greedy `outputs` for `prompts` that each drafter would choose too."""
+    shares: dict[str, float] = {}
+    for name in bundle.drafters:
+        agreed = [
+            bundle.logits([*prompt, *output[:-1]], engine=name)[len(prompt) - 1 :].argmax(axis=-1) == output
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+        shares[name] = float(np.concatenate(agreed).mean())
+    return shares
+
+
 def trace(recording: Recording) -> Trace:
     """What the replay needs of a recording."""
     misses = {name: next_misses(choice == recording.tokens) for name, choice in recording.choices.items()}

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .datastore import Datastore
 from .devices import choose_device, find_plan, spread_devices, why_not_tensorrt
+from .drafters import Sources
 from .driver import find_gpus
 from .engine import Engine, Logits
 from .errors import BundleError
@@ -47,17 +49,23 @@ if TYPE_CHECKING:
 _MAX_PADDING = 1024
 
 
-def load(path: str | Path, threads: int | None = None, device: str | Mapping[str, str] = "auto") -> "Bundle":
+def load(
+    path: str | Path,
+    threads: int | None = None,
+    datastore: str | Path | None = None,
+    device: str | Mapping[str, str] = "auto",
+) -> "Bundle":
     """Open a bundle folder, checking every file against the manifest. Engines are loaded when first used.
 
     threads: compute threads of each engine; by default one for each core that this process may use.
+    datastore: a file by `draftsmith datastore`, for ladders that begin with "rest".
     device: "cpu"; "cuda", which needs a GPU, its driver and TensorRT or ONNX Runtime for GPUs; or "auto": the
         GPU where the bundle has TensorRT engines that run here, else the CPU, with a warning if it has any.
         Or one of these by engine, {"target": "cuda", "int8": "cpu"}.
     Raises BundleError if the folder is not a bundle, is damaged, or needs another version of draftsmith, and
     if the device is not to be had.
     """
-    bundle = Bundle(Path(path), threads, device)
+    bundle = Bundle(Path(path), threads, datastore, device)
     if bundle.why_cpu:
         warnings.warn(f"runs on the CPU: {bundle.why_cpu}", stacklevel=2)
     return bundle
@@ -67,7 +75,11 @@ class Bundle:
     """A target, its drafters and the plan to decode with them. It has one cache: one generation at a time."""
 
     def __init__(
-        self, path: Path, threads: int | None = None, device: str | Mapping[str, str] = "auto"
+        self,
+        path: Path,
+        threads: int | None = None,
+        datastore: str | Path | None = None,
+        device: str | Mapping[str, str] = "auto",
     ) -> None:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise BundleError(f"threads={threads!r}: wanted at least 1, or None for all cores")
@@ -79,6 +91,13 @@ class Bundle:
         check_names(list(self.plan.ladder), self.manifest.engines)
         self.tokenizer = load_tokenizer(path / TOKENIZER)
         self._check_vocabularies()
+        self.datastore = (
+            None
+            if datastore is None
+            else Datastore(
+                datastore, self.manifest.engines[TARGET].vocab_size, self.manifest.files[TOKENIZER].sha256
+            )
+        )
         self._engines: dict[str, Engine] = {}
         self._runtime: OnnxRuntime | None = None
         self._tensorrt: TensorrtRuntime | None = None
@@ -97,6 +116,7 @@ class Bundle:
         stop: str | Sequence[str] = (),
         num_speculative_tokens: int | Mapping[str, int] | None = None,
         verify: Rule | None = None,
+        references: Sequence[str | Sequence[int]] = (),
     ) -> Generation:
         """Continue a prompt. Whatever drafts, the output is the target's own.
 
@@ -111,6 +131,8 @@ class Bundle:
         num_speculative_tokens: drafted per call by the outermost drafter, or a dict by name; else at most as
             many as planned, and fewer where the plan's measured costs say that more would not pay.
         verify: how sampled drafts are verified ("block", "token" or "exact"); else as planned.
+        references: texts, or token ids, that the output may quote: documents, earlier answers. The ladder's
+            first level, "suffix" or "llma", then drafts from them too.
         """
         run = self.stream(
             prompt,
@@ -124,6 +146,7 @@ class Bundle:
             stop,
             num_speculative_tokens,
             verify,
+            references,
         )
         pieces = list(run)
         token_ids = [token for piece in pieces for token in piece.token_ids]
@@ -142,6 +165,7 @@ class Bundle:
         stop: str | Sequence[str] = (),
         num_speculative_tokens: int | Mapping[str, int] | None = None,
         verify: Rule | None = None,
+        references: Sequence[str | Sequence[int]] = (),
     ) -> Run:
         """As `generate`, in pieces (`text`, `token_ids`) as they are decoded; their texts add up to its text.
 
@@ -154,6 +178,8 @@ class Bundle:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(string, str) and string for string in stops):
             raise BundleError(f"stop={stop!r}: wanted strings that are not empty")
+        sources = Sources(self._encode_references(references), self.datastore)
+        sources.check([rung.name for rung in rungs])
         prompt_ids = self.encode(prompt)
         self._check_room(len(prompt_ids), max_new_tokens, rungs)
         target = self.manifest.engines[TARGET]
@@ -163,7 +189,7 @@ class Bundle:
             self.engine(name)
 
         def begin() -> Decoder:
-            decoder = build_ladder(rungs, self.engine, costs)
+            decoder = build_ladder(rungs, self.engine, costs, sources.open)
             decoder.begin(prompt_ids, max_new_tokens, sampling, eos)
             return decoder
 
@@ -212,6 +238,17 @@ class Bundle:
         else:
             ids = prompt
         return check_ids(ids, target.vocab_size)
+
+    def _encode_references(self, references: Sequence[str | Sequence[int]]) -> list[list[int]]:
+        if isinstance(references, str):
+            raise BundleError("references is one text: wanted a list of them")
+        vocab_size, encoded = self.manifest.engines[TARGET].vocab_size, []
+        for i, text in enumerate(references):
+            ids = encode_text(self.tokenizer, text, False) if isinstance(text, str) else text
+            if not len(ids):
+                raise BundleError(f"references[{i}] is empty: wanted a text, or leave it out")
+            encoded.append(check_ids(ids, vocab_size, f"references[{i}]"))
+        return encoded
 
     def engine(self, name: str) -> Engine:
         """One of the bundle's engines, loaded at the first call."""

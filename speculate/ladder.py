@@ -6,11 +6,12 @@ from difflib import get_close_matches
 from typing import Literal
 
 from .binding import lib
+from .drafters import DRAFTERS, Drafter, Sources
+from .drafters import SUFFIX as SUFFIX
 from .engine import Engine
 from .errors import BundleError
 from .loop import Decoder, Level
 
-SUFFIX = "suffix"
 TARGET = "target"
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
 MAX_NUM_SPECULATIVE_TOKENS: int = lib.DS_MAX_DRAFT
@@ -68,7 +69,7 @@ def choose_ladder(
 
 def check_names(names: list[str], engines: Iterable[str]) -> None:
     """Refuse a ladder with a name that is unknown, doubled or out of its place."""
-    known = [SUFFIX, *(name for name in engines if name != TARGET)]
+    known = [*DRAFTERS, *(name for name in engines if name != TARGET)]
     for i, name in enumerate(names):
         if name == TARGET:
             raise BundleError(
@@ -82,27 +83,27 @@ def check_names(names: list[str], engines: Iterable[str]) -> None:
             )
         if name in names[:i]:
             raise BundleError(f"ladder {names} names {name!r} twice")
-        if name == SUFFIX and i > 0:
-            raise BundleError(f"ladder {names}: suffix needs no drafter, so it comes first")
+        if name in DRAFTERS and i > 0:
+            raise BundleError(f"ladder {names}: {name} needs no drafter, so it comes first")
 
 
 def build_ladder(
     rungs: list[Rung],
     open_engine: Callable[[str], Engine],
     costs: Mapping[str, Sequence[float]] | None = None,
+    open_drafter: Callable[[str, int], Drafter] | None = None,
 ) -> Decoder:
     """The decoder of a ladder with the target on top.
 
     costs: name -> milliseconds of a call with 1, 2, ... rows, by which drafts end where they stop to pay.
     """
-    known = costs or {}
-    levels = [
-        Level(
-            rung.name,
-            None if rung.name == SUFFIX else open_engine(rung.name),
-            rung.num_speculative_tokens,
-            None if rung.name == SUFFIX else known.get(rung.name),
-        )
-        for rung in rungs
-    ]
-    return Decoder([*levels, Level(TARGET, open_engine(TARGET), costs=known.get(TARGET))])
+    known, open_drafter = costs or {}, open_drafter or Sources().open
+    target = open_engine(TARGET)
+
+    def level(rung: Rung) -> Level:
+        if rung.name in DRAFTERS:
+            drafter = open_drafter(rung.name, target.vocab_size)
+            return Level(rung.name, None, rung.num_speculative_tokens, drafter=drafter)
+        return Level(rung.name, open_engine(rung.name), rung.num_speculative_tokens, known.get(rung.name))
+
+    return Decoder([*map(level, rungs), Level(TARGET, target, costs=known.get(TARGET))])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .binding import check, ffi, lib
+from .drafters import Drafter
 from .engine import Engine
 from .onnx_engine import OnnxEngine
 from .settings import Sampling
@@ -20,11 +21,12 @@ class Level:
     """One level of a ladder. Each drafts for the next; the last is the target."""
 
     name: str
-    engine: Engine | None  # None: the suffix drafter
+    engine: Engine | None  # None: the drafter
     num_draft: int = 0  # the longest proposal to the level above; 0 for the target
     costs: Sequence[float] | None = (
         None  # [r]: milliseconds of a call with r + 1 rows; None: lengths are fixed
     )
+    drafter: Drafter | None = None
 
 
 class EngineCalls:
@@ -103,6 +105,7 @@ class Decoder:
                     "n_draft": level.num_draft,
                     "n_costs": 0 if level.costs is None else len(level.costs),
                     "costs": cost,
+                    "drafter": level.drafter.handle if level.drafter else ffi.NULL,
                 }
                 for level, cost in zip(self.levels, costs, strict=True)
             ],

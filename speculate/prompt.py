@@ -47,14 +47,14 @@ def encode_chat(
     return encode_text(tokenizer, render_chat(template, messages, special_tokens), add_special_tokens=False)
 
 
-def check_ids(token_ids: Iterable[Any], vocab_size: int) -> list[int]:
+def check_ids(token_ids: Iterable[Any], vocab_size: int, name: str = "the prompt") -> list[int]:
     """The ids as plain ints; refused if there are none or one is not of this vocabulary."""
     ids = list(token_ids)
     if not ids:
-        raise BundleError("the prompt has no tokens: wanted at least one (the tokenizer adds none by itself)")
+        raise BundleError(f"{name} has no tokens: wanted at least one (the tokenizer adds none by itself)")
     for i, token in enumerate(ids):
         if not isinstance(token, Integral) or isinstance(token, bool):
-            raise BundleError(f"item {i} of the prompt is {token!r:.80}: wanted a token id")
+            raise BundleError(f"item {i} of {name} is {token!r:.80}: wanted a token id")
         if not 0 <= int(token) < vocab_size:
             raise BundleError(f"token id {token} at position {i}: this vocabulary ends at {vocab_size - 1}")
     return list(map(int, ids))

@@ -14,7 +14,15 @@ from .errors import BundleError
 
 Rule = Literal["token", "block", "exact"]
 
+TreeRule = Literal["rrs", "traversal", "specinfer", "exact"]
+
 RULES: dict[str, int] = {"token": lib.DS_RULE_TOKEN, "block": lib.DS_RULE_BLOCK, "exact": lib.DS_RULE_EXACT}
+TREE_RULES: dict[str, int] = {
+    "rrs": lib.DS_RULE_RRS,
+    "traversal": lib.DS_RULE_TRAVERSAL,
+    "specinfer": lib.DS_RULE_SPECINFER,
+    "exact": lib.DS_RULE_EXACT,
+}
 
 # How far a row may sum from 1 and still be taken for a law that was rounded, by bytes a number. A float32
 # softmax over a large vocabulary is off by some 1e-5; a row truncated or never normalized by far more.
@@ -40,15 +48,12 @@ def chain(
     """
     if rule not in RULES:
         raise BundleError(f"verify rule {rule!r} is not one of {', '.join(RULES)}")
-    tokens = _read_draft(draft)
+    tokens = _read_tokens("draft", draft)
     target = _read_laws("p", p, len(tokens) + 1)
     drafter = None
     if q is not None:
         drafter = _read_laws("q", q, len(tokens), vocab=target.shape[1])
-    numbers = np.ascontiguousarray(_read_array("uniforms", uniforms, np.float64))
-    if numbers.shape != (len(tokens) + 2,):
-        raise BundleError(f"uniforms have shape {numbers.shape}; [{len(tokens) + 2}] is wanted (K + 2)")
-    return chain_of_laws(rule, target, drafter, tokens, numbers)
+    return chain_of_laws(rule, target, drafter, tokens, _read_uniforms(uniforms, len(tokens), "K", 2))
 
 
 def chain_of_laws(
@@ -84,7 +89,7 @@ def greedy(logits: ArrayLike, draft: Sequence[int] | NDArray) -> tuple[int, int]
     Accepts while draft[i] is the first argmax of row i; returns (number accepted, next token). Raises
     BundleError for NaN, shapes that do not fit and ids outside the vocabulary.
     """
-    tokens = _read_draft(draft)
+    tokens = _read_tokens("draft", draft)
     rows = np.ascontiguousarray(_read_array("logits", logits, np.float32))
     if rows.ndim != 2 or len(rows) != len(tokens) + 1 or rows.shape[1] == 0:
         raise BundleError(f"logits have shape {rows.shape}; [{len(tokens) + 1}, V] is wanted (K + 1 rows)")
@@ -96,6 +101,99 @@ def greedy(logits: ArrayLike, draft: Sequence[int] | NDArray) -> tuple[int, int]
     return n_accepted[0], next_token[0]
 
 
+def tree(
+    rule: TreeRule,
+    p: ArrayLike,
+    q: ArrayLike | None,
+    tokens: Sequence[int] | NDArray,
+    parents: Sequence[int] | NDArray,
+    uniforms: ArrayLike,
+) -> tuple[list[int], int]:
+    """Verify a drafted tree of n >= 0 nodes; return (the accepted nodes, next token).
+
+    The accepted nodes are a path from below the root down: indices into `tokens`, possibly none.
+
+    rule      which also says how siblings must have been drawn from their law in q, in the order of `tokens`:
+              "rrs": without replacement; one after the other (Sequoia, arXiv 2402.12374);
+              "traversal": without replacement; the tree as a whole, from its leaves up (arXiv
+              2505.12398), accepts no less than "rrs" on average;
+              "specinfer": independently, equal siblings included (SpecInfer, arXiv 2305.09781);
+              "exact": in any way; samples the target and follows the child that says the same.
+              "rrs" and "traversal" take independent draws too: a sibling that repeats a token is passed over.
+    p         [n+1, V] float32 or float64: the target's laws; row 0 at the root, the text so far, row i + 1
+              after tokens[i]
+    q         [n+1, V]: row 0 the law that the root's children were drawn from, row i + 1 for those of node i
+              (of nodes without children not read); or None for a tree that was chosen, not sampled. A child
+              that has no mass in its row counts as chosen.
+    tokens    [n] token ids of the drafted nodes, without the root
+    parents   [n] each node's parent: its index in `tokens`, -1 for the root. Or as rows of p, one more: 0 is
+              the root and parents[0] then is 0. Parents come before their children.
+    uniforms  [n+2] in [0, 1), each with one use: [i] decides node i (for "exact": [i] samples row i, i <= n),
+              [n] draws the token after a node without children, [n+1] after one whose children are rejected
+
+    On a chain "rrs" and "specinfer" are the rule "token" of `chain`, "traversal" is "block". Otherwise as
+    `chain`, errors included.
+    """
+    if rule not in TREE_RULES:
+        raise BundleError(f"verify rule {rule!r} is not one of {', '.join(TREE_RULES)}, the rules for trees")
+    nodes = _read_tokens("tokens", tokens)
+    elders = _read_parents(parents, len(nodes))
+    target = _read_laws("p", p, len(nodes) + 1)
+    drafter = None
+    if q is not None:
+        used = np.isin(np.arange(len(nodes) + 1), elders + 1)
+        drafter = _read_laws("q", q, len(nodes) + 1, target.shape[1], used)
+    numbers = _read_uniforms(uniforms, len(nodes), "n", 2)
+    accepted, out = np.empty(len(nodes), np.int32), ffi.new("int32_t[2]")
+    status = lib.ds_verify_tree(
+        TREE_RULES[rule],
+        len(nodes),
+        target.shape[1],
+        view("double[]", target),
+        ffi.NULL if drafter is None else view("double[]", drafter),
+        view("int32_t[]", nodes),
+        view("int32_t[]", elders),
+        view("double[]", numbers),
+        view("int32_t[]", accepted),
+        out,
+        out + 1,
+    )
+    check(status)
+    return accepted[: out[0]].tolist(), out[1]
+
+
+def kseq(p: ArrayLike, q: ArrayLike, drafts: Sequence[int] | NDArray, uniforms: ArrayLike) -> tuple[int, int]:
+    """Verify K >= 1 drafts of one token by K-SEQ; return (token, index of the draft that it is or -1).
+
+    The drafts are independent draws from q. rho is the smallest that is valid for p, q and K (Sun et al.,
+    SpecTr, arXiv 2310.15141), so a draft is accepted at least 1 - 1/e times as often as by the
+    best rule that there is.
+
+    p, q      [V] float32 or float64: the laws of target and drafter
+    drafts    [K] token ids
+    uniforms  [K+1] in [0, 1): [i] decides drafts[i], [K] draws the token that replaces them all.
+
+    Raises BundleError as `chain` does.
+    """
+    tokens = _read_tokens("drafts", drafts)
+    target = _read_laws("p", _read_array("p", p)[np.newaxis], 1)
+    drafter = _read_laws("q", _read_array("q", q)[np.newaxis], 1, target.shape[1])
+    numbers = _read_uniforms(uniforms, len(tokens), "K", 1)
+    out = ffi.new("int32_t[2]")
+    status = lib.ds_verify_kseq(
+        len(tokens),
+        target.shape[1],
+        view("double[]", target),
+        view("double[]", drafter),
+        view("int32_t[]", tokens),
+        view("double[]", numbers),
+        out,
+        out + 1,
+    )
+    check(status)
+    return out[1], out[0]
+
+
 def _read_array(name: str, values: ArrayLike, dtype: type | None = None) -> NDArray:
     try:
         return np.asarray(values, dtype=dtype)
@@ -103,18 +201,52 @@ def _read_array(name: str, values: ArrayLike, dtype: type | None = None) -> NDAr
         raise BundleError(f"{name} cannot be read as an array of numbers: {error}") from error
 
 
-def _read_draft(draft: Sequence[int] | NDArray) -> NDArray[np.int32]:
+def _read_uniforms(uniforms: ArrayLike, n: int, count: str, more: int) -> NDArray[np.float64]:
+    numbers = np.ascontiguousarray(_read_array("uniforms", uniforms, np.float64))
+    if numbers.shape != (n + more,):
+        raise BundleError(f"uniforms have shape {numbers.shape}; [{n + more}] is wanted ({count} + {more})")
+    return numbers
+
+
+def _read_integers(name: str, values: Sequence[int] | NDArray, wanted: str) -> NDArray:
+    integers = _read_array(name, values)
+    if integers.ndim != 1 or (integers.size and integers.dtype.kind not in "iu"):
+        raise BundleError(
+            f"{name} is {integers.dtype} {list(integers.shape)}; a flat list of {wanted} is wanted"
+        )
+    return integers
+
+
+def _read_tokens(name: str, values: Sequence[int] | NDArray) -> NDArray[np.int32]:
     """Token ids as int32. What int32 cannot hold is refused here, what the vocabulary does not in C."""
-    tokens = _read_array("draft", draft)
-    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-        raise BundleError(f"draft is {tokens.dtype} {list(tokens.shape)}; a flat list of token ids is wanted")
+    tokens = _read_integers(name, values, "token ids")
     if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) <= np.iinfo(np.int32).max:
-        raise BundleError(f"draft holds ids from {tokens.min()} to {tokens.max()}, which no vocabulary has")
+        raise BundleError(f"{name} holds ids from {tokens.min()} to {tokens.max()}, which no vocabulary has")
     return np.ascontiguousarray(tokens, dtype=np.int32)
 
 
-def _read_laws(name: str, laws: ArrayLike, n_rows: int, vocab: int | None = None) -> NDArray[np.float64]:
-    """A private float64 copy of laws [n_rows, V], checked and normalized."""
+def _read_parents(parents: Sequence[int] | NDArray, n: int) -> NDArray[np.int32]:
+    """Indices of nodes, -1 for the root: the first node's parent, whose name tells which numbers are used."""
+    given = _read_integers("parents", parents, "node indices")
+    if given.shape != (n,):
+        raise BundleError(f"{len(given)} parents for {n} tokens; one for each drafted node is wanted")
+    if n and given[0] not in (-1, 0):
+        raise BundleError(f"parents[0] is {given[0]}; the first node's parent is the root: -1, or row 0 of p")
+    named = given.astype(np.int64) - (1 if n and given[0] == 0 else 0)
+    early = np.flatnonzero((named < -1) | (named >= np.arange(n)))
+    if early.size:
+        i = int(early[0])
+        raise BundleError(
+            f"parents[{i}] is {given[i]}; a node before it is wanted, or {given[0]} for the root"
+        )
+    return np.ascontiguousarray(named, dtype=np.int32)
+
+
+def _read_laws(
+    name: str, laws: ArrayLike, n_rows: int, vocab: int | None = None, used: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """A private float64 copy of laws [n_rows, V], checked and normalized; rows that are not `used` may be
+    anything."""
     given = _read_array(name, laws)
     if given.dtype.kind != "f" or given.itemsize not in TOLERANCE:
         raise BundleError(f"{name} is {given.dtype}; float32 or float64 is wanted")
@@ -122,6 +254,8 @@ def _read_laws(name: str, laws: ArrayLike, n_rows: int, vocab: int | None = None
         wanted = f"[{n_rows}, {vocab or 'V'}]"
         raise BundleError(f"{name} has shape {list(given.shape)}; {wanted} is wanted for this draft")
     rows = np.array(given, dtype=np.float64, order="C")
+    if used is not None:
+        rows[~used] = 1 / rows.shape[1]
     status = lib.ds_normalize_laws(n_rows, rows.shape[1], TOLERANCE[given.itemsize], view("double[]", rows))
     check(status, name)
     return rows

@@ -143,3 +143,34 @@ def extend(target: TinyModel, draft: Tokens, law: np.ndarray, length: int) -> di
             tail = math.prod(float(target.law(full[:i])[full[i]]) for i in range(len(said), length))
             joint[full] = joint.get(full, 0.0) + law[n, y] * tail
     return joint
+
+
+# ---- Drawing, and telling whether draws follow a law -----------------------------------------------------
+
+
+def draw(weights: list[Fraction], uniform: Fraction) -> int:
+    total, passed = sum(weights), Fraction(0)
+    for token, weight in enumerate(weights):
+        passed += weight
+        if weight and passed > uniform * total:
+            return token
+    raise AssertionError("nothing has mass")
+
+
+def inverse_cdf(laws: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """A token for each uniform, from one law [V] or from a law each [n, V]."""
+    passed = laws.cumsum(axis=-1)
+    return (passed <= uniforms[:, None] * passed[..., -1:]).sum(axis=1)
+
+
+def g_statistic(counts: np.ndarray, law: np.ndarray) -> tuple[float, int]:
+    """G = 2 Σ n log(n / expected) and its degrees of freedom."""
+    expected = law * counts.sum()
+    assert not counts[law == 0].any(), "a token without mass was said"
+    seen = counts > 0
+    return float(2 * (counts[seen] * np.log(counts[seen] / expected[seen])).sum()), int((law > 0).sum()) - 1
+
+
+def chi_square_quantile(freedom: int, z: float) -> float:
+    """Wilson and Hilferty (1931): the quantile at z standard deviations of the normal law."""
+    return freedom * (1 - 2 / (9 * freedom) + z * math.sqrt(2 / (9 * freedom))) ** 3

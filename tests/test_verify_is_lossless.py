@@ -5,7 +5,6 @@ papers' formulas, written out a second time in rationals, against the native dec
 through the whole path from logits. `exact_laws.py` holds the integration.
 """
 
-import math
 from fractions import Fraction
 
 import numpy as np
@@ -13,7 +12,18 @@ import pytest
 from draftsmith.speculate import sampling, verify
 from draftsmith.speculate.binding import ffi, lib, view
 from draftsmith.speculate.errors import BundleError
-from exact_laws import LAST, TinyModel, Tokens, extend, integrate_walk, output_law
+from exact_laws import (
+    LAST,
+    TinyModel,
+    Tokens,
+    chi_square_quantile,
+    draw,
+    extend,
+    g_statistic,
+    integrate_walk,
+    inverse_cdf,
+    output_law,
+)
 
 RULES: list[verify.Rule] = ["token", "block", "exact"]
 # (vocabulary, draft length, seed, share of tokens without mass)
@@ -122,15 +132,6 @@ def test_a_model_accepts_its_own_drafts_whole(rule, length):
 # ---- The papers' formulas, in rationals --------------------------------------------------------------------
 
 
-def draw(weights: list[Fraction], uniform: Fraction) -> int:
-    total, passed = sum(weights), Fraction(0)
-    for token, weight in enumerate(weights):
-        passed += weight
-        if weight and passed > uniform * total:
-            return token
-    raise AssertionError("nothing has mass")
-
-
 def reference_walk(rule, p, q, draft: Tokens, uniforms: list[Fraction]) -> tuple[int, int, Fraction]:
     """(accepted, next token, distance to the nearest other decision); the rules as in `verify.chain`."""
     length, margin, accepted = len(draft), Fraction(1), 0
@@ -235,25 +236,6 @@ def processed(logits: np.ndarray, temperature: float, top_k: int, top_p: float) 
     law = np.zeros_like(weights)
     law[order] = weights[order]
     return law / law.sum()
-
-
-def inverse_cdf(laws: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-    """A token for each uniform, from one law [V] or from a law each [n, V]."""
-    passed = laws.cumsum(axis=-1)
-    return (passed <= uniforms[:, None] * passed[..., -1:]).sum(axis=1)
-
-
-def g_statistic(counts: np.ndarray, law: np.ndarray) -> tuple[float, int]:
-    """G = 2 Σ n log(n / expected) and its degrees of freedom."""
-    expected = law * counts.sum()
-    assert not counts[law == 0].any(), "a token without mass was said"
-    seen = counts > 0
-    return float(2 * (counts[seen] * np.log(counts[seen] / expected[seen])).sum()), int((law > 0).sum()) - 1
-
-
-def chi_square_quantile(freedom: int, z: float) -> float:
-    """Wilson and Hilferty (1931): the quantile at z standard deviations of the normal law."""
-    return freedom * (1 - 2 / (9 * freedom) + z * math.sqrt(2 / (9 * freedom))) ** 3
 
 
 @pytest.mark.parametrize("rule", [*RULES, "biased"])

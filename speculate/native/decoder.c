@@ -13,7 +13,7 @@ static int32_t check_costs(const ds_level *levels, int32_t i) {
   const ds_level *l = &levels[i];
   int32_t rows = i > 0 ? levels[i - 1].n_draft + 1 : 1;
   if (!l->costs) return DS_OK;
-  if (!l->engine) return ds_fail(DS_ERROR_ARGUMENT, "level %d: the suffix drafter has no costs", i);
+  if (!l->engine) return ds_fail(DS_ERROR_ARGUMENT, "level %d has no engine, and so has no costs", i);
   if (l->n_costs < rows || l->n_costs > DS_MOST_ROWS)
     return ds_fail(DS_ERROR_ARGUMENT, "level %d: costs of %d row counts; %d to %d are wanted", i, l->n_costs,
                    rows, DS_MOST_ROWS);
@@ -33,6 +33,10 @@ static int32_t check_levels(const ds_level *levels, int32_t n_levels) {
       return ds_fail(DS_ERROR_ARGUMENT, "level %d has no engine; only the first drafter may have none", i);
     if (l->engine && (!l->engine->reserve || !l->engine->forward || l->engine->vocab < 1))
       return ds_fail(DS_ERROR_ARGUMENT, "the engine of level %d has no functions or no vocabulary", i);
+    if (l->engine && l->drafter)
+      return ds_fail(DS_ERROR_ARGUMENT, "level %d has an engine and a drafter; one of them is wanted", i);
+    if (l->drafter && (!l->drafter->begin || !l->drafter->append || !l->drafter->draft))
+      return ds_fail(DS_ERROR_ARGUMENT, "the drafter of level %d has no functions", i);
     if (is_target ? l->n_draft != 0 : l->n_draft < 1 || l->n_draft > DS_MAX_DRAFT)
       return ds_fail(DS_ERROR_ARGUMENT, "level %d drafts %d tokens; 1 to %d are wanted, of the target 0", i,
                      l->n_draft, DS_MAX_DRAFT);
@@ -57,6 +61,12 @@ ds_decoder *ds_decoder_create(const ds_level *levels, int32_t n_levels) {
   for (int32_t i = 0; i < n_levels; ++i) {
     level *l = &d->levels[i];
     l->engine = levels[i].engine;
+    l->drafter = levels[i].drafter;
+    l->owned = !l->engine && !l->drafter;
+    if (l->owned && !(l->drafter = ds_suffix_drafter_create(NULL, 0))) {
+      ds_decoder_free(d);
+      return NULL;
+    }
     l->inner = i > 0 ? l - 1 : NULL;
     l->above = i + 1 < n_levels ? l + 1 : NULL;
     l->n_draft = levels[i].n_draft;
@@ -78,9 +88,7 @@ ds_decoder *ds_decoder_create(const ds_level *levels, int32_t n_levels) {
 
 static void release(ds_decoder *d) {
   for (int32_t i = 0; i < d->n_levels; ++i) {
-    ds_suffix_free(d->levels[i].suffix);
     free(d->levels[i].laws);
-    d->levels[i].suffix = NULL;
     d->levels[i].laws = NULL;
   }
   free(d->ids);
@@ -93,7 +101,10 @@ static void release(ds_decoder *d) {
 void ds_decoder_free(ds_decoder *d) {
   if (!d) return;
   release(d);
-  for (int32_t i = 0; i < d->n_levels; ++i) free((void *)d->levels[i].pace.costs);
+  for (int32_t i = 0; i < d->n_levels; ++i) {
+    free((void *)d->levels[i].pace.costs);
+    if (d->levels[i].owned) ds_drafter_close(d->levels[i].drafter);
+  }
   free(d);
 }
 
@@ -139,8 +150,6 @@ static int32_t allocate(ds_decoder *d, int32_t slots, int32_t n_eos) {
     int32_t rows = l->above ? l->n_draft : l->inner ? l->inner->n_draft + 1 : 1;
     if (l->engine && !ds_is_greedy(d))
       complete = !!(l->laws = malloc((size_t)rows * (size_t)d->vocab * sizeof *l->laws));
-    if (!l->engine)
-      complete = (l->suffix = ds_suffix_create()) && ds_suffix_reserve(l->suffix, slots) == DS_OK;
   }
   return complete ? DS_OK : ds_fail(DS_ERROR_MEMORY, "no memory to decode %d tokens", slots);
 }
@@ -173,7 +182,9 @@ int32_t ds_decoder_begin(ds_decoder *d, const ds_sampling *sampling, const int32
   for (int32_t i = 0; i < d->n_levels && status == DS_OK; ++i) {
     level *l = &d->levels[i];
     reset(l);
-    if (l->engine && (status = l->engine->reserve(l->engine, n_prompt + max_new_tokens)) > 0) status = DS_OK;
+    status = l->engine ? l->engine->reserve(l->engine, n_prompt + max_new_tokens)
+                       : l->drafter->begin(l->drafter, n_prompt + max_new_tokens);
+    if (status > 0) status = DS_OK;
   }
   if (status != DS_OK) return status;
   memcpy(d->ids, prompt, (size_t)n_prompt * sizeof *prompt);

@@ -12,11 +12,12 @@ enum { DS_MOST_ROWS = DS_PREFILL_ROWS + DS_MAX_DRAFT /* of one call */ };
  * proposal the next call also reads its last token, which nobody had to read before. */
 typedef struct level level;
 struct level {
-  ds_engine *engine; /* NULL: the suffix drafter */
-  ds_suffix *suffix; /* or NULL */
+  ds_engine *engine;   /* NULL: the drafter */
+  ds_drafter *drafter; /* or NULL */
+  int owned;           /* whether the drafter was made here */
   level *inner, *above;
   int32_t n_draft;
-  int32_t kept; /* of a suffix drafter: the tokens it has learnt */
+  int32_t kept; /* without an engine: the tokens that the drafter was told */
   uint64_t stream, drawn;
   double *laws; /* row i: the law of the i-th token of the proposal being built; NULL: none was sampled */
   uint8_t buckets[DS_MAX_DRAFT]; /* of that proposal, for the schedule */

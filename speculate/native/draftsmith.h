@@ -63,6 +63,10 @@ enum ds_rule {
   DS_RULE_TOKEN = 0, /* each token on its own: Leviathan et al., arXiv 2211.17192, algorithm 1 */
   DS_RULE_BLOCK = 1, /* the draft as a whole: Sun et al., arXiv 2403.10444, algorithm 2; never accepts less */
   DS_RULE_EXACT = 2, /* sample the target, accept while the draft says the same; any draft whatever */
+  /* Of trees only, as DS_RULE_EXACT is also: */
+  DS_RULE_RRS = 3,       /* siblings one by one, drawn without replacement: Sequoia, arXiv 2402.12374 */
+  DS_RULE_TRAVERSAL = 4, /* the tree as a whole, from its leaves up: arXiv 2505.12398 */
+  DS_RULE_SPECINFER = 5, /* siblings one by one, each an independent draw: arXiv 2305.09781 */
 };
 
 /* Verify a drafted chain, losslessly: draft[0..n_accepted), next_token are distributed as the target's own.
@@ -84,6 +88,40 @@ DS_API int32_t ds_verify_chain(int32_t rule, int32_t n_draft, int32_t vocab, con
 /* The same at temperature 0, from logits [n_draft + 1, vocab]: accept while draft[i] is the first argmax. */
 DS_API int32_t ds_verify_greedy(int32_t n_draft, int32_t vocab, const float *logits, const int32_t *draft,
                                 int32_t *n_accepted, int32_t *next_token);
+
+enum { DS_MAX_TREE = 1024 };
+
+/* Verify a drafted tree, losslessly: the path accepted[0..n_accepted), then next_token. Drafted node i is
+ * row i + 1 of p and q; the root, row 0, is the text so far.
+ *   p         [n_nodes + 1, vocab]  the target's laws after each node
+ *   q         [n_nodes + 1, vocab]  the laws that each node's children were drawn from (of a node without
+ *                                   children not read), or NULL: the tree was chosen, not sampled
+ *   tokens    [n_nodes]             of the drafted nodes; siblings in the order in which they were drawn
+ *   parents   [n_nodes]             parents[i] < i, or -1 for the root
+ *   uniforms  [n_nodes + 2]         independent, in [0, 1); each has one use:
+ *     uniforms[i], i < n_nodes      whether node i is accepted (DS_RULE_EXACT: the sample at row i)
+ *     uniforms[n_nodes]             the token after a node without children (DS_RULE_EXACT: after the last)
+ *     uniforms[n_nodes + 1]         the token after a node whose children were all rejected
+ *   accepted  [n_nodes]             room for the accepted nodes, from the root's child down
+ * How siblings must have been drawn for the output to follow the target's law:
+ *   DS_RULE_RRS, DS_RULE_TRAVERSAL: each from q without the tokens of those before it, normalized. Or each
+ *     from q, independently: a token that comes again is passed over, which leaves draws without replacement.
+ *   DS_RULE_SPECINFER: each from q, independently; a token that comes again is a trial of its own.
+ *   DS_RULE_EXACT: in any way; of equal siblings the first is followed.
+ * A child without mass in q, as every child where q is NULL, counts as chosen: given its elder siblings,
+ * its token was certain. On a chain the rules are DS_RULE_TOKEN (rrs, specinfer) and DS_RULE_BLOCK
+ * (traversal). Otherwise as ds_verify_chain. */
+DS_API int32_t ds_verify_tree(int32_t rule, int32_t n_nodes, int32_t vocab, const double *p, const double *q,
+                              const int32_t *tokens, const int32_t *parents, const double *uniforms,
+                              int32_t *accepted, int32_t *n_accepted, int32_t *next_token);
+
+/* Verify drafts [n_drafts >= 1] of one token, drawn independently from q [vocab], by K-SEQ (Sun et al.,
+ * SpecTr, arXiv 2310.15141) with the smallest rho that is valid: *token follows p [vocab].
+ * *accepted is the draft that it is, or -1. At least 1 - 1/e of the best acceptance that any rule can
+ * have. uniforms [n_drafts + 1]: [i] decides drafts[i], the last draws the token that replaces them all. */
+DS_API int32_t ds_verify_kseq(int32_t n_drafts, int32_t vocab, const double *p, const double *q,
+                              const int32_t *drafts, const double *uniforms, int32_t *accepted,
+                              int32_t *token);
 
 /* ---- Drafting from the text itself --------------------------------------------------------------------- */
 

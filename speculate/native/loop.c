@@ -6,8 +6,8 @@
  * stop after an end-of-text token, at a length fixed beforehand, where a round ended, or where more does not
  * pay. It may not look at a token and then drop it: to propose only the accepted drafts without the level's
  * own token after them, or to leave out a token for its low probability, selects among samples, and the
- * verdict on them is no longer lossless. Drafts that are not sampled may be cut as one likes: those of the
- * suffix drafter, greedy ones, and all under DS_RULE_EXACT, which takes any draft whatever.
+ * verdict on them is no longer lossless. Drafts that are not sampled may be cut as one likes: those of a
+ * drafter without an engine, greedy ones, and all under DS_RULE_EXACT, which takes any draft whatever.
  *
  * A level that is asked for n tokens gives n, in as many rounds as that takes, unless they do not pay: the
  * call above that verifies them is the dear one. Its own drafter is asked for at most one token less than is
@@ -31,11 +31,7 @@
 #include <string.h>
 #include <time.h>
 
-enum {
-  SUFFIX_MIN_MATCH = 2,
-  SUFFIX_MAX_MATCH = 32,
-  BY_POSITION = 0, /* the stream of DS_RULE_EXACT, shared by all levels; level i has stream i + 1 */
-};
+enum { BY_POSITION = 0 /* the stream of DS_RULE_EXACT, shared by all levels; level i has stream i + 1 */ };
 
 static double now_ms(void) {
   struct timespec t;
@@ -187,6 +183,14 @@ static int32_t advance(ds_decoder *d, level *l, int32_t length, int32_t room, in
   if (status != DS_OK) return status;
 
   double began = now_ms();
+  if (l->inner && l->inner->drafter && l->inner->drafter->observe) {
+    status = l->inner->drafter->observe(l->inner->drafter, d->ids + length - 1, drafted + 1, logits,
+                                        l->engine->vocab);
+    if (status < 0) return status;
+    double spent = now_ms() - began;
+    l->inner->stats.busy_ms += spent;
+    began += spent;
+  }
   status = decide(d, l, logits, length, drafted, row, &accepted, &next);
   if (status != DS_OK) return status;
   if (is_scheduled(l))
@@ -206,18 +210,24 @@ static int32_t advance(ds_decoder *d, level *l, int32_t length, int32_t room, in
   return emitted;
 }
 
-/* What followed the last occurrence of the latest tokens. Tokens that the levels above only propose are not
- * learnt from. */
-static int32_t propose_suffix(ds_decoder *d, level *l, int32_t length, int32_t count) {
-  int32_t status = ds_suffix_append(l->suffix, d->ids + l->kept, d->committed - l->kept), matched;
-  if (status != DS_OK) return status;
+/* What needs no model. Tokens that the levels above only propose are not learnt from. */
+static int32_t propose_text(ds_decoder *d, level *l, int32_t length, int32_t count) {
+  int32_t support[DS_MAX_DRAFT];
+  int32_t status = l->drafter->append(l->drafter, d->ids + l->kept, d->committed - l->kept);
+  if (status < 0) return status;
   l->kept = d->committed;
-  int32_t drafted = ds_suffix_draft(l->suffix, d->ids + l->kept, length - l->kept, SUFFIX_MIN_MATCH,
-                                    SUFFIX_MAX_MATCH, count, d->ids + length, &matched);
+  int32_t drafted =
+      l->drafter->draft(l->drafter, d->ids + l->kept, length - l->kept, count, d->ids + length, support);
   if (drafted <= 0) return drafted;
+  if (drafted > count)
+    return ds_fail(DS_ERROR_ARGUMENT, "a drafter proposes %d tokens where %d were asked for", drafted, count);
+  for (int32_t i = 0; i < drafted; ++i)
+    if (d->ids[length + i] < 0 || d->ids[length + i] >= d->vocab)
+      return ds_fail(DS_ERROR_ARGUMENT, "a drafter proposes token %d, outside the vocabulary of %d",
+                     d->ids[length + i], d->vocab);
   drafted = cut_at_eos(d, length, drafted);
   if (!is_scheduled(l)) return drafted;
-  for (int32_t i = 0; i < drafted; ++i) l->buckets[i] = ds_bucket_of_match(matched + i);
+  for (int32_t i = 0; i < drafted; ++i) l->buckets[i] = ds_bucket_of_match(support[i]);
   drafted = ds_length_that_pays(&l->above->pace, &l->trust, l->buckets, drafted);
   ds_trust_note(&l->trust, drafted);
   return drafted;
@@ -242,7 +252,7 @@ static int32_t propose_tokens(ds_decoder *d, level *l, int32_t length, int32_t c
 /* Draft at most `count` tokens to follow the first `length` ones, and write them there. */
 static int32_t propose(ds_decoder *d, level *l, int32_t length, int32_t count) {
   double began = now_ms();
-  int32_t drafted = l->engine ? propose_tokens(d, l, length, count) : propose_suffix(d, l, length, count);
+  int32_t drafted = l->engine ? propose_tokens(d, l, length, count) : propose_text(d, l, length, count);
   l->stats.busy_ms += now_ms() - began;
   return drafted;
 }

@@ -3,14 +3,16 @@
  * Lossless   Greedy tokens are those of the target alone; sampled ones follow its law exactly, and under
  *            DS_RULE_EXACT are, token for token, those of sampling without drafts. Whatever drafts.
  * Repeatable Tokens depend on the engines, the settings and the cost tables; never on a clock.
- * Ownership  Levels and settings are copied, engines borrowed until ds_decoder_free; nobody here closes them.
- *            All memory is taken by create and begin; step allocates nothing.
- * Threads    A decoder is used by one thread at a time, and so are its engines.
+ * Ownership  Levels and settings are copied, engines and drafters borrowed until ds_decoder_free; nobody here
+ *            closes them. All memory is taken by create and begin; step allocates nothing.
+ * Threads    A decoder is used by one thread at a time, and so are its engines and
+ *            its drafter.
  * Errors     As in draftsmith.h. After one, begin again.
  */
 #ifndef DRAFTSMITH_LOOP_H
 #define DRAFTSMITH_LOOP_H
 
+#include "drafter.h"
 #include "draftsmith.h"
 #include "engine.h"
 
@@ -23,14 +25,16 @@ enum { DS_MAX_LEVELS = 8, DS_MAX_DRAFT = 64, DS_PREFILL_ROWS = 128 /* of a call 
 /* One level of a ladder. Each drafts for the next and verifies the one before; the last is the target, whose
  * vocabulary rules: a drafter may know fewer ids (it never drafts the rest) or more (those are masked). */
 typedef struct ds_level {
-  ds_engine *engine;   /* NULL: the suffix drafter of draftsmith.h, which needs no drafter and comes first */
+  ds_engine *engine;   /* NULL: `drafter`, which needs no drafter of its own and so comes first */
   int32_t n_draft;     /* the longest proposal to the level above, 1 .. DS_MAX_DRAFT; 0 for the target */
   int32_t n_costs;     /* at least the n_draft of the level below + 1; 0 without costs */
   const double *costs; /* [r]: milliseconds of an engine's call with r + 1 rows, positive; or NULL */
+  ds_drafter
+      *drafter; /* of a level without an engine; NULL there: prompt lookup over the generation's text */
 } ds_level;
 
-/* Drafts are n_draft long where costs are NULL: those of the drafter (but of the suffix drafter, which has
- * none) or of the level above it. Else a draft ends as soon as one more row does not pay (schedule.h). */
+/* Drafts are n_draft long where costs are NULL: those of the drafter (where that is an engine: others
+ * have none) or of the level above it. Else a draft ends as soon as one more row does not pay (schedule.h). */
 
 /* As ds_verify_chain, whose arguments these are. */
 typedef int32_t ds_verify_function(int32_t rule, int32_t n_draft, int32_t vocab, const double *p,
@@ -79,7 +83,7 @@ DS_API int32_t ds_decoder_step(ds_decoder *decoder, int32_t *tokens, int32_t roo
 /* The counters of a level, which stand between steps until the next begin. */
 DS_API int32_t ds_decoder_stats(const ds_decoder *decoder, int32_t level, ds_level_stats *stats);
 
-/* Cache slots of a level that hold the tokens that stand; a suffix drafter's are those it has learnt. */
+/* Cache slots of a level that hold the tokens that stand; without an engine, the tokens it was told. */
 DS_API int32_t ds_decoder_kept(const ds_decoder *decoder, int32_t level);
 
 #ifdef __cplusplus

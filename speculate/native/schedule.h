@@ -8,7 +8,7 @@
  *     V * (S_h a + S_h a^2 + .. + S_h a^n)  >  n d + c(h + n + 1) - c(h + 1)
  *
  * where a is how often the drafter's next token is accepted if all before it were, d its own milliseconds a
- * token (0 for the suffix drafter), and c(r) the cost of the call above with r rows. Looking n ahead steps
+ * token (0 for one that is no engine), and c(r) the cost of the call above with r rows. Looking n ahead steps
  * over a table that rises in stairs. A draft that may be cut keeps the h with the most V (S_1 + .. + S_h) -
  * c(h + 1).
  *
@@ -28,7 +28,7 @@
 
 /* The time of a level by its cost table. */
 typedef struct {
-  const double *costs; /* [n_costs], or NULL: free, as the suffix drafter is */
+  const double *costs; /* [n_costs], or NULL: free, as what is no engine is */
   int32_t n_costs;
   double spent, gained; /* milliseconds and tokens of late */
 } ds_pace;
@@ -48,7 +48,7 @@ typedef struct {
 void ds_trust_reset(ds_trust *trust);
 
 /* The bucket of a draft by what is cheap to know: for an engine the lead of the first logit over the second,
- * for the suffix drafter the number of tokens that match. */
+ * for other drafters the number of tokens that the draft rests on. */
 uint8_t ds_bucket_of_law(const float *logits, int32_t vocab);
 uint8_t ds_bucket_of_match(int32_t length);
 

@@ -35,21 +35,12 @@ static double sum_residual(const mass *m, int32_t vocab) {
   return sum_residual_rows(m->prefix, m->p, m->q, vocab);
 }
 
-/* The first token at which the running sum passes `threshold`, by inverse CDF. Tokens without mass are
- * stepped over, also at threshold 0; should rounding keep the sum from passing, it is the last token with
- * mass. NONE if nothing has mass. */
+/* NONE if nothing has mass. */
 static int32_t draw(const mass *m, int32_t vocab, double threshold) {
-  double passed = 0;
-  int32_t drawn = NONE;
-  for (int32_t x = 0; x < vocab; ++x) {
-    double weight = weigh(m, x);
-    if (weight > 0) {
-      passed += weight;
-      drawn = x;
-      if (passed > threshold) break;
-    }
+  ds_cdf cdf = {threshold, 0, NONE};
+  for (int32_t x = 0; x < vocab && !ds_cdf_pass(&cdf, x, weigh(m, x)); ++x) {
   }
-  return drawn;
+  return cdf.drawn;
 }
 
 static int32_t draw_from_law(const double *p, int32_t vocab, double uniform) {

@@ -35,11 +35,70 @@ DS_INLINE double ds_residual(double prefix, double p, double q) {
   return rest > 0 ? rest : 0;
 }
 
+/* An inverse CDF under way: the first token at which the running sum passes `threshold`. `drawn`
+ * starts as -1. */
+typedef struct {
+  double threshold, passed;
+  int drawn;
+} ds_cdf;
+
+/* Pass a token; whether it is the one. Tokens without mass are stepped over, also at threshold 0; should
+ * rounding keep the sum from passing, the last token with mass remains drawn. */
+DS_INLINE int ds_cdf_pass(ds_cdf *cdf, int token, double mass) {
+  if (!(mass > 0)) return 0;
+  cdf->passed += mass;
+  cdf->drawn = token;
+  return cdf->passed > cdf->threshold;
+}
+
 /* h_i = S / (S + 1 - p_i), the chance to stop after token i if nothing longer is accepted; S is the sum of
  * the residual after token i. 0/0 means that target and drafter agree from here on: accept. */
 DS_INLINE double ds_block_accept(double prefix, double residual_sum) {
   double whole = residual_sum + (1 - prefix);
   return whole > 0 ? residual_sum / whole : 1;
+}
+
+/* ---- Trees --------------------------------------------------------------------------------------------- */
+
+/* A node's law while its children are tried one by one, and the chance that the node is kept if no child
+ * is: a token that no rejected child has weighs max(p_scale * p - q_scale * q, 0), the others nothing.
+ * Taking out one drafter's law after the other, each times a factor, is one subtraction: max(max(a, 0) -
+ * b, 0) = max(a - b, 0) for b >= 0. And a token that was rejected once, because it had less than the
+ * drafter's mass, stays at 0. So two numbers stand for a residual law over the whole vocabulary. */
+typedef struct {
+  double keep, p_scale, q_scale;
+} ds_rest;
+
+DS_INLINE double ds_rest_mass(ds_rest rest, double p, double q) {
+  double mass = rest.p_scale * p - rest.q_scale * q;
+  return mass > 0 ? mass : 0;
+}
+
+/* keep * the law, less the law that a rejected child was drawn from: `share` times q, or for a child that was
+ * chosen (share 0) all mass at its token. Not normalized. */
+DS_INLINE ds_rest ds_rest_without(ds_rest rest, double share) {
+  ds_rest next = {rest.keep, rest.keep * rest.p_scale, rest.keep * rest.q_scale + share};
+  return next;
+}
+
+/* Normalize what ds_rest_without left, whose sum is `sum` (arXiv 2505.12398). */
+DS_INLINE ds_rest ds_rest_normalize(ds_rest rest, double sum) {
+  ds_rest next = {ds_block_accept(rest.keep, sum), rest.p_scale / sum, rest.q_scale / sum};
+  return next;
+}
+
+/* ---- K-SEQ --------------------------------------------------------------------------------------------- */
+
+/* min(q, p / rho): the chance that one draft is this token and is accepted (arXiv 2310.15141). */
+DS_INLINE double ds_kseq_share(double p, double q, double rho) {
+  double most = p / rho;
+  return q < most ? q : most;
+}
+
+/* What the token still lacks once each accepted one came `tries` times, the mean number of drafts tried. */
+DS_INLINE double ds_kseq_residual(double p, double q, double rho, double tries) {
+  double rest = p - ds_kseq_share(p, q, rho) * tries;
+  return rest > 0 ? rest : 0;
 }
 
 #endif

@@ -117,6 +117,77 @@ static void exercise_verification(void) {
   REFUSED(ds_verify_greedy(1, 2, logits, &one, &accepted, &next), "NaN");
 }
 
+static void exercise_trees(void) {
+  static const double junk[] = {0, 0.25, 1, -1, 1e308, 5e-324, INFINITY, NAN};
+  for (int trial = 0; trial < 3000; ++trial) {
+    int32_t rule = DS_RULE_EXACT + below(4), n = below(12), vocab = 1 + below(20), depth, next, token, which;
+    size_t rows = (size_t)(n + 1), size = rows * (size_t)vocab;
+    float *logits = floats(size);
+    double *p = doubles(size), *q = doubles(size), *uniforms = doubles(rows + 1);
+    int32_t *tokens = integers(rows), *parents = integers((size_t)n), *path = integers((size_t)n);
+    for (size_t i = 0; i < size; ++i) logits[i] = (float)(5 * uniform());
+    for (int32_t i = 0; i < n + 1; ++i) tokens[i] = below(vocab);
+    for (int32_t i = 0; i < n; ++i) parents[i] = below(i + 1) - 1;
+    for (int32_t i = 0; i < n + 2; ++i) uniforms[i] = below(4) ? uniform() : below(2) ? 0 : 1 - 0x1p-53;
+    CHECK(ds_laws_from_logits(logits, n + 1, vocab, 1, 3, 0.9, p) == DS_OK);
+    CHECK(ds_laws_from_logits(logits, n + 1, vocab, 2, 0, 1, q) == DS_OK);
+    int garbage = trial % 4 == 0;
+    for (size_t i = 0; garbage && i < size; ++i) {
+      p[i] = junk[below(8)];
+      q[i] = junk[below(8)];
+    }
+    int32_t status = ds_verify_tree(rule, n, vocab, p, trial % 5 ? q : NULL, tokens, parents, uniforms, path,
+                                    &depth, &next);
+    if (garbage && status != DS_OK)
+      CHECK(strstr(ds_error_message(), "not a law"));
+    else
+      CHECK(status == DS_OK && depth >= 0 && depth <= n && next >= 0 && next < vocab);
+    status = ds_verify_kseq(n + 1, vocab, p, q, tokens, uniforms, &which, &token);
+    if (garbage && status != DS_OK)
+      CHECK(strstr(ds_error_message(), "not a law"));
+    else
+      CHECK(status == DS_OK && which >= -1 && which <= n && token >= 0 && token < vocab);
+    free(logits);
+    free(p);
+    free(q);
+    free(uniforms);
+    free(tokens);
+    free(parents);
+    free(path);
+  }
+  double p[6] = {0.5, 0.5, 0.5, 0.5, 0.5, 0.5}, u[4] = {0, 0, 0, 0};
+  int32_t tokens[2] = {0, 1}, parents[2] = {-1, 0}, path[2], depth, next;
+  REFUSED(ds_verify_tree(DS_RULE_TOKEN, 2, 2, p, p, tokens, parents, u, path, &depth, &next), "rule 0");
+  REFUSED(ds_verify_tree(3, -1, 2, p, p, tokens, parents, u, path, &depth, &next), "-1 nodes");
+  REFUSED(ds_verify_tree(3, DS_MAX_TREE + 1, 2, p, p, tokens, parents, u, path, &depth, &next), "nodes");
+  REFUSED(ds_verify_tree(3, 2, 0, p, p, tokens, parents, u, path, &depth, &next), "vocab is 0");
+  REFUSED(ds_verify_tree(3, 2, 2, NULL, p, tokens, parents, u, path, &depth, &next), "NULL");
+  REFUSED(ds_verify_tree(3, 2, 2, p, p, NULL, parents, u, path, &depth, &next), "missing");
+  REFUSED(ds_verify_tree(3, 2, 2, p, p, tokens, NULL, u, path, &depth, &next), "missing");
+  REFUSED(ds_verify_tree(3, 2, 2, p, p, tokens, parents, NULL, path, &depth, &next), "NULL");
+  REFUSED(ds_verify_tree(3, 2, 2, p, p, tokens, parents, u, NULL, &depth, &next), "NULL");
+  REFUSED(ds_verify_tree(3, 2, 2, p, p, tokens, parents, u, path, NULL, &next), "NULL");
+  REFUSED(ds_verify_tree(3, 2, 2, p, p, tokens, parents, u, path, &depth, NULL), "NULL");
+  parents[1] = 1;
+  REFUSED(ds_verify_tree(3, 2, 2, p, p, tokens, parents, u, path, &depth, &next), "parents[1] is 1");
+  parents[1] = -2;
+  REFUSED(ds_verify_tree(3, 2, 2, p, p, tokens, parents, u, path, &depth, &next), "parents[1] is -2");
+  parents[1] = 0;
+  tokens[1] = 2;
+  REFUSED(ds_verify_tree(3, 2, 2, p, p, tokens, parents, u, path, &depth, &next), "tokens[1] is 2");
+  REFUSED(ds_verify_kseq(2, 2, p, p, tokens, u, &depth, &next), "drafts[1] is 2");
+  tokens[1] = 1;
+  CHECK(ds_verify_tree(3, 0, 2, p, NULL, NULL, NULL, u, NULL, &depth, &next) == DS_OK && depth == 0);
+  REFUSED(ds_verify_kseq(0, 2, p, p, tokens, u, &depth, &next), "0 drafts");
+  REFUSED(ds_verify_kseq(2, 0, p, p, tokens, u, &depth, &next), "vocab is 0");
+  REFUSED(ds_verify_kseq(2, 2, p, NULL, tokens, u, &depth, &next), "NULL");
+  REFUSED(ds_verify_kseq(2, 2, p, p, NULL, u, &depth, &next), "NULL");
+  REFUSED(ds_verify_kseq(2, 2, p, p, tokens, u, NULL, &next), "NULL");
+  u[2] = u[3] = 1;
+  REFUSED(ds_verify_tree(3, 2, 2, p, p, tokens, parents, u, path, &depth, &next), "uniforms[2] is 1");
+  REFUSED(ds_verify_kseq(2, 2, p, p, tokens, u, &depth, &next), "uniforms[2] is 1");
+}
+
 static void exercise_suffix(void) {
   int32_t found, draft[16], tokens[64];
   for (int trial = 0; trial < 200; ++trial) {
@@ -205,6 +276,7 @@ int main(void) {
   exercise_uniforms();
   exercise_laws();
   exercise_verification();
+  exercise_trees();
   exercise_suffix();
   exercise_memory();
   puts("clean");

@@ -75,11 +75,11 @@ static double costs[DS_MAX_LEVELS][DS_MAX_DRAFT + 1];
 /* Up to three drafting engines and perhaps the suffix drafter; returns the number of levels. */
 static int32_t make_ladder(model models[4], ds_level levels[5]) {
   int32_t vocab = 2 + below(12), n = 0, n_models = 1 + below(4);
-  if (below(2)) levels[n++] = (ds_level){NULL, 1 + below(9), 0, NULL};
+  if (below(2)) levels[n++] = (ds_level){NULL, 1 + below(9), 0, NULL, NULL};
   for (int32_t i = n_models - 1; i >= 0; --i) {
     int32_t padding = i > 0 ? below(4) - 1 : 0;
     models[i] = make_model(vocab + padding, i);
-    levels[n] = (ds_level){&models[i].engine, i ? 1 + below(6) : 0, 0, NULL};
+    levels[n] = (ds_level){&models[i].engine, i ? 1 + below(6) : 0, 0, NULL, NULL};
     if (below(2)) {
       double cost = 0.1 + 3 * uniform();
       for (int32_t r = 0; r <= DS_MAX_DRAFT; ++r) costs[n][r] = cost += below(2) ? 0 : 0.2 * uniform();
@@ -162,9 +162,9 @@ static void exercise_ladders(void) {
 static void exercise_limits(void) {
   for (int32_t own = 0; own < 200; own += 199) {
     model target = make_model(9, 0), drafter = make_model(9, own);
-    ds_level levels[3] = {{NULL, DS_MAX_DRAFT, 0, NULL},
-                          {&drafter.engine, DS_MAX_DRAFT, 0, NULL},
-                          {&target.engine, 0, 0, NULL}};
+    ds_level levels[3] = {{NULL, DS_MAX_DRAFT, 0, NULL, NULL},
+                          {&drafter.engine, DS_MAX_DRAFT, 0, NULL, NULL},
+                          {&target.engine, 0, 0, NULL, NULL}};
     ds_decoder *decoder = ds_decoder_create(levels, 3);
     int32_t prompt[1] = {3}, out[SLOTS];
     for (int32_t rule = DS_RULE_TOKEN; rule <= DS_RULE_EXACT; ++rule) {
@@ -205,7 +205,8 @@ static int32_t accept_too_much(int32_t rule, int32_t n_draft, int32_t vocab, con
 /* Wherever an engine fails, its words come out, the generation is over, and the next one works. */
 static void exercise_failing_engines(void) {
   model target = make_model(6, 0), drafter = make_model(6, 1);
-  ds_level levels[3] = {{NULL, 3, 0, NULL}, {&drafter.engine, 4, 0, NULL}, {&target.engine, 0, 0, NULL}};
+  ds_level levels[3] = {
+      {NULL, 3, 0, NULL, NULL}, {&drafter.engine, 4, 0, NULL, NULL}, {&target.engine, 0, 0, NULL, NULL}};
   ds_decoder *decoder = ds_decoder_create(levels, 3);
   int32_t prompt[3] = {1, 2, 3}, out[40];
   for (int32_t after = 0; after < 8; ++after)
@@ -244,20 +245,20 @@ static void exercise_bad_arguments(void) {
     ds_level bad[] = {__VA_ARGS__};                                                                          \
     CHECK(!ds_decoder_create(bad, sizeof bad / sizeof *bad) && strstr(ds_error_message(), words));           \
   } while (0)
-  ds_level good[2] = {{&drafter.engine, 4, 4, table}, {&target.engine, 0, 0, NULL}};
+  ds_level good[2] = {{&drafter.engine, 4, 4, table, NULL}, {&target.engine, 0, 0, NULL, NULL}};
   CHECK(!ds_decoder_create(NULL, 1) && strstr(ds_error_message(), "1 levels"));
   CHECK(!ds_decoder_create(good, 0) && strstr(ds_error_message(), "0 levels"));
   CHECK(!ds_decoder_create(good, DS_MAX_LEVELS + 1) && strstr(ds_error_message(), "9 levels"));
-  REFUSED_LADDER("level 0 has no engine", {NULL, 0, 0, NULL});
-  REFUSED_LADDER("level 1 has no engine", good[0], {NULL, 3, 0, NULL}, good[1]);
-  REFUSED_LADDER("no functions", {&hollow.engine, 1, 0, NULL}, good[1]);
-  REFUSED_LADDER("drafts 0 tokens", {&drafter.engine, 0, 0, NULL}, good[1]);
-  REFUSED_LADDER("drafts 65 tokens", {&drafter.engine, DS_MAX_DRAFT + 1, 0, NULL}, good[1]);
-  REFUSED_LADDER("drafts 2 tokens", {&target.engine, 2, 0, NULL});
+  REFUSED_LADDER("level 0 has no engine", {NULL, 0, 0, NULL, NULL});
+  REFUSED_LADDER("level 1 has no engine", good[0], {NULL, 3, 0, NULL, NULL}, good[1]);
+  REFUSED_LADDER("no functions", {&hollow.engine, 1, 0, NULL, NULL}, good[1]);
+  REFUSED_LADDER("drafts 0 tokens", {&drafter.engine, 0, 0, NULL, NULL}, good[1]);
+  REFUSED_LADDER("drafts 65 tokens", {&drafter.engine, DS_MAX_DRAFT + 1, 0, NULL, NULL}, good[1]);
+  REFUSED_LADDER("drafts 2 tokens", {&target.engine, 2, 0, NULL, NULL});
   REFUSED_LADDER("share an engine", good[0], good[0], good[1]);
-  REFUSED_LADDER("has no costs", {NULL, 3, 4, table}, good[1]);
-  REFUSED_LADDER("costs of 4 row counts; 5", good[0], {&target.engine, 0, 4, table});
-  REFUSED_LADDER("5 rows cost nan", good[0], {&target.engine, 0, 5, table});
+  REFUSED_LADDER("has no costs", {NULL, 3, 4, table, NULL}, good[1]);
+  REFUSED_LADDER("costs of 4 row counts; 5", good[0], {&target.engine, 0, 4, table, NULL});
+  REFUSED_LADDER("5 rows cost nan", good[0], {&target.engine, 0, 5, table, NULL});
 
   ds_decoder *decoder = ds_decoder_create(good, 2);
   CHECK(decoder);
@@ -301,7 +302,8 @@ static void exercise_bad_arguments(void) {
 static void exercise_memory(void) {
   model target = make_model(6, 0), drafter = make_model(6, 1);
   double table[5] = {1, 1.1, 1.2, 1.3, 1.4};
-  ds_level levels[3] = {{NULL, 3, 0, NULL}, {&drafter.engine, 4, 5, table}, {&target.engine, 0, 5, table}};
+  ds_level levels[3] = {
+      {NULL, 3, 0, NULL, NULL}, {&drafter.engine, 4, 5, table, NULL}, {&target.engine, 0, 5, table, NULL}};
   int32_t prompt[3] = {1, 2, 3}, out[200], failures = 0;
   for (int32_t after = 0;; ++after) {
     spared = after;

@@ -1,0 +1,148 @@
+/* Token Recycling (arXiv 2408.08696): what the level above last found likely after each token.
+ *
+ * Verifying computes logits for every drafted token, and of rejected ones too they say what the model
+ * would go on with. So the likeliest tokens after each are kept, the latest replacing the earlier ones,
+ * and a draft follows the first of them from token to token. What then really stands comes first. Also
+ * the text of the prompt, of which no logits are seen, is learnt from in this way.
+ */
+#include "drafter.h"
+#include "error.h"
+#include "vector.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { WIDTH = DS_RECYCLING_WIDTH, NONE = -1 };
+
+typedef struct {
+  ds_drafter drafter;
+  int32_t vocab, last;         /* last: the latest token that stands, or NONE */
+  int32_t candidates[][WIDTH]; /* after each token, the likeliest first; NONE where fewer are known */
+} recycling_drafter;
+
+static int32_t begin(ds_drafter *drafter, int32_t n_tokens) {
+  recycling_drafter *r = (recycling_drafter *)drafter;
+  (void)n_tokens;
+  r->last = NONE;
+  memset(r->candidates, 0xff, (size_t)r->vocab * sizeof *r->candidates); /* all NONE */
+  return DS_OK;
+}
+
+static int32_t check_token(const recycling_drafter *r, int32_t token) {
+  if (token >= 0 && token < r->vocab) return DS_OK;
+  return ds_fail(DS_ERROR_ARGUMENT, "token %d is outside the vocabulary of %d", token, r->vocab);
+}
+
+/* ---- Learning ------------------------------------------------------------------------------------------ */
+
+/* Put `token` first; those before its old place move back by one, and the last falls out if it is new. */
+static void put_first(int32_t *candidates, int32_t token) {
+  int32_t place = 0;
+  while (place < WIDTH - 1 && candidates[place] != token) ++place;
+  memmove(candidates + 1, candidates, (size_t)place * sizeof *candidates);
+  candidates[0] = token;
+}
+
+static int32_t append(ds_drafter *drafter, const int32_t *tokens, int32_t n_tokens) {
+  recycling_drafter *r = (recycling_drafter *)drafter;
+  for (int32_t i = 0; i < n_tokens; ++i) {
+    int32_t status = check_token(r, tokens[i]);
+    if (status != DS_OK) return status;
+    if (r->last != NONE) put_first(r->candidates[r->last], tokens[i]);
+    r->last = tokens[i];
+  }
+  return DS_OK;
+}
+
+typedef struct {
+  float logit[WIDTH];
+  int32_t token[WIDTH];
+} leaders;
+
+static void enter(leaders *l, float logit, int32_t token) {
+  if (!(logit > l->logit[WIDTH - 1])) return;
+  int32_t place = WIDTH - 1;
+  for (; place > 0 && logit > l->logit[place - 1]; --place) {
+    l->logit[place] = l->logit[place - 1];
+    l->token[place] = l->token[place - 1];
+  }
+  l->logit[place] = logit;
+  l->token[place] = token;
+}
+
+/* The largest, of equals the first; NaN is none of them. Hardly any block holds a new one, and whether it
+ * does vectorizes. */
+DS_WIDE static void find_leaders(const float *row, int32_t n, leaders *l) {
+  enum { BLOCK = 64 };
+  for (int k = 0; k < WIDTH; ++k) {
+    l->logit[k] = -INFINITY;
+    l->token[k] = NONE;
+  }
+  int32_t i = 0;
+  for (; i + BLOCK <= n; i += BLOCK) {
+    int news = 0;
+    for (int j = 0; j < BLOCK; ++j) news |= row[i + j] > l->logit[WIDTH - 1];
+    for (int j = 0; news && j < BLOCK; ++j) enter(l, row[i + j], i + j);
+  }
+  for (; i < n; ++i) enter(l, row[i], i);
+}
+
+static int32_t observe(ds_drafter *drafter, const int32_t *tokens, int32_t n_rows, const float *logits,
+                       int32_t vocab) {
+  recycling_drafter *r = (recycling_drafter *)drafter;
+  leaders l;
+  for (int32_t i = 0; i < n_rows; ++i) {
+    int32_t status = check_token(r, tokens[i]);
+    if (status != DS_OK) return status;
+    find_leaders(logits + (size_t)i * (size_t)vocab, vocab < r->vocab ? vocab : r->vocab, &l);
+    memcpy(r->candidates[tokens[i]], l.token, sizeof l.token);
+  }
+  return DS_OK;
+}
+
+/* ---- Drafting ------------------------------------------------------------------------------------------ */
+
+static int32_t draft(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_draft,
+                     int32_t *tokens, int32_t *support) {
+  const recycling_drafter *r = (recycling_drafter *)drafter;
+  int32_t token = n_tail ? tail[n_tail - 1] : r->last, drafted = 0;
+  if (token == NONE) return 0;
+  int32_t status = check_token(r, token);
+  if (status != DS_OK) return status;
+  while (drafted < max_draft && (token = r->candidates[token][0]) != NONE) {
+    tokens[drafted] = token;
+    support[drafted++] = 1;
+  }
+  return drafted;
+}
+
+static void close_drafter(ds_drafter *drafter) { free(drafter); }
+
+ds_drafter *ds_recycling_drafter_create(int32_t vocab) {
+  if (vocab < 1) {
+    ds_fail(DS_ERROR_ARGUMENT, "vocab is %d; at least 1 is wanted", vocab);
+    return NULL;
+  }
+  recycling_drafter *r =
+      malloc(offsetof(recycling_drafter, candidates) + (size_t)vocab * sizeof(int32_t[WIDTH]));
+  if (!r) {
+    ds_fail(DS_ERROR_MEMORY, "no memory for the candidates after %d tokens", vocab);
+    return NULL;
+  }
+  r->drafter = (ds_drafter){begin, append, observe, draft, close_drafter};
+  r->vocab = vocab;
+  begin(&r->drafter, 0);
+  return &r->drafter;
+}
+
+int32_t ds_recycling_candidates(const ds_drafter *drafter, int32_t token, int32_t *candidates) {
+  const recycling_drafter *r = (const recycling_drafter *)drafter;
+  if (!r || !candidates) return ds_fail(DS_ERROR_ARGUMENT, "a drafter and room for candidates are wanted");
+  int32_t status = check_token(r, token), count = 0;
+  if (status != DS_OK) return status;
+  memcpy(candidates, r->candidates[token], sizeof r->candidates[token]);
+  while (count < WIDTH && candidates[count] != NONE) ++count;
+  return count;
+}

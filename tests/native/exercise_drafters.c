@@ -1,0 +1,221 @@
+/* Drafters that are no models, from begin to close, with good and bad input and failing memory. */
+#include "datastore.h"
+#include "drafter.h"
+#include "exercise.h"
+#include "failing.h"
+
+#include <math.h>
+
+enum { VOCAB = 7 };
+
+/* One generation: tokens come in bunches, drafts are asked for behind tails, logits are shown. */
+static void generate(ds_drafter *drafter) {
+  int32_t tokens[64], tail[16], draft[20], support[20], total = 400;
+  float logits[5 * VOCAB];
+  CHECK(drafter->begin(drafter, total) >= 0);
+  while (total > 0) {
+    int32_t n = 1 + below(total < 60 ? total : 60), n_tail = below(16), wanted = below(21);
+    for (int32_t i = 0; i < n; ++i) tokens[i] = below(VOCAB);
+    for (int32_t i = 0; i < n_tail; ++i) tail[i] = below(VOCAB);
+    total -= n;
+    CHECK(drafter->append(drafter, tokens, n) >= 0);
+    if (drafter->observe) {
+      for (int32_t i = 0; i < 5 * VOCAB; ++i) logits[i] = below(9) ? (float)(9 * uniform()) : NAN;
+      CHECK(drafter->observe(drafter, tokens, n < 5 ? n : 5, logits, VOCAB) >= 0);
+    }
+    int32_t count = drafter->draft(drafter, tail, n_tail, wanted, draft, support);
+    CHECK(count >= 0 && count <= wanted);
+    for (int32_t i = 0; i < count; ++i) CHECK(draft[i] >= 0 && draft[i] < VOCAB && support[i] > 0);
+  }
+}
+
+static void exercise_suffix_drafter(void) {
+  int32_t references[90];
+  for (int trial = 0; trial < 50; ++trial) {
+    int32_t n = below(90);
+    for (int32_t i = 0; i < n; ++i) references[i] = below(9) ? below(VOCAB) : DS_END_OF_REFERENCE;
+    ds_drafter *drafter = ds_suffix_drafter_create(references, n);
+    CHECK(drafter);
+    for (int round = 0; round < 3; ++round) generate(drafter);
+    CHECK(drafter->begin(drafter, INT32_MAX) < 0 && strstr(ds_error_message(), "tokens behind"));
+    CHECK(drafter->begin(drafter, -1) < 0);
+    generate(drafter);
+    ds_drafter_close(drafter);
+  }
+  references[0] = -1;
+  CHECK(!ds_suffix_drafter_create(references, 1) && strstr(ds_error_message(), "token 0 is -1"));
+  CHECK(!ds_suffix_drafter_create(NULL, 1) && strstr(ds_error_message(), "references"));
+  CHECK(!ds_suffix_drafter_create(references, -1) && strstr(ds_error_message(), "-1 tokens"));
+  ds_drafter_close(ds_suffix_drafter_create(references, 0)); /* without having begun */
+  ds_drafter_close(NULL);
+}
+
+static void exercise_recycling(void) {
+  int32_t tokens[1] = {VOCAB}, candidates[DS_RECYCLING_WIDTH], draft[2], support[2];
+  float logits[2 * VOCAB] = {0};
+  for (int trial = 0; trial < 50; ++trial) {
+    ds_drafter *drafter = ds_recycling_drafter_create(VOCAB);
+    CHECK(drafter);
+    for (int round = 0; round < 3; ++round) generate(drafter);
+    for (int32_t token = 0; token < VOCAB; ++token) {
+      int32_t n = ds_recycling_candidates(drafter, token, candidates);
+      CHECK(n >= 0 && n <= VOCAB);
+    }
+    CHECK(drafter->observe(drafter, tokens, 0, NULL, 1) == DS_OK);
+    REFUSED(drafter->observe(drafter, tokens, 1, logits, VOCAB), "token 7 is outside");
+    REFUSED(drafter->append(drafter, tokens, 1), "token 7 is outside");
+    REFUSED(drafter->draft(drafter, tokens, 1, 2, draft, support), "token 7 is outside");
+    REFUSED(ds_recycling_candidates(drafter, -1, candidates), "token -1");
+    REFUSED(ds_recycling_candidates(drafter, 1, NULL), "room");
+    tokens[0] = 2;
+    CHECK(drafter->observe(drafter, tokens, 1, logits, 2 * VOCAB) == DS_OK); /* a wider level above */
+    CHECK(drafter->observe(drafter, tokens, 1, logits, 2) == DS_OK);         /* and a narrower one */
+    CHECK(ds_recycling_candidates(drafter, 2, candidates) == 2);
+    tokens[0] = VOCAB;
+    ds_drafter_close(drafter);
+  }
+  REFUSED(ds_recycling_candidates(NULL, 1, candidates), "a drafter");
+  CHECK(!ds_recycling_drafter_create(0) && strstr(ds_error_message(), "vocab is 0"));
+}
+
+static const uint8_t NO_TOKENIZER[DS_TOKENIZER_BYTES];
+static const char *scratch; /* a file to write */
+
+static void tell(int64_t done, int64_t total) { CHECK(done >= 0 && done <= total); }
+
+/* A datastore of some texts, in `scratch`; DS_OK or why not. */
+static int32_t write_texts(int32_t n_texts, int32_t chunk_tokens) {
+  ds_datastore_writer *writer = ds_datastore_writer_create(scratch, NO_TOKENIZER, chunk_tokens);
+  if (!writer) return DS_ERROR_MEMORY;
+  int32_t text[50], status = DS_OK;
+  for (int32_t i = 0; i < n_texts && status == DS_OK; ++i) {
+    int32_t n = below(49);
+    for (int32_t k = 0; k < n; ++k) text[k] = below(VOCAB - i % 5);
+    text[n] = DS_END_OF_REFERENCE;
+    status = ds_datastore_writer_append(writer, text, n + 1);
+  }
+  if (status == DS_OK) status = ds_datastore_writer_finish(writer, tell);
+  ds_datastore_writer_free(writer);
+  return status;
+}
+
+static void damage_scratch(void) {
+  FILE *file = fopen(scratch, "r+b");
+  CHECK(file && fseek(file, 0, SEEK_END) == 0);
+  int32_t size = (int32_t)ftell(file);
+  for (int i = 0; i < 20; ++i) {
+    int32_t at = 64 + below(size - 64);
+    CHECK(fseek(file, at, SEEK_SET) == 0 && fputc(below(256), file) != EOF);
+  }
+  CHECK(fclose(file) == 0);
+}
+
+static void exercise_datastore(void) {
+  for (int trial = 0; trial < 40; ++trial) {
+    CHECK(write_texts(1 + below(20), below(3) ? 1 + below(100) : 0) == DS_OK);
+    if (trial % 2) damage_scratch();
+    ds_datastore *datastore = ds_datastore_open(scratch, VOCAB, NO_TOKENIZER);
+    CHECK(datastore && ds_datastore_n_tokens(datastore) > 0);
+    ds_drafter *drafter = ds_datastore_drafter_create(datastore);
+    CHECK(drafter);
+    for (int round = 0; round < 3; ++round) generate(drafter);
+    int32_t context[3] = {1, 2, 3}, draft[3], support[3];
+    REFUSED(ds_datastore_draft(NULL, context, 3, 3, draft, support), "a datastore");
+    REFUSED(ds_datastore_draft(datastore, NULL, 3, 3, draft, support), "a datastore");
+    REFUSED(ds_datastore_draft(datastore, context, -1, 3, draft, support), "-1 tokens");
+    REFUSED(ds_datastore_draft(datastore, context, 3, -1, draft, support), "-1 drafted");
+    REFUSED(ds_datastore_draft(datastore, context, 3, 3, draft, NULL), "room");
+    CHECK(ds_datastore_draft(datastore, NULL, 0, 0, NULL, NULL) == 0);
+    ds_drafter_close(drafter);
+    ds_datastore_free(datastore);
+  }
+  CHECK(!ds_datastore_drafter_create(NULL) && strstr(ds_error_message(), "wants a datastore"));
+  CHECK(!ds_datastore_open(NULL, 2, NO_TOKENIZER) && strstr(ds_error_message(), "a path"));
+  CHECK(!ds_datastore_open(scratch, 2, NULL) && !ds_datastore_open(scratch, 0, NO_TOKENIZER));
+  CHECK(!ds_datastore_open("/", 2, NO_TOKENIZER) && strstr(ds_error_message(), "no datastore"));
+  CHECK(!ds_datastore_open("", 2, NO_TOKENIZER) && strstr(ds_error_message(), "cannot be opened"));
+  ds_datastore_free(NULL);
+  CHECK(ds_datastore_n_tokens(NULL) == 0);
+
+  int32_t tokens[2] = {3, -1};
+  CHECK(!ds_datastore_writer_create(NULL, NO_TOKENIZER, 0) && !ds_datastore_writer_create(scratch, NULL, 0));
+  CHECK(!ds_datastore_writer_create(scratch, NO_TOKENIZER, -1) && strstr(ds_error_message(), "-1 tokens"));
+  CHECK(!ds_datastore_writer_create("/no/folder", NO_TOKENIZER, 0) && strstr(ds_error_message(), "written"));
+  ds_datastore_writer_free(NULL);
+  ds_datastore_writer *writer = ds_datastore_writer_create(scratch, NO_TOKENIZER, 0);
+  REFUSED(ds_datastore_writer_append(NULL, tokens, 1), "being written");
+  REFUSED(ds_datastore_writer_append(writer, NULL, 1), "being written");
+  REFUSED(ds_datastore_writer_append(writer, tokens, -1), "-1 tokens");
+  REFUSED(ds_datastore_writer_append(writer, tokens, 2), "token 1 is -1");
+  REFUSED(ds_datastore_writer_finish(NULL, NULL), "being written");
+  REFUSED(ds_datastore_writer_finish(writer, NULL), "no tokens");
+  CHECK(ds_datastore_writer_append(writer, tokens, 1) == DS_OK);
+  CHECK(ds_datastore_writer_finish(writer, NULL) == DS_OK); /* no place, but a datastore */
+  REFUSED(ds_datastore_writer_append(writer, tokens, 1), "being written");
+  REFUSED(ds_datastore_writer_finish(writer, NULL), "being written");
+  ds_datastore_writer_free(writer);
+  ds_datastore *datastore = ds_datastore_open(scratch, VOCAB, NO_TOKENIZER);
+  int32_t draft[2], support[2], context[2] = {3, 3};
+  CHECK(datastore && ds_datastore_draft(datastore, context, 2, 2, draft, support) == 0);
+  ds_datastore_free(datastore);
+}
+
+/* Whichever allocation fails, writing says so. */
+static void exercise_writing_without_memory(void) {
+  int32_t failures = 0;
+  for (int32_t after = 0;; ++after) {
+    spared = after;
+    int32_t status = write_texts(5, 20), reached = spared;
+    spared = INT32_MAX;
+    if (status == DS_OK && reached >= 0) break;
+    CHECK(status != DS_OK && strstr(ds_error_message(), "no memory"));
+    ++failures;
+  }
+  CHECK(failures >= 5);
+}
+
+/* Whichever allocation fails, create or begin says so, and a later begin works. */
+static void exercise_memory(ds_drafter *create(void), int32_t wanted) {
+  int32_t failures = 0;
+  for (int32_t after = 0;; ++after) {
+    spared = after;
+    ds_drafter *drafter = create();
+    int32_t status = drafter ? drafter->begin(drafter, 500) : DS_ERROR_MEMORY, reached = spared;
+    spared = INT32_MAX;
+    if (status < 0) {
+      CHECK(status == DS_ERROR_MEMORY && strstr(ds_error_message(), "no memory"));
+      ++failures;
+    }
+    if (drafter) generate(drafter);
+    ds_drafter_close(drafter);
+    if (status >= 0 && reached >= 0) break;
+  }
+  CHECK(failures >= wanted);
+}
+
+static ds_drafter *create_suffix(void) {
+  static const int32_t text[3] = {1, 2, DS_END_OF_REFERENCE};
+  return ds_suffix_drafter_create(text, 3);
+}
+
+static ds_drafter *create_recycling(void) { return ds_recycling_drafter_create(VOCAB); }
+
+static ds_datastore *opened;
+
+static ds_drafter *create_rest(void) { return ds_datastore_drafter_create(opened); }
+
+int main(int n_words, char **words) {
+  CHECK(n_words == 2);
+  scratch = words[1];
+  exercise_suffix_drafter();
+  exercise_recycling();
+  exercise_datastore();
+  exercise_writing_without_memory();
+  exercise_memory(create_suffix, 6);
+  exercise_memory(create_recycling, 1);
+  CHECK((opened = ds_datastore_open(scratch, VOCAB, NO_TOKENIZER)));
+  exercise_memory(create_rest, 1);
+  ds_datastore_free(opened);
+  puts("clean");
+  return 0;
+}

@@ -1,0 +1,196 @@
+"""A datastore drafts what most places say where the longest end of a context occurs; others are refused."""
+
+import struct
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from draftsmith import load
+from draftsmith.pipeline.cli import main
+from draftsmith.speculate.binding import lib
+from draftsmith.speculate.datastore import Datastore, write_datastore
+from draftsmith.speculate.errors import BundleError
+from fake_engine import BYTE_VOCAB, open_bundle, write_bundle
+
+END = lib.DS_END_OF_REFERENCE
+LONGEST = lib.DS_DATASTORE_MAX_MATCH
+HEADER = struct.calcsize("8sIIQQ32s")
+HERE, THERE = "ab" * 32, "cd" * 32
+
+
+def search(texts: list[list[int]], context: list[int]) -> tuple[int, list[list[int]]]:
+    """The definition, by trying every place: (match length, what follows at each place that has it)."""
+    longest, places = 0, []
+    for text in texts:
+        for i in range(1, len(text)):
+            length = 0
+            while length < min(i, len(context), LONGEST) and text[i - 1 - length] == context[-1 - length]:
+                length += 1
+            if length > longest:
+                longest, places = length, []
+            if length == longest:
+                places.append(text[i:])
+    return longest, places
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 1, 7, 40])
+@pytest.mark.parametrize("vocab", [1, 2, 4])
+def test_drafts_equal_a_search_through_all_places(tmp_path, chunk_tokens, vocab):
+    rng = np.random.default_rng([chunk_tokens, vocab])
+    drafted = 0
+    for _ in range(30):
+        texts = [
+            rng.integers(vocab, size=int(rng.integers(0, 40))).tolist() for _ in range(rng.integers(1, 6))
+        ]
+        write_datastore(tmp_path / "a.rest", texts, chunk_tokens=chunk_tokens)
+        datastore = Datastore(tmp_path / "a.rest", vocab)
+        assert len(datastore) == sum(map(len, texts)) + len(texts)
+        for _ in range(20):
+            context = rng.integers(vocab, size=int(rng.integers(0, 45))).tolist()
+            longest, places = search(texts, context)
+            draft, support = datastore.draft(context, 6)
+            if longest < 2:
+                assert draft == []
+                continue
+            if len(places) > 64:
+                continue  # then some are taken
+            sampled = len(places)
+            for i in range(6):
+                votes = Counter(place[i] for place in places if len(place) > i)
+                if not votes:
+                    assert len(draft) == i
+                    break
+                assert votes[draft[i]] == max(votes.values())
+                places = [place for place in places if len(place) > i and place[i] == draft[i]]
+                assert support[i] == max(1, (longest + i) * len(places) // sampled)
+                drafted += 1
+    assert drafted > 100
+
+
+def test_of_many_places_some_are_asked(tmp_path):
+    texts = [[1, 2, 3 if i % 10 else 4, i] for i in range(1000)]
+    write_datastore(tmp_path / "a.rest", texts)
+    draft, support = Datastore(tmp_path / "a.rest", 1000).draft([1, 2], 1)
+    assert draft == [3] and support == [1]
+
+
+def test_the_file_does_not_depend_on_how_it_was_sorted(tmp_path):
+    texts = [np.random.default_rng(i).integers(3, size=500) for i in range(5)]
+    files = []
+    for chunk_tokens in (0, 13, 999):
+        write_datastore(tmp_path / "a.rest", texts, chunk_tokens=chunk_tokens)
+        files.append((tmp_path / "a.rest").read_bytes())
+    assert files[0] == files[1] == files[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.rest"], "something was left behind"
+
+
+def test_monotonous_text_is_sorted_as_fast_as_any(tmp_path):
+    """Compared without end, 300,000 equal tokens would take some 10^11 comparisons."""
+    write_datastore(tmp_path / "a.rest", [[5] * 300_000], chunk_tokens=100_000)
+    assert Datastore(tmp_path / "a.rest", 6).draft([5] * 40, 9)[0] == [5] * 9
+
+
+def test_any_vocabulary_fits(tmp_path):
+    large = 2**31 - 2
+    write_datastore(tmp_path / "a.rest", [[large, 70_000, 3, large]])
+    assert Datastore(tmp_path / "a.rest", 2**31 - 1).draft([70_000, 3], 4)[0] == [large]
+
+
+# ---- Bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def good(tmp_path) -> Path:
+    write_datastore(tmp_path / "good.rest", [[1, 2, 3, 4] * 5], HERE)
+    return tmp_path / "good.rest"
+
+
+def expect_refusal(path: Path, words: str, vocab: int = 100, tokenizer: str = HERE) -> None:
+    with pytest.raises(BundleError) as error:
+        Datastore(path, vocab, tokenizer)
+    assert words in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_models_and_other_files_are_refused(tmp_path, good):
+    Datastore(good, 5, HERE)
+    expect_refusal(good, "built with another tokenizer", tokenizer=THERE)
+    expect_refusal(good, "token ids up to 4, outside the vocabulary of 4", vocab=4)
+    expect_refusal(tmp_path / "gone.rest", "No such file")
+    expect_refusal(tmp_path, "is no datastore")
+    (tmp_path / "text").write_text("once upon a time " * 20)
+    expect_refusal(tmp_path / "text", "no datastore of this version")
+    (tmp_path / "empty").touch()
+    expect_refusal(tmp_path / "empty", "is no datastore: 0 bytes")
+
+
+def test_every_cut_is_noticed(tmp_path, good):
+    whole = good.read_bytes()
+    for size in range(len(whole)):
+        (tmp_path / "cut.rest").write_bytes(whole[:size])
+        expect_refusal(tmp_path / "cut.rest", "is no datastore" if size < HEADER else "cut short")
+    (tmp_path / "cut.rest").write_bytes(whole + b"\0")
+    expect_refusal(tmp_path / "cut.rest", "cut short or damaged")
+
+
+def test_damage_inside_gives_some_draft_and_no_crash(tmp_path, good):
+    rng, whole = np.random.default_rng(0), np.frombuffer(good.read_bytes(), np.uint8)
+    for _ in range(300):
+        damaged = whole.copy()
+        at = rng.integers(HEADER, len(whole), size=8)
+        damaged[at] = rng.integers(256, size=8)
+        (tmp_path / "damaged.rest").write_bytes(damaged.tobytes())
+        datastore = Datastore(tmp_path / "damaged.rest", 5, HERE)
+        for context in ([1, 2], [4, 1, 2, 3], [3, 3], [2, 3, 4, 1] * 9):
+            assert all(0 <= token < 5 for token in datastore.draft(context, 8)[0])
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, good):
+    before = good.read_bytes()
+
+    def texts():
+        yield [1, 2]
+        raise RuntimeError("the text ended badly")
+
+    with pytest.raises(RuntimeError):
+        write_datastore(good, texts())
+    for bad, words in (([], "no tokens"), ([[1, -3]], "token 1 is -3")):
+        with pytest.raises(BundleError, match=words):
+            write_datastore(good, bad)
+    with pytest.raises(BundleError, match="cannot be written"):
+        write_datastore(tmp_path / "no" / "folder", [[1]])
+    assert good.read_bytes() == before and list(tmp_path.iterdir()) == [good]
+
+
+# ---- With bundles ------------------------------------------------------------------------------------------
+
+
+def test_the_command_indexes_text_for_a_bundle(tmp_path, capsys):
+    folder = write_bundle(tmp_path / "bundle")
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 3)
+    (tmp_path / "b.txt").write_text("a dog\n")
+    command = [
+        "datastore",
+        str(tmp_path / "a.txt"),
+        str(tmp_path / "b.txt"),
+        "-o",
+        str(tmp_path / "out.rest"),
+    ]
+    with pytest.raises(SystemExit) as done:
+        main([*command, "--bundle", str(folder), "--json"])
+    assert done.value.code in (0, None)
+    assert '"tokens": 77' in capsys.readouterr().out  # bytes, and the end of each file
+    bundle = load(folder, datastore=tmp_path / "out.rest")
+    assert bundle.datastore and len(bundle.datastore) == 77
+    draft, _ = bundle.datastore.draft(bundle.encode("my cat s"), 14)
+    assert bundle.tokenizer.decode(draft) == "at on the mat\n"
+
+
+def test_a_bundle_refuses_the_datastore_of_another_tokenizer_and_rest_without_one(tmp_path):
+    folder = write_bundle(tmp_path / "bundle")
+    write_datastore(tmp_path / "other.rest", [[1, 2, 3]], THERE)
+    with pytest.raises(BundleError, match="built with another tokenizer"):
+        load(folder, datastore=tmp_path / "other.rest")
+    with pytest.raises(BundleError, match="rest drafts from a datastore and none is open"):
+        open_bundle(folder).stream("text", speculate=["rest", "int8"])
+    assert BYTE_VOCAB == 258

@@ -77,6 +77,7 @@ def generate(
     datastore: opt.Datastore = None,
     ignore_eos: opt.IgnoreEos = False,
     threads: opt.Threads = None,
+    device: opt.Device = "auto",
     as_json: opt.Json = False,
 ) -> None:
     """Continue a prompt, in the target's own words."""
@@ -91,7 +92,9 @@ def generate(
         "datastore": datastore,
         **sampling,
     }
-    result = run.generate(bundle, prompt, chat=chat, threads=threads, quiet=as_json, **settings)
+    result = run.generate(
+        bundle, prompt, chat=chat, threads=threads, device=device, quiet=as_json, **settings
+    )
     output.emit(result, as_json, lambda _: "")
 
 
@@ -106,12 +109,13 @@ def bench(
     speculate: opt.Ladder = "auto",
     ignore_eos: opt.IgnoreEos = False,
     threads: opt.Threads = None,
+    device: opt.Device = "auto",
 ) -> None:
     """Measure plain and speculative decoding side by side, and whether they say the same."""
     from . import output, run, show
 
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "ignore_eos": ignore_eos}
-    settings |= {"limit": limit, "threads": threads, "speculate": speculate}
+    settings |= {"limit": limit, "threads": threads, "device": device, "speculate": speculate}
     result = run.bench(bundle, prompts, json_out=json_out, **settings)
     output.emit(result, str(json_out) == "-", show.show_bench)
     raise typer.Exit(FAILED if run.has_bug(result) else FINE)
@@ -167,6 +171,7 @@ def evaluate(
     limit: opt.Limit = None,
     max_new_tokens: opt.NewTokens = 128,
     threads: opt.Threads = None,
+    device: opt.Device = "auto",
     as_json: opt.Json = False,
 ) -> None:
     """Perplexity of every engine, and how often each drafter chooses what the target chooses."""
@@ -178,7 +183,7 @@ def evaluate(
         "limit": limit,
         "max_new_tokens": max_new_tokens,
     }
-    result = run.evaluate(bundle, text, prompts, threads=threads, **settings)
+    result = run.evaluate(bundle, text, prompts, threads=threads, device=device, **settings)
     output.emit(result, as_json, show.show_evaluation)
 
 

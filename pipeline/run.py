@@ -25,6 +25,7 @@ def generate(
     *,
     chat: bool,
     threads: int | None,
+    device: str,
     quiet: bool,
     speculate: str,
     references: Sequence[Path] = (),
@@ -35,7 +36,7 @@ def generate(
 
     The text is written as it comes, unless `quiet`; `settings` are those of `Bundle.stream`.
     """
-    bundle = _open(bundle_dir, threads, datastore)
+    bundle = _open(bundle_dir, threads, device, datastore)
     text = sys.stdin.read() if prompt == "-" else prompt
     run = bundle.stream(
         [{"role": "user", "content": text}] if chat else text,
@@ -62,6 +63,7 @@ def bench(
     *,
     limit: int | None,
     threads: int | None,
+    device: str,
     speculate: str,
     json_out: Path | None,
     **settings: Any,
@@ -73,7 +75,7 @@ def bench(
     if json_out and str(json_out) != "-" and not json_out.absolute().parent.is_dir():
         raise RecipeError(f"--json {json_out}: its folder is not there; make it first")
     chosen, problems = read_prompts(prompts, limit)
-    bundle = _open(bundle_dir, threads)
+    bundle = _open(bundle_dir, threads, device)
     with show_progress("bench") as progress:
         result = measure(bundle, chosen, speculate=parse_ladder(speculate), progress=progress, **settings)
     result |= {"prompts_file": str(prompts), "passed_over": problems + result["passed_over"]}
@@ -83,13 +85,19 @@ def bench(
 
 
 def evaluate(
-    bundle_dir: Path, text: Path | None, prompts: Path | None, *, threads: int | None, **settings: Any
+    bundle_dir: Path,
+    text: Path | None,
+    prompts: Path | None,
+    *,
+    threads: int | None,
+    device: str,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Perplexity on `text` and greedy agreement on `prompts` of every engine of a bundle."""
     from .evaluate import evaluate as measure
 
     with show_progress("eval") as progress:
-        return measure(_open(bundle_dir, threads), text, prompts, progress=progress, **settings)
+        return measure(_open(bundle_dir, threads, device), text, prompts, progress=progress, **settings)
 
 
 def tune(bundle_dir: Path, prompts: Path | None, *, limit: int | None, threads: int | None) -> dict[str, Any]:
@@ -128,8 +136,11 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _open(bundle_dir: Path, threads: int | None, datastore: Path | None = None) -> "Bundle":
+def _open(bundle_dir: Path, threads: int | None, device: str, datastore: Path | None = None) -> "Bundle":
     """With as many threads as `tune` measured with, unless told otherwise."""
-    from ..speculate.bundle import load
+    from ..speculate.bundle import Bundle
 
-    return load(bundle_dir, num_threads() if threads is None else threads, datastore)
+    bundle = Bundle(bundle_dir, num_threads() if threads is None else threads, datastore, device)
+    if bundle.why_cpu:
+        print(f"runs on the CPU: {bundle.why_cpu}", file=sys.stderr)
+    return bundle

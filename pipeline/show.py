@@ -165,11 +165,13 @@ def _describe_engine(built: dict[str, Any]) -> list[str]:
 
 def show_diagnosis(result: Result) -> str:
     machine = result["machine"]
+    gpus = [f"{gpu['name']} ({gpu['compute_capability']})" for gpu in result["gpus"]]
     rows = [
         ["system", f"{machine['system']}, Python {machine['python']}"],
         ["processor", f"{machine['processor']}, {machine['cores']} cores, {result['threads']} threads used"],
         ["vectors", ", ".join(result["vector_extensions"]) or "unknown"],
         ["memory", f"{machine['memory_gib']} GiB"],
+        ["GPUs", ", ".join(gpus) or "none"],
         ["cache", f"{result['cache']['root']}, {result['cache']['free_gib']} GiB free"],
         ["packages", ", ".join(f"{name} {version}" for name, version in result["packages"].items())],
         ["providers", ", ".join(result["onnxruntime_providers"]) or "none"],

@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .datastore import Datastore
+from .devices import choose_device, find_plan, spread_devices, why_not_tensorrt
 from .drafters import Sources
+from .driver import find_gpus
 from .engine import Engine, Logits
 from .errors import BundleError
 from .generate import Generation, Run, exclusive
@@ -30,6 +32,7 @@ from .manifest import (
     TOKENIZER,
     EngineEntry,
     Plan,
+    check_files,
     read_json,
     read_manifest,
     resolve_inside,
@@ -39,29 +42,51 @@ from .onnx_engine import OnnxEngine, OnnxRuntime, default_threads
 from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
 from .settings import Rule, Sampling
 
+if TYPE_CHECKING:
+    from .tensorrt_engine import TensorrtRuntime
+
 # Vocabularies are padded to multiples of 64 to 512; a larger difference means another tokenizer.
 _MAX_PADDING = 1024
 
 
-def load(path: str | Path, threads: int | None = None, datastore: str | Path | None = None) -> "Bundle":
+def load(
+    path: str | Path,
+    threads: int | None = None,
+    datastore: str | Path | None = None,
+    device: str | Mapping[str, str] = "auto",
+) -> "Bundle":
     """Open a bundle folder, checking every file against the manifest. Engines are loaded when first used.
 
     threads: compute threads of each engine; by default one for each core that this process may use.
     datastore: a file by `draftsmith datastore`, for ladders that begin with "rest".
-    Raises BundleError if the folder is not a bundle, is damaged, or needs another version of draftsmith.
+    device: "cpu"; "cuda", which needs a GPU, its driver and TensorRT or ONNX Runtime for GPUs; or "auto": the
+        GPU where the bundle has TensorRT engines that run here, else the CPU, with a warning if it has any.
+        Or one of these by engine, {"target": "cuda", "int8": "cpu"}.
+    Raises BundleError if the folder is not a bundle, is damaged, or needs another version of draftsmith, and
+    if the device is not to be had.
     """
-    return Bundle(Path(path), threads, datastore)
+    bundle = Bundle(Path(path), threads, datastore, device)
+    if bundle.why_cpu:
+        warnings.warn(f"runs on the CPU: {bundle.why_cpu}", stacklevel=2)
+    return bundle
 
 
 class Bundle:
     """A target, its drafters and the plan to decode with them. It has one cache: one generation at a time."""
 
-    def __init__(self, path: Path, threads: int | None = None, datastore: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        threads: int | None = None,
+        datastore: str | Path | None = None,
+        device: str | Mapping[str, str] = "auto",
+    ) -> None:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise BundleError(f"threads={threads!r}: wanted at least 1, or None for all cores")
         self.path = path
         self.threads = threads or default_threads()
-        self.manifest = read_manifest(path)
+        self.manifest = read_manifest(path, engines=False)
+        self.devices, self.why_cpu = self._choose_devices(device)
         self.plan = validate(Plan, read_json(path / PLAN), path / PLAN)
         check_names(list(self.plan.ladder), self.manifest.engines)
         self.tokenizer = load_tokenizer(path / TOKENIZER)
@@ -75,6 +100,7 @@ class Bundle:
         )
         self._engines: dict[str, Engine] = {}
         self._runtime: OnnxRuntime | None = None
+        self._tensorrt: TensorrtRuntime | None = None
         self._busy = Lock()
 
     def generate(
@@ -228,8 +254,11 @@ class Bundle:
         """One of the bundle's engines, loaded at the first call."""
         if name not in self._engines:
             entry = self.manifest.engines[name]
-            self._runtime = self._runtime or OnnxRuntime(self.threads)
-            engine = self._open(name, entry, self._runtime)
+            if self.devices[name] == "cuda":
+                engine = self._open_on_gpu(name, entry)
+            else:
+                self._runtime = self._runtime or OnnxRuntime(self.threads)
+                engine = self._open(name, entry, self._runtime)
             if engine.vocab_size != entry.vocab_size:
                 raise BundleError(
                     f"{self.path}: the logits of {name} are {engine.vocab_size} wide, "
@@ -248,6 +277,31 @@ class Bundle:
                 raise
             warnings.warn(f"{name} runs on stock operators: {error}", stacklevel=3)
             return OnnxEngine(name, resolve_inside(self.path, entry.portable), entry, runtime)
+
+    def _open_on_gpu(self, name: str, entry: EngineEntry) -> Engine:
+        """TensorRT's engine for this GPU or, where the bundle has none that runs, ONNX Runtime's."""
+        from .onnx_gpu_engine import OnnxGpuEngine
+        from .tensorrt_engine import TensorrtEngine, TensorrtRuntime
+
+        gpu = find_gpus()[0][0]
+        plan = find_plan(entry, gpu)
+        if plan is None or why_not_tensorrt(entry, gpu):
+            return OnnxGpuEngine(name, resolve_inside(self.path, entry.portable or entry.graph), entry)
+        check_files(self.path, {plan.file: self.manifest.files[plan.file]})
+        self._tensorrt = self._tensorrt or TensorrtRuntime(plan.builder)
+        return TensorrtEngine(name, resolve_inside(self.path, plan.file), plan, entry, self._tensorrt)
+
+    def _choose_devices(self, device: str | Mapping[str, str]) -> tuple[dict[str, str], str]:
+        """The device of every engine and, where "auto" left a GPU's engines unused, why. All engines of one
+        wish go the same way."""
+        engines = self.manifest.engines
+        wishes = spread_devices(device, engines)
+        chosen = {
+            wish: choose_device(wish, [engines[name] for name in engines if wishes[name] == wish])
+            for wish in dict.fromkeys(wishes.values())
+        }
+        why = next((reason for _, reason in chosen.values() if reason), "")
+        return {name: chosen[wish][0] for name, wish in wishes.items()}, why
 
     def _planned_ladder(self) -> list[Rung]:
         counts = self.plan.num_speculative_tokens

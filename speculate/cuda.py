@@ -85,10 +85,11 @@ class Buffer:
         call("ds_cuda_copy", self.pointer, _host(array), array.nbytes, stream.handle)
         return self
 
-    def read(self, array: np.ndarray, stream: Stream) -> np.ndarray:
-        """Queue a copy into `array`, which is there once the stream was waited for."""
-        assert array.nbytes <= self.size and array.flags.c_contiguous
-        call("ds_cuda_copy", _host(array), self.pointer, array.nbytes, stream.handle)
+    def read(self, array: np.ndarray, stream: Stream, skip: int = 0) -> np.ndarray:
+        """Queue a copy into `array` of what follows `skip` bytes; there once the stream was waited for."""
+        assert skip + array.nbytes <= self.size and array.flags.c_contiguous
+        source = open_library()[0].cast("char *", self.pointer) + skip
+        call("ds_cuda_copy", _host(array), source, array.nbytes, stream.handle)
         return array
 
 
@@ -97,6 +98,7 @@ class Graph:
 
     def __init__(self, stream: Stream) -> None:
         """Record what is queued on `stream` until `finish`."""
+        self.keeps: Any = None  # what must live as long as the recording
         self._stream = stream
         call("ds_cuda_begin_graph", stream.handle)
 

@@ -102,8 +102,9 @@ class Plan(BaseModel):
     costs: Costs | None = None
 
 
-def read_manifest(bundle: Path) -> Manifest:
-    """The manifest of a bundle whose every listed file is there, inside the folder and unchanged."""
+def read_manifest(bundle: Path, *, engines: bool = True) -> Manifest:
+    """The manifest of a bundle whose every listed file is there, inside the folder and unchanged. Without
+    `engines`, those of TensorRT are not read: who opens one checks it."""
     if not bundle.is_dir():
         raise BundleError(f"{bundle} is not a folder: wanted a bundle, as `draftsmith build` writes it")
     path = bundle / MANIFEST
@@ -121,10 +122,10 @@ def read_manifest(bundle: Path) -> Manifest:
         raise BundleError(
             f"{path}: no engine is named target, only {', '.join(manifest.engines) or 'none at all'}"
         )
-    check_files(bundle, manifest.files)
-    engines = manifest.engines.values()
-    needed = {PLAN, TOKENIZER, *(engine.graph for engine in engines)}
-    needed |= {built.file for engine in engines for built in engine.tensorrt}
+    plans = {built.file for engine in manifest.engines.values() for built in engine.tensorrt}
+    files = manifest.files.items()
+    check_files(bundle, {name: file for name, file in files if engines or name not in plans})
+    needed = {PLAN, TOKENIZER, *plans, *(engine.graph for engine in manifest.engines.values())}
     for name in sorted(needed - manifest.files.keys()):
         raise BundleError(f"{path} lists no hash for {name}, which decoding needs: rebuild the bundle")
     return manifest

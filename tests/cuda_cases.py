@@ -2,6 +2,7 @@
 
 import numpy as np
 from draftsmith.speculate import sampling, verify
+from draftsmith.speculate.binding import check, ffi, lib, view
 
 LARGEST_VOCAB, LONGEST_DRAFT = 50_000, 16
 
@@ -52,3 +53,50 @@ def check_cases(cuda, rng, num_cases, largest_vocab=LARGEST_VOCAB, filtered=0.5)
             accepted[rule] += expected[0]
         assert cuda.greedy(target, draft) == verify.greedy(target, draft)
     assert min(accepted.values()) > num_cases // 4, "cases must get somewhere"
+
+
+LARGEST_TREE = 64
+
+
+def check_trees(cuda, rng, num_cases, largest_vocab=LARGEST_VOCAB):
+    """Each tree under every rule; siblings are drawn independently, so that some are equal."""
+    accepted = dict.fromkeys(verify.TREE_RULES, 0)
+    for case in range(num_cases):
+        cuda.order(case % 5)
+        vocab = int(np.exp(rng.uniform(np.log(3), np.log(largest_vocab + 1))))
+        count = int(rng.integers(0, LARGEST_TREE + 1)) if vocab < 5_000 else int(rng.integers(0, 9))
+        width = int(rng.integers(1, 8))
+        parents = np.array([rng.integers(max(-1, i - 1 - width), i) for i in range(count)], np.int32)
+        target = rng.normal(size=(count + 1, vocab)) * rng.uniform(0.2, 4)
+        drafter = target + rng.normal(size=target.shape) * rng.choice([0.0, 0.5, 2.0])
+        p = cuda.laws(target.astype(np.float32))
+        q = cuda.laws(drafter.astype(np.float32)) if rng.random() < 0.8 else None
+        rows = np.cumsum(p if q is None else q, axis=1)
+        draws = [np.searchsorted(rows[parent + 1], rng.random() * 0.999999) for parent in parents]
+        tokens = np.array(draws, np.int32)
+        uniforms = cuda.uniforms(case, 9, 2, count + 2)
+        for rule, number in verify.TREE_RULES.items():
+            expected = reference_tree(number, p, q, tokens, parents, uniforms)
+            assert cuda.tree(number, p, q, tokens, parents, uniforms) == expected, (case, rule)
+            accepted[rule] += len(expected[0])
+    assert min(accepted.values()) > num_cases // 4, "cases must get somewhere"
+
+
+def reference_tree(rule, p, q, tokens, parents, uniforms):
+    """The C core, on the same laws to the bit."""
+    accepted, counts = np.empty(max(1, len(tokens)), np.int32), ffi.new("int32_t[2]")
+    status = lib.ds_verify_tree(
+        rule,
+        len(tokens),
+        p.shape[1],
+        view("double[]", p),
+        ffi.NULL if q is None else view("double[]", q),
+        view("int32_t[]", tokens),
+        view("int32_t[]", parents),
+        view("double[]", uniforms),
+        view("int32_t[]", accepted),
+        counts,
+        counts + 1,
+    )
+    check(status)
+    return accepted[: counts[0]].tolist(), counts[1]

@@ -24,11 +24,13 @@ class EmulatorError(Exception):
     """What the emulator found wrong with a kernel."""
 
 
-def compile_emulated(source: Path, out: Path) -> None:
+def compile_emulated(out: Path, *sources: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the emulated kernels with")
-    command = [compiler, *FLAGS, "-x", "c++", str(source), "-o", str(out)]
+    together = out.with_suffix(".cpp")  # one unit, as the emulator has state
+    together.write_text("".join(f'#include "{source}"\n' for source in sources))
+    command = [compiler, *FLAGS, str(together), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -73,6 +75,14 @@ class Emulated:
         verdict, sums = np.empty(2, np.int32), np.empty(max(1, len(draft)))
         self.call("ds_cuda_verify_chain", rule, len(draft), p.shape[1], p, q, draft, uniforms, sums, verdict)
         return int(verdict[0]), int(verdict[1])
+
+    def tree(self, rule: int, p, q, tokens, parents, uniforms) -> tuple[list[int], int]:
+        count = len(tokens)
+        scratch = np.empty(self.lib.ds_cuda_tree_scratch_size(count), np.uint8)
+        verdict, accepted = np.empty(2, np.int32), np.empty(max(1, count), np.int32)
+        laws = (rule, count, p.shape[1], p, q)
+        self.call("ds_cuda_verify_tree", *laws, tokens, parents, uniforms, scratch, accepted, verdict)
+        return accepted[: verdict[0]].tolist(), int(verdict[1])
 
     def greedy(self, logits, draft) -> tuple[int, int]:
         verdict = np.empty(2, np.int32)

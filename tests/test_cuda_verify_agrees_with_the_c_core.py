@@ -4,9 +4,13 @@ The same source is compiled by nvcc for GPUs. Sums over the vocabulary have anot
 laws are compared to rounding, and what follows from them exactly.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
-from cuda_cases import check_cases
+from cuda_cases import check_cases, check_trees
 from draftsmith.speculate import sampling, verify
 from draftsmith.speculate.errors import BundleError
 from emulated_cuda import SOURCES, Emulated, EmulatorError, compile_emulated
@@ -14,10 +18,13 @@ from emulated_cuda import SOURCES, Emulated, EmulatorError, compile_emulated
 NUM_CASES, MANY_CASES = 120, 100_000 // len(verify.RULES)
 
 
+KERNELS = (SOURCES / "verify.cu", SOURCES / "verify_tree.cu")
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("emulated") / "libverify.so"
-    compile_emulated(SOURCES / "verify.cu", path)
+    compile_emulated(path, *KERNELS)
     return path
 
 
@@ -34,6 +41,18 @@ def test_laws_and_verdicts(cuda):
 
 def test_laws_and_verdicts_of_a_large_vocabulary(cuda):
     check_cases(cuda, np.random.default_rng(1), 12)
+
+
+def test_trees(cuda):
+    check_trees(cuda, np.random.default_rng(6), 120, largest_vocab=400)
+    check_trees(cuda, np.random.default_rng(7), 8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_thousand_trees(cuda):
+    check_trees(cuda, np.random.default_rng(8), 2_300, largest_vocab=300)
+    check_trees(cuda, np.random.default_rng(9), 200)
 
 
 @pytest.mark.slow
@@ -78,7 +97,7 @@ def test_an_accepted_path_becomes_part_of_the_sequence(cuda):
 def barriers():
     """Places of every barrier of the kernels, as (file, number)."""
     found = []
-    for name in ("block.cuh", "laws.cuh", "verify.cu"):
+    for name in ("block.cuh", "laws.cuh", "verify.cu", "verify_tree.cu"):
         found += [(name, i) for i in range((SOURCES / name).read_text().count("__syncthreads();"))]
     return found
 
@@ -96,8 +115,8 @@ def without_barrier(folder, file, number):
                 for i, part in enumerate(parts[number + 1 :])
             )
         (native / path.relative_to(SOURCES.parent)).write_text(text)
-    compile_emulated(native / "cuda" / "verify.cu", folder / "libverify.so")
-    return Emulated(folder / "libverify.so")
+    compile_emulated(folder / "libverify.so", *(native / "cuda" / path.name for path in KERNELS))
+    return folder / "libverify.so"
 
 
 @pytest.mark.parametrize(
@@ -108,9 +127,19 @@ def without_barrier(folder, file, number):
     ],
 )
 def test_a_missing_barrier_is_noticed(tmp_path, file, number):
-    broken = without_barrier(tmp_path, file, number)
-    with pytest.raises((AssertionError, EmulatorError)):
-        check_cases(broken, np.random.default_rng(5), 300, largest_vocab=300)
+    library = without_barrier(tmp_path, file, number)
+    # In a process of its own: what is read too early may be an address.
+    code = (
+        "import sys, numpy as np; from pathlib import Path;"
+        "from cuda_cases import check_cases, check_trees; from emulated_cuda import Emulated;"
+        "cuda = Emulated(Path(sys.argv[1]));"
+        "check_cases(cuda, np.random.default_rng(5), 100, largest_vocab=300);"
+        "check_trees(cuda, np.random.default_rng(5), 100, largest_vocab=300)"
+    )
+    here = Path(__file__).parent
+    child = subprocess.run([sys.executable, "-c", code, library], cwd=here, capture_output=True, text=True)
+    assert child.returncode != 0, "nothing happened"
+    assert child.returncode < 0 or "AssertionError" in child.stderr or "EmulatorError" in child.stderr
 
 
 def test_a_barrier_that_some_threads_never_reach_is_an_error(tmp_path):
@@ -127,6 +156,6 @@ def test_a_barrier_that_some_threads_never_reach_is_an_error(tmp_path):
         "  return LAUNCH_STATUS();\n"
         "}\n"
     )
-    compile_emulated(source, tmp_path / "parted.so")
+    compile_emulated(tmp_path / "parted.so", source)
     with pytest.raises(EmulatorError, match=r"threads part: 0 waits at a barrier in line 3, 40 has ended"):
         Emulated(tmp_path / "parted.so").uniforms(0, 0, 0, 64)

@@ -2,8 +2,8 @@
  * other at barriers and shuffles. Compile a .cu file as C++ with this header before everything else.
  *
  * Shared memory is what a block shares, and stays what the last block left. In between two barriers threads run
- * one by one, in an order that `emulator_order` chooses, so that what a missing barrier lets happen does happen
- * in one order or the other. A barrier or shuffle that some threads never reach, or at which they stand at
+ * one by one, a warp as far as it can, in an order that `emulator_order` chooses, so that what a missing barrier
+ * lets happen does happen in one order or the other. A barrier or shuffle that some threads never reach, or at which they stand at
  * different lines, ends the launch with an error instead of hanging it.
  */
 #ifndef DRAFTSMITH_CUDA_EMULATOR_H
@@ -108,6 +108,16 @@ inline void fail() {
   }
 }
 
+inline std::vector<int> turns(int n) {
+  std::vector<int> numbers(n);
+  for (int i = 0; i < n; ++i) numbers[i] = order == 1 ? n - 1 - i : i;
+  return numbers;
+}
+
+inline void shake(std::vector<int> &numbers) {
+  if (order > 1) std::shuffle(numbers.begin(), numbers.end(), shuffler);
+}
+
 inline bool run_block() {
   for (int t = 0; t < num_threads; ++t) {
     fibers[t].started = false;
@@ -115,15 +125,17 @@ inline bool run_block() {
     fibers[t].line = 0;
     fibers[t].parity = 0;
   }
-  std::vector<int> turns(num_threads);
-  for (int t = 0; t < num_threads; ++t) turns[t] = order == 1 ? num_threads - 1 - t : t;
+  std::vector<int> warps = turns(num_threads / WARP), lanes = turns(WARP);
   for (;;) {
-    if (order > 1) std::shuffle(turns.begin(), turns.end(), shuffler);
-    for (int t : turns)
-      if (fibers[t].at == READY) resume(t);
-    bool moved = false;
-    for (int w = 0; w < num_threads; w += WARP) moved |= release(w, w + WARP, AT_WARP);
-    if (moved || release(0, num_threads, AT_BLOCK)) continue;
+    shake(warps);
+    for (int w : warps) { /* each as far ahead of the others as a barrier lets it */
+      shake(lanes);
+      do
+        for (int lane : lanes)
+          if (fibers[w * WARP + lane].at == READY) resume(w * WARP + lane);
+      while (release(w * WARP, w * WARP + WARP, AT_WARP));
+    }
+    if (release(0, num_threads, AT_BLOCK)) continue;
     for (int t = 0; t < num_threads; ++t)
       if (fibers[t].at != DONE) return false;
     return true;

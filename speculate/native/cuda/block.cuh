@@ -116,10 +116,8 @@ template <typename Mass> __device__ int32_t draw_block(int32_t n, double thresho
     }
     if (lane() == 0) drawn = found != NONE ? found : static_cast<int32_t>(last);
   }
-  __syncthreads();
-  int32_t result = owner == NONE ? last_of_all : drawn;
-  __syncthreads(); /* the next call writes what was read */
-  return result;
+  __syncthreads(); /* the next call writes `drawn` behind its first barrier, so that no other is needed here */
+  return owner == NONE ? last_of_all : drawn;
 }
 
 } // namespace draftsmith

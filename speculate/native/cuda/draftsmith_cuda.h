@@ -62,6 +62,15 @@ DS_API int32_t ds_cuda_verify_chain(int32_t rule, int32_t n_draft, int32_t vocab
 DS_API int32_t ds_cuda_verify_greedy(int32_t n_draft, int32_t vocab, const float *logits,
                                      const int32_t *draft, ds_cuda_verdict *verdict, void *stream);
 
+enum { DS_CUDA_MAX_TREE = 256 };
+
+/* As ds_verify_tree, of at most DS_CUDA_MAX_TREE nodes; `scratch` is room for ds_cuda_tree_scratch_size bytes. */
+DS_API int64_t ds_cuda_tree_scratch_size(int32_t n_nodes);
+DS_API int32_t ds_cuda_verify_tree(int32_t rule, int32_t n_nodes, int32_t vocab, const double *p,
+                                   const double *q, const int32_t *tokens, const int32_t *parents,
+                                   const double *uniforms, void *scratch, int32_t *accepted,
+                                   ds_cuda_verdict *verdict, void *stream);
+
 /* Move the rows in slots[0..n_path), which ascend, to start, start + 1, ...: an accepted path of a tree becomes
  * a part of the sequence. `caches` holds n_caches device pointers to [n_heads, n_slots, bytes_a_row]; a row is a
  * multiple of 4 bytes, and slots[i] >= start + i. */

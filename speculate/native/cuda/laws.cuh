@@ -1,4 +1,7 @@
-/* From a row of logits to the law that a token is sampled from: ds_laws_from_logits, by a block. */
+/* From a row of logits to the law that a token is sampled from: ds_laws_from_logits, by a block.
+ *
+ * A thread writes, and add_block has it read, the entries of a law that are its own, every THREADS-th. Where
+ * others read them, a sum and its barriers have come between. */
 #ifndef DRAFTSMITH_LAWS_CUH
 #define DRAFTSMITH_LAWS_CUH
 
@@ -43,16 +46,19 @@ template <typename Weight> __device__ uint32_t find_cut(race r, double budget, W
   }));
 }
 
+/* The index of the first largest (sign 1) or smallest (-1) logit, by its key. */
+__device__ inline int32_t find_extreme(const float *row, int32_t n, int32_t sign) {
+  /* The larger key wins, and of equals the smaller index. */
+  int64_t found = max_block(n, INT64_MIN, [=](int32_t i) -> int64_t {
+    return sign * static_cast<int64_t>(ds_order_key(row[i])) * (1LL << 32) + (INT32_MAX - i);
+  });
+  return INT32_MAX - static_cast<int32_t>(found & 0xffffffff);
+}
+
 /* The index of the first largest logit, or NONE if there is a NaN or no logit that is finite. */
 __device__ inline int32_t find_best(const float *row, int32_t n) {
-  /* The larger key wins, and of equals the smaller index. */
-  int64_t best = max_block(n, INT64_MIN, [&](int32_t i) -> int64_t {
-    return static_cast<int64_t>(ds_order_key(row[i])) * (1LL << 32) + (INT32_MAX - i);
-  });
-  int64_t least = -max_block(
-      n, INT64_MIN, [&](int32_t i) -> int64_t { return -static_cast<int64_t>(ds_order_key(row[i])); });
-  int32_t index = INT32_MAX - static_cast<int32_t>(best & 0xffffffff);
-  int32_t key = ds_order_key(row[index]);
+  int32_t index = find_extreme(row, n, 1);
+  int32_t key = ds_order_key(row[index]), least = ds_order_key(row[find_extreme(row, n, -1)]);
   bool is_law = least >= DS_KEY_MINUS_INFINITY && key < DS_KEY_INFINITY && key > DS_KEY_MINUS_INFINITY;
   return is_law ? index : NONE;
 }
@@ -63,7 +69,6 @@ __device__ inline void filter(race r, processors with, double *law) {
     r.least = find_cut(r, r.n - with.top_k, [](int32_t) { return 1.0; });
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < r.n; i += THREADS)
       if (r.key(i) < r.least) law[i] = 0;
-    __syncthreads();
   }
   if (with.top_p >= 1) return;
   auto weight = [&](int32_t i) { return law[i]; };
@@ -78,7 +83,6 @@ __device__ inline void filter(race r, processors with, double *law) {
   int32_t first_kept = draw_block(r.n, static_cast<double>(num_dropped), is_equal);
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < r.n; i += THREADS)
     if (r.key(i) < cut || (r.key(i) == cut && i < first_kept)) law[i] = 0;
-  __syncthreads();
 }
 
 /* The law of one row; all zeros where the logits have none. */
@@ -92,7 +96,6 @@ __device__ inline void write_law(const float *row, int32_t n, processors with, d
     else
       law[i] = ds_exp_nonpositive((static_cast<double>(row[i]) - largest) / with.temperature);
   }
-  __syncthreads();
   if (best == NONE || is_greedy) return;
   filter({row, n, 0}, with, law);
   double total = add_block(n, [&](int32_t i) { return law[i]; });

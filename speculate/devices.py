@@ -1,0 +1,103 @@
+"""Where a bundle's engines run: on the CPU, or on a GPU by TensorRT or ONNX Runtime; and why not there."""
+
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Literal
+
+from .cuda import why_no_cuda
+from .driver import Gpu, find_gpus
+from .errors import BundleError
+from .manifest import EngineEntry, TensorrtEntry
+
+Device = Literal["auto", "cpu", "cuda"]
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def choose_device(device: str, engines: Iterable[EngineEntry]) -> tuple[Literal["cpu", "cuda"], str]:
+    """The device that `device` means here and, where "auto" leaves a GPU's engines unused, why.
+
+    Raises BundleError for "cuda" where something is missing, naming it.
+    """
+    if device not in DEVICES:
+        raise BundleError(f"device={device!r}: wanted one of {', '.join(DEVICES)}")
+    entries = list(engines)
+    if device == "cpu" or (device == "auto" and not any(entry.tensorrt for entry in entries)):
+        return "cpu", ""
+    reasons = [reason for entry in entries if (reason := why_not_on_gpu(entry))]
+    if not reasons:
+        return "cuda", ""
+    if device == "auto":
+        return "cpu", reasons[0]
+    raise BundleError(f"device cuda: {reasons[0]}; --device cpu runs this bundle here")
+
+
+def why_not_on_gpu(entry: EngineEntry) -> str:
+    """Why neither TensorRT nor ONNX Runtime can run an engine on this machine's GPU; empty if one can."""
+    if reason := why_no_cuda():
+        return reason
+    gpu = find_gpus()[0][0]
+    without_tensorrt = why_not_tensorrt(entry, gpu)
+    if not without_tensorrt or not (without_onnx := why_not_onnx(entry)):
+        return ""
+    return f"{without_tensorrt}; {without_onnx}"
+
+
+def find_plan(entry: EngineEntry, gpu: Gpu) -> TensorrtEntry | None:
+    """The engine's plan for a GPU, if there is one."""
+    return next((plan for plan in entry.tensorrt if gpu.compute_capability in plan.compute_capability), None)
+
+
+def why_not_tensorrt(entry: EngineEntry, gpu: Gpu) -> str:
+    plan = find_plan(entry, gpu)
+    if plan is None:
+        return f"no TensorRT engine for {gpu.name} (compute capability {gpu.compute_capability})"
+    return why_not_builder(plan.builder)
+
+
+def why_not_builder(builder: str) -> str:
+    """A plan runs with the version that built it. `builder`: such as "tensorrt_rtx 1.7.1.116"."""
+    package, _, wanted = builder.partition(" ")
+    if find_spec(package) is None:
+        return f"{package} is not installed: pip install '{_distribution(package)}=={wanted}'"
+    found = installed_version(package)
+    if found != wanted:
+        return (
+            f"the TensorRT engines are of {builder} and {found} is installed: "
+            f"pip install '{_distribution(package)}=={wanted}', or build again"
+        )
+    return ""
+
+
+def installed_version(package: str) -> str:
+    """Of the distribution that brings a TensorRT package, without importing it."""
+    stem = package.replace("_", "-")
+    for name in (f"{stem}-cu13", f"{stem}-cu12", stem):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "an unknown version"
+
+
+def why_not_onnx(entry: EngineEntry) -> str:
+    from .onnx_gpu_engine import why_no_provider
+
+    if entry.portable is None:
+        return "the bundle has no portable graph for ONNX Runtime"
+    return why_no_provider("CUDAExecutionProvider")
+
+
+def spread_devices(device: str | Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The device asked for, by engine; of engines that a mapping leaves out, "auto"."""
+    if isinstance(device, str):
+        return dict.fromkeys(names, device)
+    known = list(names)
+    for name in device:
+        if name not in known:
+            raise BundleError(f"device names {name!r}, which this bundle has not; only {', '.join(known)}")
+    return {name: device.get(name, "auto") for name in known}
+
+
+def _distribution(package: str) -> str:
+    return f"{package.replace('_', '-')}-cu13"

@@ -17,11 +17,12 @@ class Opened(Exception):
 def opened(monkeypatch):
     """Opening a bundle ends the test with the number of threads."""
 
-    def load(path, threads=None):
+    def load(path, threads=None, *_):
         raise Opened(threads)
 
-    for module in (tune, check, bench, bundle_module):
+    for module in (tune, check, bench):
         monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(bundle_module, "Bundle", load)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
 
 
@@ -51,10 +52,11 @@ def test_stages(opened, tokens, measure):
 def test_verbs_follow_unless_told_otherwise(opened, tmp_path, threads, expected):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Hello\n")
+    where = {"threads": threads, "device": "cpu"}
     for verb in (
-        lambda: run.generate(tmp_path, "Hello", chat=False, threads=threads, quiet=True, speculate="auto"),
-        lambda: run.bench(tmp_path, prompts, limit=None, threads=threads, speculate="auto", json_out=None),
-        lambda: run.evaluate(tmp_path, None, prompts, threads=threads),
+        lambda: run.generate(tmp_path, "Hello", chat=False, quiet=True, speculate="auto", **where),
+        lambda: run.bench(tmp_path, prompts, limit=None, speculate="auto", json_out=None, **where),
+        lambda: run.evaluate(tmp_path, None, prompts, **where),
     ):
         with pytest.raises(Opened) as caught:
             verb()

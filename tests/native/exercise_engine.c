@@ -144,7 +144,7 @@ static void exercise_ladder(void) {
             *drafter = open_engine(onnx, "drafters/int8/cpu.onnx");
   CHECK(target && drafter);
   ds_onnx_free(onnx);
-  ds_level levels[3] = {{NULL, 4, 0, NULL}, {drafter, 3, 0, NULL}, {target, 0, 0, NULL}};
+  ds_level levels[3] = {{.n_draft = 4}, {.engine = drafter, .n_draft = 3}, {.engine = target}};
   int32_t prompt[PROMPT], drafted[ROOM], plain[ROOM];
   draw_ids(target, PROMPT, prompt);
   CHECK(decode(levels, 3, prompt, drafted) == ROOM && decode(levels + 2, 1, prompt, plain) == ROOM);

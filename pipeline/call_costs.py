@@ -44,7 +44,11 @@ class CostMeter:
             for start in range(0, deepest, 128):
                 engine.forward(ids[: min(128, deepest - start)], start, num_logits=1)
         for number in range(sweeps + 1):
+            before = None
             for name, count, start in calls:
+                if name != before:  # after another engine's long call the first one is slower
+                    engines[name].forward(ids[:1], start)
+                    before = name
                 began = time.perf_counter()
                 engines[name].forward(ids[:count], start, num_logits=1 if count > 32 else count)
                 if number:  # the first round warms up
@@ -72,9 +76,9 @@ class CostMeter:
         figure = {key: settle([[ms] for ms in times])[0] for key, times in self.samples.items()}
         return CallCosts(
             rows,
-            # A call of more rows does no less: where it seems to, that is noise.
+            # A call of fewer rows does no more: where it seems to, that is noise, which only adds time.
             {
-                name: np.maximum.accumulate([figure[name, count, context] for count in rows]).tolist()
+                name: np.minimum.accumulate([figure[name, n, context] for n in reversed(rows)])[::-1].tolist()
                 for name in names
             },
             context,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import cast
 
 import pytest
 from draftsmith.pipeline import call_costs, rounds
@@ -9,6 +10,7 @@ from draftsmith.pipeline import tune as tune_module
 from draftsmith.pipeline.cli import main
 from draftsmith.pipeline.recipe import Speculate
 from draftsmith.pipeline.tune import tune_bundle
+from draftsmith.speculate.bundle import Bundle
 from draftsmith.speculate.manifest import Plan, read_manifest
 from fake_engine import BYTE_VOCAB, FakeEngine, open_bundle, write_bundle
 
@@ -111,3 +113,12 @@ def test_the_verb_writes_a_whole_bundle_again(tmp_path, monkeypatch, capsys):
     assert before.keys() == after.keys()
     assert {name for name in before if before[name] != after[name]} == {"plan.json", "manifest.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_call_whose_timing_was_disturbed_does_not_make_longer_ones_dear():
+    """Calls of fewer rows do no more work: a spoiled figure falls to the next one, which it leaves alone."""
+    times = {1: [30.0, 30.0], 2: [10.0, 10.0], 4: [12.0, 12.0], 8: [11.0, 90.0]}
+    meter = call_costs.CostMeter(
+        cast(Bundle, None), samples={("target", rows, 256): ms for rows, ms in times.items()}
+    )
+    assert meter.costs().milliseconds["target"] == [10.0, 10.0, 11.0, 11.0]

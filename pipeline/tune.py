@@ -74,7 +74,7 @@ def tune_bundle(
     best = _choose(spec, plans, plain, recordings, options, costs)
     table = _describe_costs(costs) | {"floor_ms": meter.floors()}
     measured = check_prediction(bundle, recordings, spec, best, costs, table, progress)
-    why = _say_why(best, plain, measured)
+    why = _say_why(spec, best, plain, measured)
     if spec.ladder == "auto" and best.ladder and measured["speedup"] < 1:
         best = plain
     return {
@@ -196,8 +196,11 @@ def _describe_costs(costs: CallCosts) -> dict:
     }
 
 
-def _say_why(best: Plan, plain: Plan, measured: Mapping) -> str:
+def _say_why(spec: Speculate, best: Plan, plain: Plan, measured: Mapping) -> str:
     gain = best.tokens_per_second / plain.tokens_per_second
+    if spec.ladder != "auto":
+        speeds = f"{gain:.2f} times plain decoding by prediction, {measured['speedup']:.2f} when run"
+        return f"Named by the recipe: {speeds}." if best.ladder else "The recipe names no drafter."
     if not best.ladder:
         return "No drafter is predicted to pay on this machine, so the target decodes alone."
     if measured["speedup"] < 1:

@@ -91,6 +91,7 @@ def test_lengths_that_the_recipe_names_are_kept(tune_with):
     spec = Speculate(ladder=["suffix", "int8"], num_speculative_tokens={"int8": 3})
     plan = tune_with(spec, target=15.0, int8=3.0, tiny=9.0)
     assert plan["ladder"] == ["suffix", "int8"] and plan["num_speculative_tokens"]["int8"] == 3
+    assert plan["why"].startswith("Named by the recipe")
 
 
 def test_the_verb_writes_a_whole_bundle_again(tmp_path, monkeypatch, capsys):

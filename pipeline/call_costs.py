@@ -92,7 +92,5 @@ class CostMeter:
 
 def weight_bytes(bundle: Bundle, engine: str) -> int:
     """Of the file beside an engine's graph that holds its weights."""
-    graph = bundle.manifest.engines[engine].graph
-    stem = graph.rpartition(".")[0]
-    files = bundle.manifest.files.items()
-    return sum(file.size for path, file in files if path != graph and path.rpartition(".")[0] == stem)
+    graph, files = bundle.manifest.engines[engine].graph, bundle.manifest.engine_files(engine)
+    return sum(file.size for path, file in files.items() if path != graph)

@@ -48,14 +48,10 @@ def describe_memory(bundle: Bundle, ladders: Sequence[str | list[str]]) -> dict:
     import resource
 
     used = {"target"} | {name for ladder in ladders for name in bundle.plan_for(ladder)["ladder"]}
-    graphs = {name: entry.graph for name, entry in bundle.manifest.engines.items() if name in used}
     weights = {
-        name: sum(
-            file.size
-            for path, file in bundle.manifest.files.items()
-            if path.rpartition(".")[0] == graph.rpartition(".")[0]
-        )
-        for name, graph in graphs.items()
+        name: sum(file.size for file in bundle.manifest.engine_files(name).values())
+        for name in bundle.manifest.engines
+        if name in used
     }
     # Linux counts in kilobytes.
     return {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "engine_files": weights}

@@ -14,6 +14,7 @@ from .checks import Check, check_agreement, check_perplexity, check_size
 from .compare import Outcome
 from .evaluate import measure_perplexity
 from .gate_prompts import read_ids
+from .hashing import hash_file
 from .machine import describe_machine
 from .processor import num_threads
 from .progress import Progress, no_progress
@@ -171,8 +172,6 @@ def _read_text(bundle: Bundle, text: Path | None, progress: Progress) -> Perplex
     if text is None:
         return None
     engines = measure_perplexity(bundle, text, TEXT_WINDOW, TEXT_WINDOWS, progress)
-    from .hashing import hash_file
-
     return Perplexity(
         text_sha256=hash_file(text), window=TEXT_WINDOW, max_windows=TEXT_WINDOWS, engines=engines
     )

@@ -12,7 +12,7 @@ from .compare import MIN_PASSAGES, Comparison, compare
 from .progress import Progress, no_progress
 from .recipe import Gate
 from .snapshot import Mode, Snapshot
-from .steadiness import Disturbance, Reference
+from .steadiness import Disturbance, Reference, calm, spread
 from .trial import MAX_DISTURBANCE, MIN_REPEATS, MIN_REPEATS_AGAIN, Trial, run_trial, take_samples
 
 TRIAL_SHARE = 0.65  # of the time; measuring suspects again gets as much, where there are any
@@ -70,7 +70,7 @@ class Race:
             old = [sample.series() for sample in take_samples(trials, 0, mode)]
             return compare(old, new, self.settings.metric)
         # What the baseline would take today, if all went as much slower or faster as the reference kernel.
-        scale = _calm(self.reference.milliseconds) / self.then.calm_reference_ms
+        scale = calm(self.reference.milliseconds) / calm(self.then.reference_ms)
         known = {sample.prompt: sample for sample in self.then.samples if sample.mode == mode}
         if not all(sample.prompt in known for sample in candidate):
             return None
@@ -98,7 +98,7 @@ class Race:
             "measured_again": len(self.trials) > 1,
             "worst_disturbance": asdict(max(seen, key=lambda one: one.worst)) if seen else None,
             "median_waited": _median([one.waited for one in seen if one.waited is not None]),
-            "reference_spread": _spread(self.reference.milliseconds),
+            "reference_spread": spread(self.reference.milliseconds),
         }
 
     def _add_trial(self, bundles: Sequence[Bundle]) -> Trial:
@@ -143,13 +143,13 @@ class Race:
         bounds = f"{found.ratio:.3f} times the baseline, {found.lower:.3f} to {found.upper:.3f}"
         check = Check(name, "pass", "ms", found.baseline_ms, found.candidate_ms, limit, bounds)
         if self.then is not None:
-            for when, spread in (
-                ("the baseline was taken", self.then.reference_spread),
-                ("this was", _spread(self.reference.milliseconds)),
+            for when, varied in (
+                ("the baseline was taken", spread(self.then.reference_ms)),
+                ("this was", spread(self.reference.milliseconds)),
             ):
-                if spread > MAX_REFERENCE_SPREAD:
+                if varied > MAX_REFERENCE_SPREAD:
                     why = (
-                        f"while {when}, the reference kernel's time varied {spread:.2f}-fold (p90 / p10), so "
+                        f"while {when}, the reference kernel's time varied {varied:.2f}-fold (p90 / p10), so "
                         "it cannot stand for the clock: give the baseline bundle, or a quieter machine"
                     )
                     return replace(check, outcome="cannot tell", why=f"{bounds}; {why}")
@@ -186,14 +186,5 @@ def _describe(seen: Sequence[Disturbance]) -> str:
     return f"median: waited {waited or 0:.0%}, stolen {stolen or 0:.0%}, {switches or 0:.0f} switches/s"
 
 
-def _calm(milliseconds: Sequence[float]) -> float:
-    return float(np.mean(sorted(milliseconds)[: (len(milliseconds) + 1) // 2]))
-
-
 def _median(values: Sequence[float]) -> float | None:
     return float(np.median(values)) if values else None
-
-
-def _spread(milliseconds: Sequence[float]) -> float:
-    low, high = np.percentile(milliseconds, [10, 90])
-    return float(high / low)

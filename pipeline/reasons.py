@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-SUFFIX, TARGET = "suffix", "target"
+from .recipe import TARGET
 
 
 def explain_candidates(plan: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..speculate.bundle import Bundle
@@ -77,16 +76,6 @@ class Snapshot(BaseModel):
         if any(sample.prompt >= len(self.prompts) for sample in self.samples):
             raise ValueError("a sample is of a prompt that is not there")
         return self
-
-    @property
-    def calm_reference_ms(self) -> float:
-        return float(np.mean(self.reference_ms[: (len(self.reference_ms) + 1) // 2]))
-
-    @property
-    def reference_spread(self) -> float:
-        """p90 / p10."""
-        low, high = np.percentile(self.reference_ms, [10, 90])
-        return float(high / low)
 
 
 def take_snapshot(

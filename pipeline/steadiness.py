@@ -3,6 +3,7 @@ take from us."""
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,17 @@ class Reference:
         if self._asked % EVERY == 0:
             self()
         self._asked += 1
+
+
+def calm(milliseconds: Sequence[float]) -> float:
+    """The mean of the calmer half of the reference kernel's times."""
+    return float(np.mean(sorted(milliseconds)[: (len(milliseconds) + 1) // 2]))
+
+
+def spread(milliseconds: Sequence[float]) -> float:
+    """p90 / p10 of them."""
+    low, high = np.percentile(milliseconds, [10, 90])
+    return float(high / low)
 
 
 @dataclass(frozen=True)

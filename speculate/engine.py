@@ -6,6 +6,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import BundleError
+
 Ids = NDArray[np.int32]
 Logits = NDArray[np.float32]
 
@@ -43,3 +45,12 @@ class Engine(Protocol):
         The result may be a view of a buffer that the next call overwrites.
         """
         ...
+
+
+def check_room(name: str, num_slots: int, max_seq_len: int, remedy: str) -> None:
+    """Raises BundleError where a sequence is longer than an engine's cache can be."""
+    if num_slots > max_seq_len:
+        raise BundleError(
+            f"{name} has a cache of {max_seq_len} tokens, {num_slots} are wanted: "
+            f"shorten the text or {remedy}"
+        )

@@ -68,6 +68,11 @@ class Manifest(BaseModel):
     engines: dict[str, EngineEntry]
     files: dict[str, FileEntry]
 
+    def engine_files(self, engine: str) -> dict[str, FileEntry]:
+        """The graph that an engine runs on the CPU and, beside it, the file of its weights: by path."""
+        stem = self.engines[engine].graph.rpartition(".")[0]
+        return {path: file for path, file in self.files.items() if path.rpartition(".")[0] == stem}
+
 
 class Costs(BaseModel):
     """Milliseconds of one call of every engine, measured at some row counts."""

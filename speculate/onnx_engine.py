@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .binding import check, ffi, lib, view
-from .engine import Ids, Logits
+from .engine import Ids, Logits, check_room
 from .errors import BundleError
 from .manifest import EngineEntry
 
@@ -68,11 +68,7 @@ class OnnxEngine:
         self.max_seq_len = int(self.handle.max_seq_len)
 
     def reserve(self, num_slots: int) -> None:
-        if num_slots > self.max_seq_len:
-            raise BundleError(
-                f"{self._name} has a cache of {self.max_seq_len} tokens, {num_slots} are wanted: "
-                "shorten the text or export with a larger max_seq_len"
-            )
+        check_room(self._name, num_slots, self.max_seq_len, "export with a larger max_seq_len")
         check(self.handle.reserve(self.handle, num_slots), self._name)
 
     def forward(

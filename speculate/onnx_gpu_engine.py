@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .engine import Ids, Logits
+from .engine import Ids, Logits, check_room
 from .errors import BundleError
 from .manifest import EngineEntry
 
@@ -68,11 +68,7 @@ class OnnxGpuEngine:
         self._slots = 0
 
     def reserve(self, num_slots: int) -> None:
-        if num_slots > self.max_seq_len:
-            raise BundleError(
-                f"{self._name} has a cache of {self.max_seq_len} tokens, {num_slots} are wanted: "
-                "shorten the text or export with a larger max_seq_len"
-            )
+        check_room(self._name, num_slots, self.max_seq_len, "export with a larger max_seq_len")
         if num_slots <= self._slots:
             return
         self._slots = min(self.max_seq_len, max(256, 1 << (num_slots - 1).bit_length()))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from . import cuda
 from .devices import why_not_builder
-from .engine import Ids, Logits
+from .engine import Ids, Logits, check_room
 from .errors import BundleError
 from .manifest import EngineEntry, TensorrtEntry
 
@@ -75,11 +75,7 @@ class TensorrtEngine:
         self._graphs = {rows: self._record(profile, rows) for profile, rows in enumerate(plan.rows)}
 
     def reserve(self, num_slots: int) -> None:
-        if num_slots > self.max_seq_len:
-            raise BundleError(
-                f"{self._name} has a cache of {self.max_seq_len} tokens, {num_slots} are wanted: "
-                "shorten the text or build with a larger max_seq_len"
-            )
+        check_room(self._name, num_slots, self.max_seq_len, "build with a larger max_seq_len")
 
     def forward(
         self,

@@ -1,7 +1,6 @@
 /* Verification of a drafted chain on the CPU. The rules are in verify.h; here are the walks and the sums. */
 #include "verify.h"
-#include "draftsmith.h"
-#include "error.h"
+#include "arguments.h"
 #include "vector.h"
 
 #include <stddef.h>
@@ -128,10 +127,7 @@ static int32_t check_draft(int32_t n_draft, int32_t vocab, const int32_t *draft)
     return ds_fail(DS_ERROR_ARGUMENT, "n_draft is %d, outside 0 to %d", n_draft, MAX_DRAFT);
   if (vocab < 1) return ds_fail(DS_ERROR_ARGUMENT, "vocab is %d; at least 1 is wanted", vocab);
   if (n_draft > 0 && !draft) return ds_fail(DS_ERROR_ARGUMENT, "draft is missing");
-  for (int32_t i = 0; i < n_draft; ++i)
-    if (draft[i] < 0 || draft[i] >= vocab)
-      return ds_fail(DS_ERROR_ARGUMENT, "draft[%d] is %d, outside the vocabulary of %d", i, draft[i], vocab);
-  return DS_OK;
+  return ds_check_tokens("draft", n_draft, draft, vocab);
 }
 
 int32_t ds_verify_chain(int32_t rule, int32_t n_draft, int32_t vocab, const double *p, const double *q,
@@ -141,9 +137,7 @@ int32_t ds_verify_chain(int32_t rule, int32_t n_draft, int32_t vocab, const doub
   if (status != DS_OK) return status;
   if (!p || !uniforms || !n_accepted || !next_token)
     return ds_fail(DS_ERROR_ARGUMENT, "p, uniforms and the two outputs must not be NULL");
-  for (int32_t i = 0; i < n_draft + 2; ++i)
-    if (!(uniforms[i] >= 0 && uniforms[i] < 1))
-      return ds_fail(DS_ERROR_ARGUMENT, "uniforms[%d] is %.17g, outside [0, 1)", i, uniforms[i]);
+  if ((status = ds_check_uniforms(n_draft + 2, uniforms)) != DS_OK) return status;
 
   chain c = {n_draft, vocab, p, q, draft, uniforms};
   switch (rule) {

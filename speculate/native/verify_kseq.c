@@ -6,8 +6,7 @@
  * is; no token comes too often as long as that is at most rho * beta. It falls and rho * beta rises with
  * rho, so the smallest valid rho is found by bisection, keeping the end that is valid.
  */
-#include "draftsmith.h"
-#include "error.h"
+#include "arguments.h"
 #include "vector.h"
 #include "verify.h"
 
@@ -77,13 +76,9 @@ int32_t ds_verify_kseq(int32_t n_drafts, int32_t vocab, const double *p, const d
   if (vocab < 1) return ds_fail(DS_ERROR_ARGUMENT, "vocab is %d; at least 1 is wanted", vocab);
   if (!p || !q || !drafts || !uniforms || !accepted || !token)
     return ds_fail(DS_ERROR_ARGUMENT, "p, q, drafts, uniforms and the two outputs must not be NULL");
-  for (int32_t i = 0; i < n_drafts; ++i)
-    if (drafts[i] < 0 || drafts[i] >= vocab)
-      return ds_fail(DS_ERROR_ARGUMENT, "drafts[%d] is %d, outside the vocabulary of %d", i, drafts[i],
-                     vocab);
-  for (int32_t i = 0; i < n_drafts + 1; ++i)
-    if (!(uniforms[i] >= 0 && uniforms[i] < 1))
-      return ds_fail(DS_ERROR_ARGUMENT, "uniforms[%d] is %.17g, outside [0, 1)", i, uniforms[i]);
+  int32_t status = ds_check_tokens("drafts", n_drafts, drafts, vocab);
+  if (status == DS_OK) status = ds_check_uniforms(n_drafts + 1, uniforms);
+  if (status != DS_OK) return status;
 
   tolerance t = find_tolerance(p, q, n_drafts, vocab);
   for (int32_t i = 0; i < n_drafts; ++i)

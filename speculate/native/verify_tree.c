@@ -3,8 +3,7 @@
  * A node is its index, the root is -1, and row i + 1 of p and q belongs to node i. Nothing is allocated:
  * what is left of a law is two numbers (ds_rest) and the tokens of the children that were tried.
  */
-#include "draftsmith.h"
-#include "error.h"
+#include "arguments.h"
 #include "vector.h"
 #include "verify.h"
 
@@ -192,18 +191,13 @@ static int32_t check_tree(const tree *t) {
   if (t->vocab < 1) return ds_fail(DS_ERROR_ARGUMENT, "vocab is %d; at least 1 is wanted", t->vocab);
   if (t->n_nodes > 0 && (!t->tokens || !t->parents))
     return ds_fail(DS_ERROR_ARGUMENT, "tokens or parents are missing");
-  for (int32_t i = 0; i < t->n_nodes; ++i) {
-    if (t->tokens[i] < 0 || t->tokens[i] >= t->vocab)
-      return ds_fail(DS_ERROR_ARGUMENT, "tokens[%d] is %d, outside the vocabulary of %d", i, t->tokens[i],
-                     t->vocab);
+  int32_t status = ds_check_tokens("tokens", t->n_nodes, t->tokens, t->vocab);
+  if (status != DS_OK) return status;
+  for (int32_t i = 0; i < t->n_nodes; ++i)
     if (t->parents[i] < ROOT || t->parents[i] >= i)
       return ds_fail(DS_ERROR_ARGUMENT, "parents[%d] is %d; a node before it is wanted, or -1 for the root",
                      i, t->parents[i]);
-  }
-  for (int32_t i = 0; t->uniforms && i < t->n_nodes + 2; ++i)
-    if (!(t->uniforms[i] >= 0 && t->uniforms[i] < 1))
-      return ds_fail(DS_ERROR_ARGUMENT, "uniforms[%d] is %.17g, outside [0, 1)", i, t->uniforms[i]);
-  return DS_OK;
+  return t->uniforms ? ds_check_uniforms(t->n_nodes + 2, t->uniforms) : DS_OK;
 }
 
 /* The path from the root's child to `last`, and its length. */

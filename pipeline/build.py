@@ -1,6 +1,5 @@
 """From a recipe to a bundle: plan the stages, run what the cache does not have, pack what came out."""
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any
 from ..model.config import DecoderConfig
 from ..speculate.manifest import PLAN
 from .cache import Cache, Entry
-from .describe import collect_reports, describe_provenance, resolve_recipe, write_card
+from .describe import describe_provenance, resolve_recipe, write_documents
 from .output import format_size
 from .pack import Layout, check_output, lay_out, publish
 from .preflight import check_model, check_recipe, find_texts
 from .recipe import Recipe
-from .recipe_file import LoadedRecipe, dump_recipe, load_recipe
-from .report import write_report
+from .recipe_file import LoadedRecipe, load_recipe
 from .stage import Task, run_task
 from .stages import Plan, plan_tasks
 
@@ -94,19 +92,13 @@ def _find_model(loaded: LoadedRecipe, cache: Cache) -> Path:
 
 
 def _lay_out_bundle(recipe: Recipe, plan: Plan, done: dict[Task, Entry], out: Path) -> Layout:
-    resolved = resolve_recipe(recipe, plan, done)
-    provenance = describe_provenance(resolved, plan, done)
+    resolved = resolve_recipe(recipe, done[plan.tune].report)
     weights = {name: str(done[task].record["params"]["weights"]) for name, task in plan.exports.items()}
     weights = {name: text or recipe.model.dtype for name, text in weights.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.html"
-        write_report(out, collect_reports(done, provenance), report)
-        texts = {
-            "recipe.yaml": "# As resolved by the build that made this bundle.\n" + dump_recipe(resolved),
-            PLAN: (done[plan.tune].output / PLAN).read_text(encoding="utf-8"),
-            "report.html": report.read_text(encoding="utf-8"),
-            "MODEL_CARD.md": write_card(resolved, provenance, weights, done[plan.tune].report),
-        }
+    provenance = describe_provenance(resolved, weights, plan, done)
+    reports = {task.name: entry.report for task, entry in done.items()}
+    texts = write_documents(out.name, resolved, provenance, reports)
+    texts[PLAN] = (done[plan.tune].output / PLAN).read_text(encoding="utf-8")
     engines = {name: done[task].output for name, task in plan.exports.items()}
     compiled = {name: [done[task].output for task in tasks] for name, tasks in plan.engines.items()}
     return lay_out(engines, done[plan.load].output, texts, provenance, compiled)

@@ -1,24 +1,28 @@
 """What a bundle says of itself: where it comes from, what was chosen, what was measured."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..speculate.manifest import RECIPE, REPORTS
 from .cache import Entry
 from .hashing import hash_json
 from .recipe import Recipe
+from .recipe_file import dump_recipe
+from .report import render_report
 from .stage import Task
 from .stages import Plan
 
+PROVENANCE = ("model", "weights", "recipe_sha256", "calibration", "packages")  # that the report shows
 BENCH_FIGURES = ("settings", "prompts", "identical", "divergences", "plain", "speculative", "speedup")
 
 
-def resolve_recipe(recipe: Recipe, plan: Plan, done: Mapping[Task, Entry]) -> Recipe:
-    """The recipe with the ladder and the draft lengths that were chosen.
+def resolve_recipe(recipe: Recipe, chosen: Mapping[str, Any]) -> Recipe:
+    """The recipe with the ladder and the draft lengths that tuning chose, where it left them open.
 
     An `auto` smoothing strength stays: it is a choice for every fold of the model, and the report lists them.
     """
     data = recipe.model_dump()
-    chosen = done[plan.tune].report
     if recipe.speculate.ladder == "auto":
         data["speculate"]["ladder"] = chosen["ladder"] or "none"
     if recipe.speculate.num_speculative_tokens == "auto":
@@ -26,49 +30,62 @@ def resolve_recipe(recipe: Recipe, plan: Plan, done: Mapping[Task, Entry]) -> Re
     return Recipe.model_validate(data)
 
 
-def describe_provenance(resolved: Recipe, plan: Plan, done: Mapping[Task, Entry]) -> dict[str, Any]:
-    """The part of a manifest that decoding does not need."""
+def describe_provenance(
+    resolved: Recipe, weights: Mapping[str, str], plan: Plan, done: Mapping[Task, Entry]
+) -> dict[str, Any]:
+    """The part of a manifest that decoding does not need. `weights`: what each engine's are kept in, the
+    target first."""
     packages: dict[str, str] = {}
     for entry in done.values():
         packages |= entry.record["packages"]
-    bench, chosen = done[plan.bench].report, done[plan.tune].report
     return {
         "model": done[plan.load].report,
+        "weights": dict(weights),
         "recipe_sha256": hash_json(resolved.model_dump()),
         "calibration": {"content_sha256": done[plan.tokens].content} | done[plan.tokens].report,
         "packages": dict(sorted(packages.items())),
-        "measurements": {
-            "date": bench.get("date"),
-            "machine": bench.get("machine"),
-            "predicted": chosen.get("predicted"),
-            "greedy_agreement": chosen.get("greedy_agreement"),
-            "bench": {name: bench[name] for name in BENCH_FIGURES if name in bench},
-            "check": done[plan.check].report,
-        },
+        "measurements": describe_measurements({task.name: entry.report for task, entry in done.items()}),
     }
 
 
-def collect_reports(done: Mapping[Task, Entry], provenance: Mapping[str, Any]) -> dict[str, dict]:
-    """What every stage reported, by stage or "stage engine"."""
-    kept = ("model", "recipe_sha256", "calibration", "packages")
-    return {task.name: entry.report for task, entry in done.items()} | {
-        "manifest": {name: provenance[name] for name in kept}
+def describe_measurements(reports: Mapping[str, dict]) -> dict[str, Any]:
+    """What was measured of the bundle, from what its stages reported."""
+    bench, chosen = reports.get("bench", {}), reports.get("tune", {})
+    return {
+        "date": bench.get("date"),
+        "machine": bench.get("machine"),
+        "predicted": chosen.get("predicted"),
+        "greedy_agreement": chosen.get("greedy_agreement"),
+        "bench": {name: bench[name] for name in BENCH_FIGURES if name in bench},
+        "check": reports.get("check", {}),
+    }
+
+
+def write_documents(
+    title: str, resolved: Recipe, provenance: Mapping[str, Any], reports: Mapping[str, dict]
+) -> dict[str, str]:
+    """A bundle's texts for people, by file name, and the reports that they are written from, by stage or
+    "stage engine"."""
+    shown = dict(reports) | {"manifest": {name: provenance[name] for name in PROVENANCE}}
+    return {
+        RECIPE: "# As resolved when this bundle was made or tuned.\n" + dump_recipe(resolved),
+        "report.html": render_report(title, shown),
+        "MODEL_CARD.md": write_card(resolved, provenance, reports.get("tune")),
+        REPORTS: json.dumps(reports, indent=1) + "\n",
     }
 
 
 def write_card(
     resolved: Recipe,
     provenance: Mapping[str, Any],
-    engines: Mapping[str, str],
     plan: Mapping[str, Any] | None = None,
 ) -> str:
-    """A model card, from the same data as the manifest and the report. `engines`: weights by name, the target
-    first. `plan`: what tuning found."""
+    """A model card, from the same data as the manifest and the report. `plan`: what tuning found."""
     model, measured, plan = provenance["model"], provenance["measurements"], plan or {}
     agreement = measured.get("greedy_agreement") or {}
     rows = [
         f"| {name} | {weights} | {f'{agreement[name]:.0%}' if name in agreement else ''} |"
-        for name, weights in engines.items()
+        for name, weights in provenance["weights"].items()
     ]
     ladder = resolved.speculate.ladder
     chain = " → ".join([*ladder, "target"]) if isinstance(ladder, list) else "the target alone"

@@ -13,7 +13,7 @@ from ..speculate.errors import BundleError
 from .checks import Check, check_agreement, check_perplexity, check_size
 from .compare import Outcome
 from .evaluate import measure_perplexity
-from .gate_prompts import read_ids
+from .gate_prompts import choose_prompts
 from .hashing import hash_file
 from .machine import describe_machine
 from .processor import num_threads
@@ -100,13 +100,9 @@ def gate(
         prompts, then = _choose_earlier(then, request, settings)
         max_new_tokens = then.max_new_tokens
     else:
-        prompts = read_ids(
-            bundles,
-            request.prompts,
-            request.limit or PROMPTS[settings.metric],
-            request.max_new_tokens or NEW_TOKENS,
-        )
         max_new_tokens = request.max_new_tokens or NEW_TOKENS
+        limit = request.limit or PROMPTS[settings.metric]
+        prompts = [ids for _, ids in choose_prompts(bundles, request.prompts, limit, max_new_tokens)]
     race = Race(
         open_all, then, prompts, max_new_tokens, settings, request.seconds, Reference(candidate.threads)
     )

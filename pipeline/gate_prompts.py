@@ -1,6 +1,7 @@
 """Prompts for measuring that has none of its own: a file's, or eight that are packaged."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..speculate.bundle import Bundle
@@ -11,20 +12,18 @@ from .recipe_file import RECIPES
 DEFAULT_PROMPTS = RECIPES / "demo_prompts.jsonl"
 
 
-def read_ids(
+def choose_prompts(
     bundles: Sequence[Bundle], prompts: Path | None, limit: int, max_new_tokens: int
-) -> list[list[int]]:
-    """Token ids of prompts that every bundle decodes, at most `limit`. Raises BundleError for none."""
+) -> list[tuple[Prompt, list[int]]]:
+    """Prompts that every bundle decodes, at most `limit`, with token ids. Raises BundleError for none."""
     chosen, _ = read_prompts(prompts or DEFAULT_PROMPTS)
     if prompts is None and not all(CHAT_TEMPLATE in bundle.manifest.files for bundle in bundles):
-        chosen = [Prompt(_as_text(prompt), prompt.category, prompt.line) for prompt in chosen]
-    ids: list[list[int]] = []
-    for index, bundle in enumerate(bundles):
-        if index:
-            chosen = [Prompt(tokens, "", line) for line, tokens in enumerate(ids, 1)]
+        chosen = [replace(prompt, content=_as_text(prompt)) for prompt in chosen]
+    encoded: list[tuple[Prompt, list[int]]] = []
+    for bundle in bundles:  # the first one's tokens are what the others have to decode
         encoded, _ = encode_prompts(bundle, chosen, ["none", "auto"], max_new_tokens=max_new_tokens)
-        ids = [tokens for _, tokens in encoded]
-    return pick_evenly(ids, limit)
+        chosen = [replace(prompt, content=ids) for prompt, ids in encoded]
+    return pick_evenly(encoded, limit)
 
 
 def _as_text(prompt: Prompt) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..speculate.manifest import RECIPE
 from .errors import RecipeError
 from .recipe import Gate
 from .recipe_file import load_recipe
@@ -13,9 +14,9 @@ def read_settings(bundle_dir: Path, overrides: Sequence[str]) -> Gate:
     for override in overrides:
         if not override.startswith("gate."):
             raise RecipeError(f"override {override}: the gate takes gate.field=value only")
-    recipe = bundle_dir / "recipe.yaml"
+    recipe = bundle_dir / RECIPE
     if not recipe.is_file():
         if overrides:
-            raise RecipeError(f"{bundle_dir} holds no recipe.yaml that {overrides[0]} could change")
+            raise RecipeError(f"{bundle_dir} holds no {RECIPE} that {overrides[0]} could change")
         return Gate()
     return load_recipe(str(recipe), overrides).recipe.gate

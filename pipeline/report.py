@@ -20,8 +20,8 @@ QUALITY = {
 }
 
 
-def write_report(bundle_dir: Path, reports: Mapping[str, dict], out_file: Path) -> None:
-    """Render `reports` (stage or "stage engine" -> what it reported) for the bundle in `bundle_dir`."""
+def render_report(title: str, reports: Mapping[str, dict]) -> str:
+    """The page of `reports` (stage or "stage engine" -> what it reported)."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -30,8 +30,8 @@ def write_report(bundle_dir: Path, reports: Mapping[str, dict], out_file: Path) 
     )
     environment.filters |= {"figure": format_figure}
     plan, bench = reports.get("tune", {}), reports.get("bench", {})
-    page = environment.get_template("report.html.j2").render(
-        title=bundle_dir.name,
+    return environment.get_template("report.html.j2").render(
+        title=title,
         plan=plan,
         candidates=explain_candidates(plan) if plan else [],
         plots=_plan_plots(plan) | _bench_plots(bench),
@@ -44,7 +44,6 @@ def write_report(bundle_dir: Path, reports: Mapping[str, dict], out_file: Path) 
             name: _flat(report) for name, report in reports.items() if name.split()[0] in COMPRESSION_STAGES
         },
     )
-    out_file.write_text(page, encoding="utf-8")
 
 
 def format_figure(value: object) -> str:

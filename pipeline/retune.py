@@ -1,16 +1,23 @@
 """Tune a bundle anew, on the machine where it runs."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..speculate.bundle import load
-from ..speculate.manifest import PLAN
-from .gate_prompts import read_ids
+from ..speculate.bundle import Bundle, load
+from ..speculate.manifest import PLAN, RECIPE, REPORTS, read_json
+from ..speculate.manifest import Plan as BundlePlan
+from .bench import bench
+from .describe import describe_measurements, resolve_recipe, write_documents
+from .gate_prompts import choose_prompts
+from .hashing import hash_json
 from .pack import replace_files
 from .processor import num_threads
 from .progress import Progress, no_progress
 from .recipe import Speculate
+from .recipe_file import load_recipe
 from .tune import NEW_TOKENS, tune_bundle
 
 PROMPTS = 8
@@ -23,11 +30,34 @@ def retune(
     threads: int | None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Measure, choose, and write the new plan.json and its hash into the bundle, both or neither. The rule of
-    verification stays as it was. Raises BundleError."""
+    """Measure, choose, run the choice beside plain decoding; and write the new plan.json, with all that tells
+    of it, into the bundle, everything or nothing. The rule of verification stays as it was. Raises
+    BundleError."""
     bundle = load(bundle_dir, threads or num_threads())
-    ids = read_ids([bundle], prompts, limit or PROMPTS, NEW_TOKENS)
-    plan = tune_bundle(bundle, ids, Speculate(verify=bundle.plan.verify), progress)
-    facts = {"retuned": {key: plan["tuned_on"][key] for key in ("date", "machine")}}
-    replace_files(bundle_dir, {PLAN: json.dumps(plan, indent=2) + "\n"}, facts)
+    chosen = choose_prompts([bundle], prompts, limit or PROMPTS, NEW_TOKENS)
+    spec = Speculate(verify=bundle.plan.verify)
+    plan = tune_bundle(bundle, [ids for _, ids in chosen], spec, progress)
+    texts, facts = {PLAN: json.dumps(plan, indent=2) + "\n"}, {}
+    if REPORTS in bundle.manifest.files:
+        bundle.plan = BundlePlan.model_validate(plan)
+        shown = [replace(prompt, content=ids) for prompt, ids in chosen]
+        measured = bench(bundle, shown, max_new_tokens=NEW_TOKENS, ignore_eos=True, progress=progress)
+        more, facts = _tell_anew(bundle, plan, measured)
+        texts |= more
+    facts["retuned"] = {key: plan["tuned_on"][key] for key in ("date", "machine")}
+    replace_files(bundle_dir, texts, facts)
     return {"bundle": str(bundle_dir), **plan}
+
+
+def _tell_anew(bundle: Bundle, plan: dict, measured: dict) -> tuple[dict[str, str], dict[str, Any]]:
+    """The bundle's documents, and what changes in its manifest, with another plan and measurement."""
+    reports: Mapping[str, dict] = read_json(bundle.path / REPORTS) | {"tune": plan, "bench": measured}
+    recipe = load_recipe(str(bundle.path / RECIPE)).recipe
+    opened = recipe.speculate.model_copy(update={"ladder": "auto", "num_speculative_tokens": "auto"})
+    resolved = resolve_recipe(recipe.model_copy(update={"speculate": opened}), plan)
+    facts = {
+        "recipe_sha256": hash_json(resolved.model_dump()),
+        "measurements": describe_measurements(reports),
+    }
+    provenance = (bundle.manifest.model_extra or {}) | facts
+    return write_documents(bundle.path.name, resolved, provenance, reports), facts

@@ -14,6 +14,8 @@ from .errors import BundleError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+RECIPE = "recipe.yaml"  # of the build, every choice filled in
+REPORTS = "reports.json"  # what each stage of the build reported
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 

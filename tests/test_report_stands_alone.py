@@ -10,7 +10,7 @@ import pytest
 from draftsmith.pipeline.bench import bench
 from draftsmith.pipeline.prompts import Prompt
 from draftsmith.pipeline.reasons import explain_candidates
-from draftsmith.pipeline.report import write_report
+from draftsmith.pipeline.report import render_report
 from fake_engine import open_bundle, write_bundle
 
 ROWS = [1, 2, 4, 8, 16, 32, 128]
@@ -73,7 +73,7 @@ def page(tmp_path_factory) -> Path:
         "manifest": {"model": {"source": "x"}, "packages": {"numpy": "2"}},
     }
     for name in ("report.html", "again.html"):
-        write_report(Path("bundle"), reports, folder / name)
+        (folder / name).write_text(render_report("bundle", reports))
     assert (folder / "report.html").read_bytes() == (folder / "again.html").read_bytes()
     return folder / "report.html"
 
@@ -131,7 +131,7 @@ def test_a_bundle_without_drafters_has_a_page_too(tmp_path):
     plan = PLAN | {"ladder": [], "num_speculative_tokens": {}, "predicted": plain, "candidates": [plain]}
     plan |= {"measured": {"plain": PLAN["measured"]["plain"], "speedup": 1.0, "prediction_error": -0.016}}
     for name, reports in {"both": {"tune": plan, "bench": result}, "none": {}}.items():
-        write_report(Path("bundle"), reports, tmp_path / f"{name}.html")
+        (tmp_path / f"{name}.html").write_text(render_report("bundle", reports))
     text = (tmp_path / "both.html").read_text()
     assert "Plain decoding." in text and "Acceptance</h2>" not in text
 

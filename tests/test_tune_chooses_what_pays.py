@@ -9,10 +9,12 @@ from draftsmith.pipeline import call_costs, rounds
 from draftsmith.pipeline import tune as tune_module
 from draftsmith.pipeline.cli import main
 from draftsmith.pipeline.recipe import Speculate
+from draftsmith.pipeline.recipe_file import load_recipe
 from draftsmith.pipeline.tune import tune_bundle
 from draftsmith.speculate.bundle import Bundle
 from draftsmith.speculate.manifest import Plan, read_manifest
-from fake_engine import BYTE_VOCAB, FakeEngine, open_bundle, write_bundle
+from fake_engine import BYTE_VOCAB, FakeEngine, open_bundle, write_bundle, write_manifest
+from test_report_stands_alone import PLAN
 
 ENGINES = {
     "target": {"scale": 4},
@@ -114,6 +116,41 @@ def test_the_verb_writes_a_whole_bundle_again(tmp_path, monkeypatch, capsys):
     assert before.keys() == after.keys()
     assert {name for name in before if before[name] != after[name]} == {"plan.json", "manifest.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_the_verb_tells_anew_what_the_bundle_says_of_itself(tmp_path, monkeypatch):
+    """Recipe, report, card and manifest name the new choice and the new measurement; what the build reported
+    of compression stays."""
+    from draftsmith.pipeline import retune
+
+    folder = write_bundle(tmp_path / "bundle")
+    (folder / "recipe.yaml").write_text(
+        "version: 1\nmodel: {source: a-model}\ndrafters: {int8: {quantize: {scheme: W8A8}}}\n"
+        "speculate: {ladder: [suffix, int8], num_speculative_tokens: {suffix: 6, int8: 4}, verify: token}\n"
+    )
+    loaded = {"source": "a-model", "architecture": "llama"}
+    (folder / "reports.json").write_text(json.dumps({"load": loaded, "bench": {"date": "long ago"}}))
+    facts = {"model": loaded, "weights": {"target": "bfloat16", "int8": "w8a8"}, "packages": {}}
+    manifest = json.loads((folder / "manifest.json").read_text()) | facts | {"calibration": {"samples": 3}}
+    write_manifest(folder, manifest | {"recipe_sha256": "", "measurements": {"date": "long ago"}})
+    plan = PLAN | {"ladder": ["suffix"], "num_speculative_tokens": {"suffix": 3}, "verify": "block"}
+    plan |= {"why": "It is the fastest now.", "tuned_on": {"date": "now", "machine": {}}}
+    monkeypatch.setattr(retune, "tune_bundle", lambda *_: plan)
+    monkeypatch.setattr(retune, "load", lambda path, threads: open_bundle(path))
+    retune.retune(folder, None, 2, 1)
+
+    said = read_manifest(folder).model_extra or {}  # checks every hash
+    assert said["measurements"]["greedy_agreement"] == PLAN["greedy_agreement"]
+    assert said["measurements"]["bench"]["settings"]["plan"]["ladder"] == ["suffix"]
+    assert said["model"] == loaded and said["recipe_sha256"]
+    recipe = load_recipe(str(folder / "recipe.yaml")).recipe
+    assert recipe.speculate.ladder == ["suffix"] and recipe.speculate.num_speculative_tokens == {"suffix": 3}
+    assert recipe.speculate.verify == "token"
+    assert "It is the fastest now." in (folder / "MODEL_CARD.md").read_text()
+    page = (folder / "report.html").read_text()
+    assert "It is the fastest now." in page and "a-model" in page
+    reports = json.loads((folder / "reports.json").read_text())
+    assert reports["load"] == loaded and reports["bench"]["date"] != "long ago"
 
 
 def test_a_call_whose_timing_was_disturbed_does_not_make_longer_ones_dear():

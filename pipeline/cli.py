@@ -99,6 +99,34 @@ def generate(
 
 
 @app.command()
+def joint(
+    bundle: opt.Bundle,
+    second: Annotated[str, typer.Argument(help="a drafter of the bundle, or the folder of another bundle")],
+    prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
+    ensemble: Annotated[float | None, typer.Option(help="the second model's share, 0 to 1")] = None,
+    contrast: Annotated[float | None, typer.Option(help="how much of its logits to take off")] = None,
+    cutoff: Annotated[float, typer.Option(help="of --contrast: least probability, by the likeliest's")] = 0.0,
+    chat: opt.Chat = False,
+    max_new_tokens: opt.NewTokens = 128,
+    temperature: opt.Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all")] = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    ignore_eos: opt.IgnoreEos = False,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Continue a prompt by the joint law of two models, which is not the target's own."""
+    from . import output, run, show
+
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    settings = {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos, **sampling}
+    law = run.choose_law(ensemble, contrast, cutoff)
+    result = run.generate_jointly(bundle, second, law, prompt, chat=chat, threads=threads, **settings)
+    output.emit(result, as_json, show.show_joint)
+
+
+@app.command()
 def bench(
     bundle: opt.Bundle,
     prompts: opt.PromptFile,

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from .progress import show_progress
 
 if TYPE_CHECKING:
     from ..speculate.bundle import Bundle
+    from ..speculate.joint import JointLaw
 
 
 def parse_ladder(text: str) -> str | list[str]:
@@ -55,6 +57,41 @@ def generate(
         "finish_reason": run.finish_reason,
         "stats": run.stats.to_dict(),
     }
+
+
+def choose_law(ensemble: float | None, contrast: float | None, cutoff: float) -> "JointLaw":
+    from ..speculate.joint import Contrast, Ensemble
+
+    if (ensemble is None) == (contrast is None):
+        raise RecipeError("a joint law is wanted: give one of --ensemble WEIGHT and --contrast WEIGHT")
+    if cutoff and contrast is None:
+        raise RecipeError("--cutoff belongs to --contrast; an ensemble has none")
+    return Contrast(contrast, cutoff) if contrast is not None else Ensemble(ensemble or 0.0)
+
+
+def generate_jointly(
+    bundle_dir: Path,
+    second: str,
+    law: "JointLaw",
+    prompt: str,
+    *,
+    chat: bool,
+    threads: int | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Continue `prompt` by `law` of the bundle's target and `second`, a drafter of its or another bundle."""
+    from ..speculate.joint import generate_jointly as decode
+
+    bundle = _open(bundle_dir, threads, "cpu")
+    other = (
+        second
+        if second in bundle.drafters or not Path(second).is_dir()
+        else _open(Path(second), threads, "cpu")
+    )
+    text = sys.stdin.read() if prompt == "-" else prompt
+    return asdict(
+        decode(bundle, other, law, [{"role": "user", "content": text}] if chat else text, **settings)
+    )
 
 
 def bench(

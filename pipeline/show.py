@@ -34,6 +34,12 @@ def show_build(result: Result) -> str:
     return "\n".join(lines)
 
 
+def show_joint(result: dict[str, Any]) -> str:
+    calls = ", ".join(f"{model['calls']} calls of {name}" for name, model in result["models"].items())
+    count, law = len(result["token_ids"]), result["law"]
+    return f"{result['text']}\n\n{count} tokens by {law} (not the target's own law): {calls}"
+
+
 def show_bench(result: Result) -> str:
     modes = ("plain", "speculative")
     rows: list[list[Any]] = [["", *(f"{mode} {q}" for mode in modes for q in ("p50", "p90", "p99"))]]

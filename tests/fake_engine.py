@@ -49,7 +49,8 @@ class FakeEngine:
 
     def forward(self, token_ids, start, position_ids=None, mask=None, num_logits=None) -> np.ndarray:
         assert position_ids is None and mask is None
-        assert len(token_ids) > 0 and start + len(token_ids) <= len(self._slots)
+        assert len(token_ids) > 0 and (num_logits is None or 0 < num_logits <= len(token_ids))
+        assert start + len(token_ids) <= len(self._slots)
         assert np.all((token_ids >= 0) & (token_ids < self.vocab_size))
         assert np.all(self._slots[:start] >= 0), "a slot below the first new one was never written"
         self.calls += 1

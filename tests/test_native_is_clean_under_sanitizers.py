@@ -54,7 +54,7 @@ def expect_clean(folder: Path, objects, name: str, *words: str | Path) -> None:
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "clean", "")
 
 
-@pytest.mark.parametrize("program", ["exercise", "exercise_drafters", "exercise_loop"])
+@pytest.mark.parametrize("program", ["exercise", "exercise_drafters", "exercise_joint", "exercise_loop"])
 def test_every_function_is_clean(tmp_path, objects, program):
     expect_clean(tmp_path, objects, program, tmp_path / "scratch")
 

@@ -4,7 +4,7 @@
 #define __device__
 #define __forceinline__ inline
 #include "draftsmith.h"
-#include "loop.h"
+#include "joint.h"
 #include "verify.h"
 
 #include <cmath>

@@ -1,6 +1,7 @@
 """The forms a linear layer takes in the portable graph. A row is a token: x is [B, S, K], y is [B, S, N]."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,10 +26,29 @@ def multiply_float(graph: Graph, x: str, linear: StoredLinear) -> str:
 
 
 def multiply_static(graph: Graph, x: str, linear: StoredLinear) -> str:
-    """Standard Q/DQ as TensorRT takes it: one fixed scale for all activations, one a column for weights."""
-    if linear.input_scale is not None:
-        scale, zero_point = graph.scalar(linear.input_scale), graph.scalar(0, np.int8)
-        x = graph.op("DequantizeLinear", graph.op("QuantizeLinear", x, scale, zero_point), scale, zero_point)
+    """Standard Q/DQ as TensorRT takes it: one fixed scale for all activations, one a column for weights.
+
+    The parts of an input are rows of one product, so that the weights are read once: what rounding leaves is
+    blown up to the scale of the first part, and its product made small again.
+    """
     kinds = ("weight", "weight_scale", "weight_zero_point")
     weight = graph.op("DequantizeLinear", *(graph.weight(f"{linear.name}.{kind}") for kind in kinds), axis=1)
-    return graph.op("MatMul", x, weight)
+    if not linear.input_scales:
+        return graph.op("MatMul", x, weight)
+    first = linear.input_scales[0]
+    if len(linear.input_scales) == 1:
+        return graph.op("MatMul", round_static(graph, x, first), weight)
+    parts = [x]
+    for coarse, fine in pairwise(linear.input_scales):
+        rest = graph.op("Sub", parts[-1], round_static(graph, parts[-1], first))
+        parts.append(graph.op("Mul", rest, graph.scalar(coarse / fine)))
+    axis = graph.ints(2)  # [B, S, part, K]
+    stacked = graph.op("Concat", *(graph.op("Unsqueeze", part, axis) for part in parts), axis=2)
+    products = graph.op("MatMul", round_static(graph, stacked, first), weight)
+    shares = graph.constant(np.array([[scale / first] for scale in linear.input_scales], np.float32))
+    return graph.op("ReduceSum", graph.op("Mul", products, shares), axis, keepdims=0)
+
+
+def round_static(graph: Graph, x: str, scale: float) -> str:
+    step, zero_point = graph.scalar(scale), graph.scalar(0, np.int8)
+    return graph.op("DequantizeLinear", graph.op("QuantizeLinear", x, step, zero_point), step, zero_point)

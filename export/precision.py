@@ -32,16 +32,22 @@ def lower_precision(portable: Path, precision: Precision, num_slots: int) -> onn
 
 
 def list_float_products(graph: onnx.GraphProto) -> list[str]:
-    """The weights that are stored in int8 and yet multiplied in 16 bits, because one static scale would ruin
-    their input, by the names of their linears."""
+    """The weights that are stored in int8 and yet multiplied in 16 bits, as their input has no static scale,
+    by the names of their linears."""
     makers = _makers(graph)
-    kept = []
-    for node in graph.node:
-        if node.op_type == "MatMul" and not _is_int8(node, makers):
-            weight = makers.get(node.input[1])
-            if weight is not None and weight.op_type == "DequantizeLinear":
-                kept.append(weight.input[0].removesuffix(".weight"))
-    return kept
+    return [name for name, node in _list_int8_weights(graph, makers) if not _is_int8(node, makers)]
+
+
+def list_split_inputs(graph: onnx.GraphProto) -> list[str]:
+    """The linears whose input is the sum of several int8 parts, because one static scale would ruin it."""
+    makers, split = _makers(graph), []
+    for name, node in _list_int8_weights(graph, makers):
+        if _is_int8(node, makers):
+            rounded = makers[makers[node.input[0]].input[0]]  # QuantizeLinear
+            source = makers.get(rounded.input[0])
+            if source is not None and source.op_type == "Concat":
+                split.append(name)
+    return split
 
 
 class _Lowering:
@@ -112,6 +118,19 @@ class _Lowering:
                 wanted.update(node.input)
                 kept.append(node)
         return kept[::-1]
+
+
+def _list_int8_weights(
+    graph: onnx.GraphProto, makers: dict[str, onnx.NodeProto]
+) -> list[tuple[str, onnx.NodeProto]]:
+    """The products with weights that are stored in int8, by the names of their linears."""
+    return [
+        (weight.input[0].removesuffix(".weight"), node)
+        for node in graph.node
+        if node.op_type == "MatMul"
+        and (weight := makers.get(node.input[1])) is not None
+        and weight.op_type == "DequantizeLinear"
+    ]
 
 
 def _makers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:

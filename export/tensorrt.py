@@ -20,7 +20,7 @@ from ..model.progress import Progress, no_progress
 from . import build_log
 from .capabilities import choose_builder, name_plan
 from .portable import PORTABLE, WEIGHTS
-from .precision import Precision, list_float_products, lower_precision
+from .precision import Precision, list_float_products, list_split_inputs, lower_precision
 
 ENGINES = "engines"  # the folder of plans, in an engine's own
 
@@ -89,6 +89,7 @@ def build_engine(
         "matrix_products": {"int8": described.pop("int8_products"), "total": products},
         **described,
         "kept_in_higher_precision": list_float_products(source),
+        "inputs_in_two_int8_parts": list_split_inputs(source),
     }
 
 

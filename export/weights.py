@@ -29,7 +29,7 @@ class StoredLinear:
     widths: tuple[int, ...]  # output features of each linear in it
     is_quantized: bool
     has_bias: bool
-    input_scale: float | None  # None: a graph with static scales leaves these activations in float
+    input_scales: tuple[float, ...]  # of each int8 part of a static input; none: it stays in float there
     packed: PackedLinear
 
 
@@ -133,7 +133,7 @@ class _Store:
 
         The static graph has int8 activations where all linears stored as one have a scale for them.
         """
-        scales = {scale for name in names if (scale := _input_scale(tensors, name)) is not None}
+        scales = {scales for name in names if (scales := _input_scales(tensors, name))}
         alike = len({_kind(tensors, name) for name in names}) == 1 and len(scales) <= 1
         if len(names) > 1 and not alike:
             return [self._linear(prefix + name, [name], tensors) for name in names]
@@ -144,7 +144,7 @@ class _Store:
             return [tensors[f"{name}.{kind}"] for name in names]
 
         is_quantized, has_bias = _kind(tensors, names[0])
-        scales = [_input_scale(tensors, name) for name in names]
+        scales = [_input_scales(tensors, name) for name in names]
         weights, weight_scales = parts("weight"), parts("weight_scale") if is_quantized else []
         biases = parts("bias") if has_bias else []
         self.matrix(f"{stored}.weight", torch.cat(weights).T)
@@ -166,8 +166,8 @@ class _Store:
             gated=names == ["mlp.gate_proj", "mlp.up_proj"],
         )
         widths = tuple(map(len, weights))
-        input_scale = None if None in scales else scales[0]
-        return StoredLinear(stored, widths, is_quantized, has_bias, input_scale, packed)
+        input_scales = () if () in scales else scales[0]
+        return StoredLinear(stored, widths, is_quantized, has_bias, input_scales, packed)
 
 
 def _kind(tensors: dict[str, Tensor], name: str) -> tuple[bool, bool]:
@@ -175,6 +175,6 @@ def _kind(tensors: dict[str, Tensor], name: str) -> tuple[bool, bool]:
     return tensors[f"{name}.weight"].dtype == torch.int8, f"{name}.bias" in tensors
 
 
-def _input_scale(tensors: dict[str, Tensor], name: str) -> float | None:
-    scale = tensors.get(f"{name}.input_scale")
-    return None if scale is None else float(scale)
+def _input_scales(tensors: dict[str, Tensor], name: str) -> tuple[float, ...]:
+    scales = tensors.get(f"{name}.input_scale")
+    return () if scales is None else tuple(scales.reshape(-1).tolist())

@@ -1,11 +1,11 @@
-"""The quantize stage: int8 weights for every targeted linear, and where one will do, a static scale for its
-input.
+"""The quantize stage: int8 weights for every targeted linear, and static scales for its input.
 
 The W8A8 law with one dynamic scale a token row is `model/linear.py`'s. TensorRT takes only one static scale a
-tensor: what a linear loses by that is measured here, and the linears that it would ruin get none and so stay
-in floating point in a static graph.
+tensor: what a linear loses by that is measured here. One that it would ruin, because a few tokens take the
+whole range, takes its input in two int8 parts: the rounded input, and on a finer scale what rounding left of it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from .int8 import LIMIT, is_int8, pack_int8, row_scale
 
 PEAK_TOKENS = 8192  # calibration tokens that the static scales are taken from
 SAMPLE_TOKENS = 1024  # on which the two laws are compared
-STATIC_ERROR_LIMIT = 0.01
+STATIC_ERROR_LIMIT = 0.01  # of an input in one part
+FINER = 2 * LIMIT  # what rounding leaves is at most half a step, so that this much finer it just fits
 
 
 def quantize_model(
@@ -57,36 +58,46 @@ def quantize_model(
         for sharers, chunks in part.inputs(module):
             peak = max(float(x.abs().max()) for x in chunks)
             scale, sample = (peak / LIMIT if peak > 0 else 1.0), chunks[0][:SAMPLE_TOKENS]
-            for name in sharers:
-                if name not in chosen:
-                    continue
-                exact, dynamic, static = _apply(linears_of(module)[name], sample, scale)
-                row = {
-                    "linear": part.full_name(name),
-                    "input_scale": scale,
-                    "dynamic_error": _mean_error(dynamic, exact),
-                    "static_error": _mean_error(static, exact),
-                }
-                row["static"] = row["static_error"] <= STATIC_ERROR_LIMIT
-                if row["static"]:
-                    tensors[f"{name}.input_scale"] = torch.tensor(scale)
-                rows.append(row)
+            steps = (scale, scale / FINER)
+            group = {
+                name: _compare(linears_of(module)[name], sample, steps) for name in sharers if name in chosen
+            }
+            # All alike, so that one product can serve them.
+            ruined = any(errors["static_error"] > STATIC_ERROR_LIMIT for errors in group.values())
+            used = steps if ruined else steps[:1]
+            for name, errors in group.items():
+                tensors[f"{name}.input_scale"] = torch.tensor(used)
+                measured = {"input_scale": scale, "input_parts": len(used)}
+                rows.append({"linear": part.full_name(name), **measured, **errors})
         return tensors, rows
 
     rows = walk(src, tokens, out, work, visit, settings, progress, "quantize", max_tokens=PEAK_TOKENS)
-    kept_out = [row["linear"] for row in rows if not row["static"]]
-    return {"threads": torch.get_num_threads(), "linears": rows, "kept_out_of_static": kept_out}
+    in_two_parts = [row["linear"] for row in rows if row["input_parts"] == 2]
+    return {"threads": torch.get_num_threads(), "linears": rows, "inputs_in_two_parts": in_two_parts}
 
 
-def _apply(linear: Linear, x: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Its output for x [T, K] unrounded, under the dynamic law and under the static law; without bias."""
+def _compare(linear: Linear, x: Tensor, steps: tuple[float, float]) -> dict[str, float]:
+    """The errors of its output for x [T, K] under the dynamic law and the static ones, biases left out."""
     assert linear.weight_scale is not None
     exact = x @ (linear.weight.float() * linear.weight_scale[:, None]).T
     rows, row_scales = quantize_rows(x)
     dynamic = multiply_int8(rows, linear.weight) * (row_scales * linear.weight_scale)
-    fixed = torch.round(x / scale).clamp_(-LIMIT, LIMIT).to(torch.int8)
-    static = multiply_int8(fixed, linear.weight) * (scale * linear.weight_scale)
-    return exact, dynamic, static
+    return {
+        "dynamic_error": _mean_error(dynamic, exact),
+        "static_error": _mean_error(_apply_static(linear, x, steps[:1]), exact),
+        "two_part_error": _mean_error(_apply_static(linear, x, steps), exact),
+    }
+
+
+def _apply_static(linear: Linear, x: Tensor, scales: Sequence[float]) -> Tensor:
+    """Its output for x [T, K] as a sum of int8 parts with these scales, without bias."""
+    assert linear.weight_scale is not None
+    output = torch.zeros(())
+    for scale in scales:
+        rounded = torch.round(x / scale).clamp_(-LIMIT, LIMIT).to(torch.int8)
+        output = output + multiply_int8(rounded, linear.weight) * (scale * linear.weight_scale)
+        x = x - rounded * scale
+    return output
 
 
 def _mean_error(output: Tensor, exact: Tensor) -> float:

@@ -308,8 +308,10 @@ class Bundle:
         return [Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS)) for name in self.plan.ladder]
 
     def _planned_costs(self, rungs: list[Rung]) -> dict[str, list[float]] | None:
-        """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes."""
-        if self.plan.costs is None or not rungs:
+        """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes. They are a
+        CPU's."""
+        on_gpu = any(self.devices[name] == "cuda" for name in self._engine_names(rungs))
+        if self.plan.costs is None or not rungs or on_gpu:
             return None
         return self.plan.costs.spread(1 + max(rung.num_speculative_tokens for rung in rungs))
 

@@ -79,6 +79,11 @@ class Buffer:
     def address(self) -> int:
         return int(open_library()[0].cast("intptr_t", self.pointer))
 
+    def at(self, skip: int = 0) -> Any:
+        """The pointer to what follows `skip` bytes."""
+        ffi = open_library()[0]
+        return ffi.cast("void *", ffi.cast("char *", self.pointer) + skip)
+
     def write(self, array: np.ndarray, stream: Stream) -> "Buffer":
         """Queue a copy of `array`, which must stay as it is until the stream has got there."""
         assert array.nbytes <= self.size and array.flags.c_contiguous
@@ -88,8 +93,7 @@ class Buffer:
     def read(self, array: np.ndarray, stream: Stream, skip: int = 0) -> np.ndarray:
         """Queue a copy into `array` of what follows `skip` bytes; there once the stream was waited for."""
         assert skip + array.nbytes <= self.size and array.flags.c_contiguous
-        source = open_library()[0].cast("char *", self.pointer) + skip
-        call("ds_cuda_copy", _host(array), source, array.nbytes, stream.handle)
+        call("ds_cuda_copy", _host(array), self.at(skip), array.nbytes, stream.handle)
         return array
 
 

@@ -1,7 +1,8 @@
 """What the decode loop needs of a model: one method that reads tokens into cache slots and returns their
 logits."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,22 @@ from .errors import BundleError
 
 Ids = NDArray[np.int32]
 Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict to be given on a device (`ds_decision` in native/engine.h)."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    rule: int
+    seed: int
+    stream: int
+    counter: int
+    draft: Ids
+    drafter: "DeviceEngine | None"
+    row: int
 
 
 class Engine(Protocol):
@@ -41,9 +58,20 @@ class Engine(Protocol):
 
         position_ids: int64 [S], the depth of each token in the sequence; by default its slot.
         mask: bool [S, start + S], which slots each token sees; by default every slot up to its own.
-        num_logits: give those of the last so many tokens only; by default of all.
+        num_logits: give those of the last so many tokens only; by default of all. 0 leaves them on the device
+        of an engine that has one.
         The result may be a view of a buffer that the next call overwrites.
         """
+        ...
+
+
+@runtime_checkable
+class DeviceEngine(Engine, Protocol):
+    """An engine whose logits can stay on its device."""
+
+    def decide(self, decision: Decision) -> tuple[int, int]:
+        """The verdict on the logits after the last tokens of the last call, one more than were drafted: how
+        many of those are accepted, and the token that follows them."""
         ...
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from .binding import check, ffi, lib
 from .drafters import Drafter
-from .engine import Engine
+from .engine import Decision, DeviceEngine, Engine
 from .onnx_engine import OnnxEngine
 from .settings import Sampling
 from .verify import RULES
@@ -32,8 +32,9 @@ class Level:
 class EngineCalls:
     """An `Engine` as the native loop calls it. What the engine raises is kept, to be raised again outside."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, by_address: dict[int, Engine]) -> None:
+        """by_address: every engine of the loop by its handle's address, itself among them."""
+        self.engine, self._by_address = engine, by_address
         self.error: BaseException | None = None
         self._logits: np.ndarray | None = None  # alive until the next call
         failing = {"error": lib.DS_ERROR_ENGINE, "onerror": self._keep}
@@ -46,8 +47,12 @@ class EngineCalls:
                 **failing,
             ),
         }
+        if isinstance(engine, DeviceEngine):
+            signature = "int32_t(ds_engine *, const ds_decision *, int32_t *, int32_t *)"
+            self._callbacks["decide"] = ffi.callback(signature, self._decide, **failing)
         sizes = {"vocab": engine.vocab_size, "max_seq_len": engine.max_seq_len}
         self.handle = ffi.new("ds_engine *", sizes | self._callbacks)
+        by_address[_address(self.handle)] = engine
 
     def _keep(self, kind: Any, error: BaseException, trace: Any) -> None:
         self.error = error.with_traceback(trace)
@@ -67,22 +72,38 @@ class EngineCalls:
         num_logits: int,
         logits: Any,
     ) -> int:
-        self._logits = np.ascontiguousarray(
-            self.engine.forward(
-                _read(token_ids, np.int32, num_rows),
-                start,
-                None if positions == ffi.NULL else _read(positions, np.int64, num_rows),
-                None if mask == ffi.NULL else _read(mask, np.bool_, num_rows, start + num_rows),
-                num_logits=num_logits,
-            ),
-            np.float32,
+        given = self.engine.forward(
+            _read(token_ids, np.int32, num_rows),
+            start,
+            None if positions == ffi.NULL else _read(positions, np.int64, num_rows),
+            None if mask == ffi.NULL else _read(mask, np.bool_, num_rows, start + num_rows),
+            num_logits=0 if logits == ffi.NULL else num_logits,
         )
+        if logits == ffi.NULL:
+            return lib.DS_OK
+        self._logits = np.ascontiguousarray(given, np.float32)
         if self._logits.shape != (num_logits, self.engine.vocab_size):
             raise ValueError(
                 f"an engine gave logits {self._logits.shape}: wanted {num_logits} rows of "
                 f"{self.engine.vocab_size}"
             )
         logits[0] = ffi.from_buffer("float[]", self._logits)
+        return lib.DS_OK
+
+    def _decide(self, handle: Any, decision: Any, n_accepted: Any, next_token: Any) -> int:
+        assert isinstance(self.engine, DeviceEngine)
+        drafter = None
+        if decision.drafter != ffi.NULL:
+            drafter = self._by_address[_address(decision.drafter)]
+            assert isinstance(drafter, DeviceEngine)
+        fields = ("temperature", "top_k", "top_p", "rule", "seed", "stream", "counter", "row")
+        n_accepted[0], next_token[0] = self.engine.decide(
+            Decision(
+                draft=_read(decision.draft, np.int32, decision.n_draft),
+                drafter=drafter,
+                **{name: getattr(decision, name) for name in fields},
+            )
+        )
         return lib.DS_OK
 
 
@@ -93,7 +114,10 @@ class Decoder:
         self.levels = list(levels)
         engines = [level.engine for level in self.levels if level.engine]
         # A native engine is called as it is.
-        self._calls = [EngineCalls(engine) for engine in engines if not isinstance(engine, OnnxEngine)]
+        by_address: dict[int, Engine] = {}
+        self._calls = [
+            EngineCalls(engine, by_address) for engine in engines if not isinstance(engine, OnnxEngine)
+        ]
         handles = {engine: engine.handle for engine in engines if isinstance(engine, OnnxEngine)}
         handles |= {calls.engine: calls.handle for calls in self._calls}
         costs = [ffi.NULL if level.costs is None else ffi.new("double[]", level.costs) for level in levels]
@@ -167,6 +191,10 @@ class Decoder:
             if error is not None:
                 raise error
         return check(status)
+
+
+def _address(handle: Any) -> int:
+    return int(ffi.cast("intptr_t", handle))
 
 
 def _read(pointer: Any, dtype: Any, *shape: int) -> np.ndarray:

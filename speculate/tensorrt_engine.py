@@ -6,6 +6,7 @@ again. Everything is allocated when the engine is opened.
 """
 
 import importlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import cuda
+from .cuda_verdict import Verdicts
 from .devices import why_not_builder
-from .engine import Ids, Logits, check_room
+from .engine import Decision, Ids, Logits, check_room
 from .errors import BundleError
 from .manifest import EngineEntry, TensorrtEntry
 
@@ -72,6 +74,9 @@ class TensorrtEngine:
                 buffer.write(np.zeros(cache, np.uint8), self._stream)
                 self._buffers[f"present.{layer}.{kind}"] = buffer  # updated in place
         self._stream.wait()
+        self._verdicts: Verdicts | None = None  # whoever never decides here needs no memory for it
+        self._read_rows = 0  # of the last call
+        self._is_busy = False  # whether copies from `_host` may be under way
         self._graphs = {rows: self._record(profile, rows) for profile, rows in enumerate(plan.rows)}
 
     def reserve(self, num_slots: int) -> None:
@@ -92,10 +97,11 @@ class TensorrtEngine:
         if count <= largest:
             self._run(token_ids, start, position_ids, mask, wanted)
             return self._logits[:wanted]
-        # More than any profile takes: in pieces, of which later ones see earlier ones in the cache.
+        # More than any profile takes: in pieces, of which later ones see earlier ones in the cache. The last is
+        # as long as can be, so that the logits of a draft lie together.
         parts = []
-        for first in range(0, count, largest):
-            end = min(first + largest, count)
+        ends = range(count % largest or largest, count + 1, largest)
+        for first, end in pairwise([0, *ends]):
             positions = None if position_ids is None else position_ids[first:end]
             seen = None if mask is None else mask[first:end, : start + end]
             rows = max(0, end - max(first, count - wanted))
@@ -111,8 +117,10 @@ class TensorrtEngine:
         mask: NDArray[np.bool_] | None,
         wanted: int,
     ) -> None:
-        """Leaves the logits of the last `wanted` tokens in `_logits`; the host waits once."""
-        count = len(token_ids)
+        """Leaves the logits of the last `wanted` tokens in `_logits`; the host waits once, or for none not at
+        all."""
+        self._settle()
+        count = self._read_rows = len(token_ids)
         rows = next(rows for rows in self._plan.rows if rows >= count)
         slots = start + np.arange(rows)
         ids, positions, seen = (self._host[key] for key in ("input_ids", "position_ids", "attention_mask"))
@@ -135,11 +143,36 @@ class TensorrtEngine:
         ):
             self._buffers[key].write(used, self._stream)
         self._graphs[rows].launch()
+        self._is_busy = True
         if wanted:
             self._buffers["logits"].read(
                 self._logits[:wanted], self._stream, skip=(count - wanted) * self.vocab_size * 4
             )
-        self._stream.wait()
+            self._settle()
+
+    def decide(self, decision: Decision) -> tuple[int, int]:
+        row = self._read_rows - len(decision.draft) - 1
+        if row < 0:
+            raise BundleError(
+                f"{self._name} has a profile for {self._plan.rows[-1]} tokens and is to verify "
+                f"{len(decision.draft)} behind another: build with a larger prefill_chunk, or draft less"
+            )
+        drafter = decision.drafter
+        laws = drafter.verdicts if isinstance(drafter, TensorrtEngine) else None
+        verdict = self.verdicts.decide(self._buffers["logits"], row, decision, laws)
+        self._is_busy = False
+        return verdict
+
+    @property
+    def verdicts(self) -> Verdicts:
+        self._verdicts = self._verdicts or Verdicts(self._name, self.vocab_size, self._stream)
+        return self._verdicts
+
+    def _settle(self) -> None:
+        """Wait until what is in `_host` has been read."""
+        if self._is_busy:
+            self._stream.wait()
+            self._is_busy = False
 
     def _record(self, profile: int, rows: int) -> cuda.Graph:
         """One call of `rows` rows as a CUDA graph."""

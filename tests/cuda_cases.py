@@ -7,9 +7,14 @@ from draftsmith.speculate.binding import check, ffi, lib, view
 LARGEST_VOCAB, LONGEST_DRAFT = 50_000, 16
 
 
+def draw_vocab(rng, largest):
+    """From 3 to `largest`, as often in each octave."""
+    return int(np.exp(rng.uniform(np.log(3), np.log(largest + 1))))
+
+
 def draw_case(rng, largest_vocab, filtered):
     """Logits of target and drafter, settings, and a draft: sampled from the drafter's law, or without one."""
-    vocab = int(np.exp(rng.uniform(np.log(3), np.log(largest_vocab + 1))))
+    vocab = draw_vocab(rng, largest_vocab)
     n_draft = int(rng.integers(0, LONGEST_DRAFT + 1))
     target = rng.normal(size=(n_draft + 1, vocab)) * rng.uniform(0.2, 6)
     drafter = target[:-1] + rng.normal(size=(n_draft, vocab)) * rng.choice([0.0, 0.3, 1.0, 3.0])
@@ -31,7 +36,7 @@ def draw_draft(rng, p, q):
     return [int(np.searchsorted(row, rng.random() * row[-1], side="right")) for row in cumulative]
 
 
-def check_cases(cuda, rng, num_cases, largest_vocab=LARGEST_VOCAB, filtered=0.5):
+def check_chains(cuda, rng, num_cases, largest_vocab=LARGEST_VOCAB, filtered=0.5):
     """Each case under every rule. `filtered`: the share of cases with top-k, and of those with top-p."""
     accepted = dict.fromkeys(verify.RULES, 0)
     for case in range(num_cases):
@@ -63,7 +68,7 @@ def check_trees(cuda, rng, num_cases, largest_vocab=LARGEST_VOCAB):
     accepted = dict.fromkeys(verify.TREE_RULES, 0)
     for case in range(num_cases):
         cuda.order(case % 5)
-        vocab = int(np.exp(rng.uniform(np.log(3), np.log(largest_vocab + 1))))
+        vocab = draw_vocab(rng, largest_vocab)
         count = int(rng.integers(0, LARGEST_TREE + 1)) if vocab < 5_000 else int(rng.integers(0, 9))
         width = int(rng.integers(1, 8))
         parents = np.array([rng.integers(max(-1, i - 1 - width), i) for i in range(count)], np.int32)
@@ -80,6 +85,24 @@ def check_trees(cuda, rng, num_cases, largest_vocab=LARGEST_VOCAB):
             assert cuda.tree(number, p, q, tokens, parents, uniforms) == expected, (case, rule)
             accepted[rule] += len(expected[0])
     assert min(accepted.values()) > num_cases // 4, "cases must get somewhere"
+
+
+def check_kseq(cuda, rng, num_cases, largest_vocab=LARGEST_VOCAB):
+    """Up to 16 drafts of one token, from laws that are near, far or equal."""
+    accepted = 0
+    for case in range(num_cases):
+        cuda.order(case % 5)
+        vocab = draw_vocab(rng, largest_vocab)
+        target = rng.normal(size=(1, vocab)) * rng.uniform(0.2, 6)
+        drafter = target + rng.normal(size=target.shape) * rng.choice([0.0, 0.3, 1.0, 3.0])
+        p, q = (sampling.laws(logits.astype(np.float32))[0] for logits in (target, drafter))
+        count = rng.choice([1, 2, 4, LONGEST_DRAFT])
+        drafts = np.searchsorted(np.cumsum(q), rng.random(count) * 0.999999)
+        drafts, uniforms = drafts.astype(np.int32), cuda.uniforms(case, 1, 4, len(drafts) + 1)
+        expected = verify.kseq(p, q, drafts, uniforms)
+        assert cuda.kseq(p, q, drafts, uniforms) == expected, case
+        accepted += expected[1] >= 0
+    assert num_cases // 4 < accepted <= num_cases - num_cases // 20, "cases must get somewhere"
 
 
 def reference_tree(rule, p, q, tokens, parents, uniforms):

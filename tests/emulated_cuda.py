@@ -84,6 +84,11 @@ class Emulated:
         self.call("ds_cuda_verify_tree", *laws, tokens, parents, uniforms, scratch, accepted, verdict)
         return accepted[: verdict[0]].tolist(), int(verdict[1])
 
+    def kseq(self, p, q, drafts, uniforms) -> tuple[int, int]:
+        verdict = np.empty(2, np.int32)
+        self.call("ds_cuda_verify_kseq", len(drafts), len(p), p, q, drafts, uniforms, verdict)
+        return int(verdict[1]), int(verdict[0])
+
     def greedy(self, logits, draft) -> tuple[int, int]:
         verdict = np.empty(2, np.int32)
         self.call("ds_cuda_verify_greedy", len(draft), logits.shape[1], logits, draft, verdict)

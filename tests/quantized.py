@@ -9,18 +9,18 @@ from draftsmith.model.store import Checkpoint, read_part, write_config, write_pa
 
 # Small enough that some activations of the tiny models are cut off at both ends.
 INPUT_SCALE = 0.02
-NO_INPUT_SCALE = ("mlp.down_proj",)
+IN_TWO_PARTS = ("mlp.down_proj",)
 
 
 def quantize_checkpoint(
     source: Path,
     out: Path,
     leave: tuple[str, ...] = (),
-    no_scale: tuple[str, ...] = NO_INPUT_SCALE,
+    no_scale: tuple[str, ...] = (),
     zeros: str = "",
 ) -> Path:
     """Every linear but those in `leave`, the output projection (which gets weights of its own) included.
-    All but `no_scale` have a static scale for their input. `zeros`: "half" of the weights, or "2:4"."""
+    All but `no_scale` have static scales for their input, those of `IN_TWO_PARTS` two. `zeros`: "half" of the weights, or "2:4"."""
     checkpoint = Checkpoint(source)
     config, embed, head = checkpoint.config, checkpoint.load_embed(), checkpoint.load_head()
     write_part(out, "embed", embed)
@@ -58,4 +58,5 @@ def round_linear(
     tensors[f"{name}.weight"] = torch.round(weight / scale[:, None]).to(torch.int8)
     tensors[f"{name}.weight_scale"] = scale
     if has_input_scale:
-        tensors[f"{name}.input_scale"] = torch.tensor(INPUT_SCALE)
+        num_parts = 2 if name in IN_TWO_PARTS else 1
+        tensors[f"{name}.input_scale"] = torch.tensor([INPUT_SCALE, INPUT_SCALE / 254][:num_parts])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cuda_cases import check_cases
+from cuda_cases import check_chains
 from draftsmith.speculate import cuda
 
 pytestmark = [
@@ -59,8 +59,8 @@ class OnDevice:
 
 
 def test_laws_and_verdicts():
-    check_cases(OnDevice(), np.random.default_rng(0), 2_000, largest_vocab=3_000)
-    check_cases(OnDevice(), np.random.default_rng(1), 100)
+    check_chains(OnDevice(), np.random.default_rng(0), 2_000, largest_vocab=3_000)
+    check_chains(OnDevice(), np.random.default_rng(1), 100)
 
 
 def test_a_recorded_graph_runs_again():

@@ -6,19 +6,19 @@ laws are compared to rounding, and what follows from them exactly.
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_cases import check_cases, check_trees
+from cuda_cases import check_chains, check_kseq, check_trees
 from draftsmith.speculate import sampling, verify
 from draftsmith.speculate.errors import BundleError
 from emulated_cuda import SOURCES, Emulated, EmulatorError, compile_emulated
 
-NUM_CASES, MANY_CASES = 120, 100_000 // len(verify.RULES)
+NUM_CASES, MANY_CASES = 120, 100_000
 
-
-KERNELS = (SOURCES / "verify.cu", SOURCES / "verify_tree.cu")
+KERNELS = tuple(SOURCES / f"{name}.cu" for name in ("verify", "verify_tree", "verify_kseq"))
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,11 @@ def cuda(library):
 
 
 def test_laws_and_verdicts(cuda):
-    check_cases(cuda, np.random.default_rng(0), NUM_CASES, largest_vocab=1_000)
+    check_chains(cuda, np.random.default_rng(0), NUM_CASES, largest_vocab=1_000)
 
 
 def test_laws_and_verdicts_of_a_large_vocabulary(cuda):
-    check_cases(cuda, np.random.default_rng(1), 12)
+    check_chains(cuda, np.random.default_rng(1), 12)
 
 
 def test_trees(cuda):
@@ -48,19 +48,21 @@ def test_trees(cuda):
     check_trees(cuda, np.random.default_rng(7), 8)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_ten_thousand_trees(cuda):
-    check_trees(cuda, np.random.default_rng(8), 2_300, largest_vocab=300)
-    check_trees(cuda, np.random.default_rng(9), 200)
+def test_several_drafts_of_one_token(cuda):
+    check_kseq(cuda, np.random.default_rng(10), 120, largest_vocab=1_000)
+    check_kseq(cuda, np.random.default_rng(11), 12)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_hundred_thousand_laws_and_verdicts(cuda):
-    """A tenth of them over the whole range of vocabularies."""
-    check_cases(cuda, np.random.default_rng(2), MANY_CASES * 9 // 10, largest_vocab=300, filtered=0.1)
-    check_cases(cuda, np.random.default_rng(3), MANY_CASES // 10 + 1, filtered=0.1)
+def test_a_hundred_thousand_cases_over_all_rules(cuda):
+    """As many of every rule, a fifth of them over the whole range of vocabularies."""
+    rules = len(verify.RULES) + len(verify.TREE_RULES) + 2  # greedy chains and K-SEQ
+    each = -(-MANY_CASES // rules)
+    chains = partial(check_chains, filtered=0.1)
+    for seed, check in ((2, chains), (4, check_trees), (6, check_kseq)):
+        check(cuda, np.random.default_rng(seed), each * 4 // 5, largest_vocab=300)
+        check(cuda, np.random.default_rng(seed + 1), each - each * 4 // 5)
 
 
 @pytest.mark.parametrize("counter", [0, 3, 2**33 + 1, 2**64 - 3])
@@ -131,10 +133,11 @@ def test_a_missing_barrier_is_noticed(tmp_path, file, number):
     # In a process of its own: what is read too early may be an address.
     code = (
         "import sys, numpy as np; from pathlib import Path;"
-        "from cuda_cases import check_cases, check_trees; from emulated_cuda import Emulated;"
+        "from cuda_cases import check_chains, check_kseq, check_trees; from emulated_cuda import Emulated;"
         "cuda = Emulated(Path(sys.argv[1]));"
-        "check_cases(cuda, np.random.default_rng(5), 100, largest_vocab=300);"
-        "check_trees(cuda, np.random.default_rng(5), 100, largest_vocab=300)"
+        "check_chains(cuda, np.random.default_rng(5), 100, largest_vocab=300);"
+        "check_trees(cuda, np.random.default_rng(5), 100, largest_vocab=300);"
+        "check_kseq(cuda, np.random.default_rng(5), 100, largest_vocab=300)"
     )
     here = Path(__file__).parent
     child = subprocess.run([sys.executable, "-c", code, library], cwd=here, capture_output=True, text=True)

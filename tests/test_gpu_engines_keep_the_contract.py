@@ -1,7 +1,6 @@
 """What of the GPU engines shows without a GPU: what is said where one is missing, and that what they hand to
 TensorRT and ONNX Runtime is right. Memory, graphs and TensorRT itself are stand-ins."""
 
-import ctypes
 import json
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from device_stand_ins import Context, Graph, Memory, Stream
 from draftsmith.export.portable import export_onnx
 from draftsmith.model.store import Checkpoint
 from draftsmith.speculate import bundle as bundles
@@ -154,98 +154,13 @@ def test_a_bundle_says_why_it_runs_on_the_cpu_and_takes_devices_by_engine(tmp_pa
 # ---- TensorRT ----------------------------------------------------------------------------------------
 
 
-class Memory:
-    """Stands for `cuda.Buffer`."""
-
-    def __init__(self, size):
-        self.size, self.bytes = size, np.zeros(size, np.uint8)
-        self.address = self.bytes.ctypes.data
-
-    def write(self, array, stream):
-        assert array.flags.c_contiguous and array.nbytes <= self.size
-        self.bytes[: array.nbytes] = array.reshape(-1).view(np.uint8)
-        return self
-
-    def read(self, array, stream, skip=0):
-        assert array.flags.c_contiguous and skip + array.nbytes <= self.size
-        array.reshape(-1).view(np.uint8)[:] = self.bytes[skip : skip + array.nbytes]
-        return array
-
-
-class Stream:
-    address = 7
-    recorded = None
-
-    def wait(self):
-        assert self.recorded is None, "waiting ends a recording"
-
-
-class Graph:
-    def __init__(self, stream):
-        self.stream, stream.recorded = stream, []
-
-    def finish(self):
-        self.work, self.stream.recorded = self.stream.recorded, None
-        return self
-
-    def launch(self):
-        for step in self.work:
-            step()
-
-
-class Context:
-    """Stands for an execution context: a `FakeEngine` behind TensorRT's interface."""
-
-    def __init__(self, model, stream):
-        self.model, self.stream, self.addresses, self.shapes = model, stream, {}, {}
-
-    def set_optimization_profile_async(self, profile, stream):
-        self.rows = PLAN.rows[profile]
-        return stream == Stream.address
-
-    def set_tensor_address(self, name, address):
-        self.addresses[name] = address
-
-    def set_input_shape(self, name, shape):
-        self.shapes[name] = shape
-
-    def execute_async_v3(self, stream):
-        if self.stream.recorded is not None:
-            self.stream.recorded.append(self.run)
-        else:
-            self.run()
-        return True
-
-    def view(self, name, dtype, *shape):
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return np.frombuffer((ctypes.c_char * size).from_address(self.addresses[name]), dtype).reshape(shape)
-
-    def run(self):
-        rows, slots = self.rows, PLAN.num_slots
-        assert self.shapes["input_ids"] == self.shapes["position_ids"] == (1, rows)
-        assert self.shapes["attention_mask"] == (1, 1, rows, slots)
-        for layer in range(ENTRY.num_layers):
-            past, present = f"past_key_values.{layer}.key", f"present.{layer}.key"
-            assert self.addresses[past] == self.addresses[present], "the cache is updated in place"
-        ids, start = self.view("input_ids", np.int64, rows), self.view("write_index", np.int64, 1)[0]
-        mask = self.view("attention_mask", np.bool_, rows, slots)
-        assert start + rows <= slots
-        assert mask.any(axis=1).all(), "a row that sees nothing has no softmax"
-        positions = self.view("position_ids", np.int64, rows)
-        assert ((positions >= 0) & (positions < PLAN.max_seq_len)).all()
-        self.model.tokens[start : start + rows] = ids
-        logits = self.view("logits", np.float32, rows, ENTRY.vocab_size)
-        for row in range(rows):
-            logits[row] = self.model.logits_after(self.model.tokens[mask[row]]) + np.float32(positions[row])
-
-
 @pytest.fixture
 def engine(monkeypatch):
     stream = Stream()
     monkeypatch.setattr(tensorrt_engine, "cuda", SimpleNamespace(Buffer=Memory, Graph=Graph))
     model = FakeEngine(ENTRY.vocab_size, seed=3)
     model.tokens = np.full(PLAN.num_slots, -7)
-    made = SimpleNamespace(create_execution_context=lambda: Context(model, stream))
+    made = SimpleNamespace(create_execution_context=lambda: Context(model, stream, PLAN, ENTRY))
     runtime = SimpleNamespace(stream=stream, deserialize=lambda path: made)
     return tensorrt_engine.TensorrtEngine("target", None, PLAN, ENTRY, runtime), model
 

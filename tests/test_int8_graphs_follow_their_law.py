@@ -19,7 +19,7 @@ FAMILIES = ["llama-bias", "llama-tied", "qwen3", "gemma3_text", "opt", "gpt2"]
 NUM_TOKENS = 24
 
 
-def run_linear(folder, x, weight, weight_scale, bias, input_scale=None):
+def run_linear(folder, x, weight, weight_scale, bias, input_scales=()):
     """x [B, S, K] through one int8 linear, weight [K, N], as a graph by itself."""
     with WeightFile(folder / "model.data") as weights:
         weights.add("linear.weight", torch.tensor(weight))
@@ -29,7 +29,7 @@ def run_linear(folder, x, weight, weight_scale, bias, input_scale=None):
             weights.add("linear.bias", torch.tensor(bias))
     graph = Graph("linear", weights)
     packed = PackedLinear("linear", weight.shape[1], weight.shape[0], "int8", False, has_bias)
-    linear = StoredLinear("linear", (weight.shape[1],), True, has_bias, input_scale, packed)
+    linear = StoredLinear("linear", (weight.shape[1],), True, has_bias, input_scales, packed)
     graph.input("x", onnx.TensorProto.FLOAT, ["batch", "tokens", weight.shape[0]])
     graph.op("Identity", *apply_linears(graph, "x", [linear]), output="y")
     graph.output("y", onnx.TensorProto.FLOAT, ["batch", "tokens", weight.shape[1]])
@@ -59,12 +59,27 @@ def numbers(request):
 
 def test_static_scales_are_exact_sums_over_clipped_rows(numbers, tmp_path):
     x, weight, weight_scale, bias = numbers
-    y = run_linear(tmp_path, *numbers, input_scale=0.25)
+    y = run_linear(tmp_path, *numbers, input_scales=(0.25,))
     rounded = np.rint(x / np.float32(0.25)).clip(-128, 127).astype(np.int64)
     assert {-128, 127} <= set(rounded.ravel())
     product = (rounded @ weight.astype(np.int64)) * (0.25 * weight_scale.astype(np.float64))
     bound = 4e-7 * (np.abs(product) + np.abs(bias))
     assert (np.abs(y - (product + bias)) <= bound).all()
+
+
+def test_an_input_in_two_parts_has_15_bits(numbers, tmp_path):
+    """Within the range of the first part the product is that of an input rounded to 1/254 of its step."""
+    x, weight, weight_scale, bias = numbers
+    x = x.clip(-32, 31.75)
+    y = run_linear(tmp_path, x, *numbers[1:], input_scales=(0.25, 0.25 / 254))
+    first = np.rint(x.astype(np.float64) / 0.25)
+    rest = np.rint((x - 0.25 * first) * np.float32(254) / 0.25).clip(-128, 127)
+    assert np.abs(first).max() == 128 and np.abs(rest).max() > 120
+    rounded = 0.25 * (first + rest / 254)
+    assert np.abs(rounded - x).max() <= 0.5001 * 0.25 / 254
+    scaled = weight * weight_scale.astype(np.float64)
+    size = np.abs(rounded) @ np.abs(scaled) + np.abs(bias)
+    assert (np.abs(y - (rounded @ scaled + bias)) <= 1e-6 * size + 1e-12).all()
 
 
 def test_without_a_static_scale_activations_stay_in_float(numbers, tmp_path):
@@ -85,7 +100,10 @@ class StaticLinear(Linear):
     def forward(self, x):
         x = x.double()
         if self.input_scale is not None:
-            x = torch.round((x / self.input_scale).float()).clamp(-128, 127).double() * self.input_scale
+            rest, x = x, torch.zeros(())
+            for scale in self.input_scale.double():
+                part = torch.round((rest / scale).float()).clamp(-128, 127).double() * scale
+                rest, x = rest - part, x + part
         y = x @ (self.weight.double() * self.weight_scale[:, None]).T
         return (y if self.bias is None else y + self.bias).float()
 
@@ -154,7 +172,8 @@ def test_linears_of_one_input_share_its_quantization(tiny_checkpoint, tmp_path, 
     export_onnx(tmp_path / "checkpoint", tmp_path)
     nodes = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
     layers = Checkpoint(tmp_path / "checkpoint").config.num_layers
-    assert sum(node.op_type == "QuantizeLinear" for node in nodes) == layers * 3 + 1
+    # down_proj takes two: to find the second part of its input, and on both.
+    assert sum(node.op_type == "QuantizeLinear" for node in nodes) == layers * 5 + 1
 
 
 def test_linears_stored_as_one_are_static_only_together(tiny_checkpoint, tmp_path):
@@ -162,7 +181,7 @@ def test_linears_stored_as_one_are_static_only_together(tiny_checkpoint, tmp_pat
     export_onnx(tmp_path / "checkpoint", tmp_path)
     layers = Checkpoint(tmp_path / "checkpoint").config.num_layers
     for graph, kind, count in (
-        ("model.onnx", "QuantizeLinear", layers * 3 + 1),
+        ("model.onnx", "QuantizeLinear", layers * 5 + 1),
         ("cpu.onnx", "Layer", layers),
     ):
         nodes = onnx.load(tmp_path / graph, load_external_data=False).graph.node

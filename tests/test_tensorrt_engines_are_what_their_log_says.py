@@ -12,7 +12,7 @@ from conftest import save_random_model
 from draftsmith.export import capabilities, tensorrt
 from draftsmith.export.build_log import read_layers, summarize
 from draftsmith.export.portable import export_onnx
-from draftsmith.export.precision import list_float_products, lower_precision
+from draftsmith.export.precision import list_float_products, list_split_inputs, lower_precision
 from draftsmith.model.errors import ModelError
 from draftsmith.model.load import load_model
 from quantized import quantize_checkpoint
@@ -155,8 +155,9 @@ def test_int8_products_keep_their_float32_scales_and_the_others_are_named(export
     scales = {node.input[1] for node in model.graph.node if node.op_type.endswith("QuantizeLinear")}
     stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert {stored[name] for name in scales} == {onnx.TensorProto.FLOAT}
-    kept = list_float_products(onnx.load(portable, load_external_data=False).graph)
-    assert kept == [f"model.layers.{layer}.mlp.down_proj" for layer in range(LAYERS)]
+    graph = onnx.load(portable, load_external_data=False).graph
+    assert list_float_products(graph) == []
+    assert list_split_inputs(graph) == [f"model.layers.{layer}.mlp.down_proj" for layer in range(LAYERS)]
 
 
 @needs_rtx
@@ -177,10 +178,11 @@ def test_an_engine_for_four_capabilities_is_built_and_described_without_a_gpu(ex
     assert built["kv_cache_updates"] == built["caches_in_place"] == 2 * LAYERS
     assert built["fused_attention"] == LAYERS * len(built["rows"])
     products = built["matrix_products"]
-    # qkv, o, gate and up, down of each layer, and the output projection; down_proj has no static scale
+    # qkv, o, gate and up, down of each layer, and the output projection
     assert products["total"] == (4 * LAYERS + 1) * len(built["rows"])
-    assert products["int8"] == (0 if name == "float" else (3 * LAYERS + 1) * len(built["rows"]))
-    assert len(built["kept_in_higher_precision"]) == (0 if name == "float" else LAYERS)
+    assert products["int8"] == (0 if name == "float" else products["total"])
+    assert built["kept_in_higher_precision"] == []
+    assert len(built["inputs_in_two_int8_parts"]) == (0 if name == "float" else LAYERS)
     assert built["sparse_tactics"] == 0
     assert built["peak_memory"] < tensorrt.estimate_memory((exports[name] / "model.data").stat().st_size)
     json.dumps(built)

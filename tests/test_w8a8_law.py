@@ -84,12 +84,12 @@ def test_scales_of_inputs_are_those_of_the_quantized_model(tiny_checkpoint, toke
             peaks[row["linear"].removeprefix("model.")] / 127, rel=1e-5
         )
         name = f"{row['linear']}.input_scale"
-        assert (name in stored) == row["static"] == (row["linear"] not in report["kept_out_of_static"])
-        if row["static"]:
-            assert stored[name].shape == () and float(stored[name]) == pytest.approx(row["input_scale"])
+        steps = [row["input_scale"], row["input_scale"] / 254][: row["input_parts"]]
+        assert stored[name].tolist() == pytest.approx(steps)
+        assert (row["input_parts"] == 2) == (row["linear"] in report["inputs_in_two_parts"])
 
 
-def test_a_linear_that_a_static_scale_would_ruin_gets_none(tiny_checkpoint, tokens, tmp_path):
+def test_an_input_that_a_static_scale_would_ruin_has_two_parts(tiny_checkpoint, tokens, tmp_path):
     """One channel of one MLP answers to the first token alone, a hundred times louder than the rest: it takes
     the whole range of a static scale, while a scale of each row's own hardly notices."""
     src, hard, first = Checkpoint(tiny_checkpoint("llama")), tmp_path / "hard", []
@@ -108,11 +108,11 @@ def test_a_linear_that_a_static_scale_would_ruin_gets_none(tiny_checkpoint, toke
     write_config(hard, src.config)
     easy_report = quantize_model(src.path, tokens, tmp_path / "easy-out", tmp_path / "a")
     hard_report = quantize_model(hard, tokens, tmp_path / "hard-out", tmp_path / "b")
-    assert easy_report["kept_out_of_static"] == []
-    assert hard_report["kept_out_of_static"] == ["model.layers.1.mlp.down_proj"]
+    assert easy_report["inputs_in_two_parts"] == []
+    assert hard_report["inputs_in_two_parts"] == ["model.layers.1.mlp.down_proj"]
     row = next(row for row in hard_report["linears"] if row["linear"] == "model.layers.1.mlp.down_proj")
     assert row["static_error"] > 100 * row["dynamic_error"]
-    assert "model.layers.1.mlp.down_proj.input_scale" not in load_all(tmp_path / "hard-out")
+    assert row["two_part_error"] < row["dynamic_error"]
 
 
 def test_errors_in_the_report_follow_from_the_two_laws(tiny_checkpoint, tokens, tmp_path):
@@ -136,9 +136,15 @@ def test_errors_in_the_report_follow_from_the_two_laws(tiny_checkpoint, tokens, 
         )
         exact = x @ weight.T
         for law, step in (("dynamic", x.abs().amax(1, keepdim=True) / 127), ("static", row["input_scale"])):
-            error = (x / step).round().clamp(-127, 127) * step @ weight.T - exact
-            expected = (error.square().sum(1) / exact.square().sum(1)).mean()
-            assert row[f"{law}_error"] == pytest.approx(float(expected), rel=1e-3)
+            rounded = (x / step).round().clamp(-127, 127) * step
+            assert row[f"{law}_error"] == pytest.approx(mean_error(rounded @ weight.T, exact), rel=1e-3)
+        fine = step / 254
+        rounded += ((x - rounded) / fine).round().clamp(-127, 127) * fine
+        assert row["two_part_error"] == pytest.approx(mean_error(rounded @ weight.T, exact), rel=0.1)
+
+
+def mean_error(output, exact):
+    return float(((output - exact).square().sum(1) / exact.square().sum(1)).mean())
 
 
 @pytest.mark.parametrize("mask_structure", ["2:4", "unstructured"])

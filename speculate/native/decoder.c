@@ -148,10 +148,23 @@ static int32_t allocate(ds_decoder *d, int32_t slots, int32_t n_eos) {
     level *l = &d->levels[i];
     /* A drafter has laws for its longest proposal; the target for its drafter's and the token after it. */
     int32_t rows = l->above ? l->n_draft : l->inner ? l->inner->n_draft + 1 : 1;
-    if (l->engine && !ds_is_greedy(d))
+    if (l->engine && !ds_is_greedy(d) && !d->on_device)
       complete = !!(l->laws = malloc((size_t)rows * (size_t)d->vocab * sizeof *l->laws));
   }
   return complete ? DS_OK : ds_fail(DS_ERROR_MEMORY, "no memory to decode %d tokens", slots);
+}
+
+/* Logits stay on the device where every engine can decide there, on one vocabulary, and nothing on the host wants
+ * to see them: a schedule, a drafter that observes, a verdict of the caller's own. */
+static int stays_on_device(const ds_decoder *d, const ds_sampling *sampling) {
+  if (sampling->verify) return 0;
+  for (int32_t i = 0; i < d->n_levels; ++i) {
+    const level *l = &d->levels[i];
+    if (l->pace.costs) return 0;
+    if (l->engine ? !l->engine->decide || l->engine->vocab != d->vocab : l->drafter->observe != NULL)
+      return 0;
+  }
+  return 1;
 }
 
 static void reset(level *l) {
@@ -175,6 +188,7 @@ int32_t ds_decoder_begin(ds_decoder *d, const ds_sampling *sampling, const int32
 
   release(d);
   d->sampling = *sampling;
+  d->on_device = stays_on_device(d, sampling);
   if (!d->sampling.verify) d->sampling.verify = ds_verify_chain;
   /* Where nothing is verified, draw as that rule does, so that its output and plain sampling's agree. */
   if (d->n_levels == 1) d->sampling.rule = DS_RULE_EXACT;

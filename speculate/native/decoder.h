@@ -34,6 +34,7 @@ struct ds_decoder {
   int32_t *ids, *eos;
   int32_t committed, n_eos, left;
   int begun, first;
+  int on_device; /* whether logits and laws stay where the engines are */
   void *scratch;
   double uniforms[DS_MAX_DRAFT + 2];
   int32_t shown[DS_MOST_ROWS];

@@ -12,6 +12,18 @@
 #include <stdint.h>
 
 typedef struct ds_engine ds_engine;
+
+/* A verdict to be given where the logits are. Settings as in ds_sampling; `rule` is an enum ds_rule. */
+typedef struct ds_decision {
+  double temperature, top_p;
+  int32_t top_k, rule;
+  uint64_t seed, stream, counter; /* of its uniforms: as ds_uniforms */
+  int32_t n_draft;
+  const int32_t *draft;
+  ds_engine *drafter; /* whose first n_draft laws the draft was drawn from; NULL: it was not sampled */
+  int32_t row;        /* the laws are, from this one on, those of the proposal that the engine is making */
+} ds_decision;
+
 struct ds_engine {
   int32_t vocab, max_seq_len; /* ids; slots that reserve can give at most */
   /* Make room for a sequence of n_slots tokens, 1 .. max_seq_len; what the cache held before may be lost. */
@@ -22,6 +34,9 @@ struct ds_engine {
   int32_t (*forward)(ds_engine *engine, int32_t n_rows, const int32_t *token_ids, int32_t start,
                      const int64_t *positions, const uint8_t *mask, int32_t n_logits, const float **logits);
   void (*close)(ds_engine *engine);
+  /* NULL, or for an engine on a device: the verdict of ds_verify_chain on the logits after the last
+   * n_draft + 1 tokens of its last call. Then forward may be called with `logits` NULL and leave them there. */
+  int32_t (*decide)(ds_engine *engine, const ds_decision *decision, int32_t *n_accepted, int32_t *next_token);
 };
 
 #endif

@@ -49,17 +49,18 @@ static int32_t forward(ds_decoder *d, level *l, int32_t n_rows, int32_t n_logits
       d->shown[i] = ids[i] < l->engine->vocab ? ids[i] : l->engine->vocab - 1;
     ids = d->shown;
   }
-  *logits = NULL;
+  if (logits) *logits = NULL;
   int32_t status = l->engine->forward(l->engine, n_rows, ids, l->kept, NULL, NULL, n_logits, logits);
   if (status < 0) return status;
-  if (!*logits) return ds_fail(DS_ERROR_ENGINE, "an engine gave no logits");
+  if (logits && !*logits) return ds_fail(DS_ERROR_ENGINE, "an engine gave no logits");
   l->kept += n_rows;
   l->stats.calls += 1;
   l->stats.rows += n_rows;
   return DS_OK;
 }
 
-/* Bring the cache up to token `end`; the logits after each of the last n_logits tokens. */
+/* Bring the cache up to token `end`; the logits after each of the last n_logits tokens, or NULL for those to stay
+ * on the device. */
 static int32_t read_to(ds_decoder *d, level *l, int32_t end, int32_t n_logits, const float **logits) {
   double began = now_ms();
   int first = l->kept == 0;
@@ -101,13 +102,38 @@ static int32_t write_laws(ds_decoder *d, const level *l, const float *logits, in
   return status;
 }
 
-static void draw_uniforms(ds_decoder *d, level *l, int32_t position, int32_t n) {
+/* Where in which stream the next n uniforms stand. */
+static uint64_t take_uniforms(const ds_decoder *d, level *l, int32_t position, int32_t n, uint64_t *counter) {
   if (d->sampling.rule == DS_RULE_EXACT) {
-    ds_uniforms(d->sampling.seed, BY_POSITION, (uint64_t)position, n, d->uniforms);
-  } else {
-    ds_uniforms(d->sampling.seed, l->stream, l->drawn, n, d->uniforms);
-    l->drawn += (uint64_t)n;
+    *counter = (uint64_t)position;
+    return BY_POSITION;
   }
+  *counter = l->drawn;
+  l->drawn += (uint64_t)n;
+  return l->stream;
+}
+
+static int32_t check_verdict(const ds_decoder *d, int32_t count, int32_t n_accepted, int32_t next) {
+  if (n_accepted >= 0 && n_accepted <= count && next >= 0 && next < d->vocab) return DS_OK;
+  return ds_fail(DS_ERROR_ARGUMENT, "verify accepts %d of %d and goes on with token %d", n_accepted, count,
+                 next);
+}
+
+static int32_t decide_on_device(ds_decoder *d, level *l, int32_t length, int32_t count, int32_t row,
+                                int32_t *n_accepted, int32_t *next) {
+  const ds_sampling *s = &d->sampling;
+  ds_decision decision = {.temperature = s->temperature,
+                          .top_p = s->top_p,
+                          .top_k = s->top_k,
+                          .rule = s->rule,
+                          .seed = s->seed,
+                          .n_draft = count,
+                          .draft = d->ids + length,
+                          .drafter = l->inner && !ds_is_greedy(d) ? l->inner->engine : NULL,
+                          .row = row};
+  if (!ds_is_greedy(d)) decision.stream = take_uniforms(d, l, length, count + 2, &decision.counter);
+  int32_t status = l->engine->decide(l->engine, &decision, n_accepted, next);
+  return status < 0 ? status : check_verdict(d, count, *n_accepted, *next);
 }
 
 /* Accept a prefix of the `count` tokens drafted behind the first `length` and choose the one after it. `row`
@@ -116,18 +142,16 @@ static void draw_uniforms(ds_decoder *d, level *l, int32_t position, int32_t n) 
 static int32_t decide(ds_decoder *d, level *l, const float *logits, int32_t length, int32_t count,
                       int32_t row, int32_t *n_accepted, int32_t *next) {
   const int32_t *draft = d->ids + length;
+  if (d->on_device) return decide_on_device(d, l, length, count, row, n_accepted, next);
   if (ds_is_greedy(d)) return decide_greedily(d, l, logits, draft, count, n_accepted, next);
   double *laws = l->laws + (size_t)row * (size_t)d->vocab;
   int32_t status = write_laws(d, l, logits, count + 1, laws);
   if (status != DS_OK) return status;
-  draw_uniforms(d, l, length, count + 2);
+  uint64_t counter, stream = take_uniforms(d, l, length, count + 2, &counter);
+  ds_uniforms(d->sampling.seed, stream, counter, count + 2, d->uniforms);
   status = d->sampling.verify(d->sampling.rule, count, d->vocab, laws, l->inner ? l->inner->laws : NULL,
                               draft, d->uniforms, n_accepted, next);
-  if (status < 0) return status;
-  if (*n_accepted < 0 || *n_accepted > count || *next < 0 || *next >= d->vocab)
-    return ds_fail(DS_ERROR_ARGUMENT, "verify accepts %d of %d and goes on with token %d", *n_accepted, count,
-                   *next);
-  return DS_OK;
+  return status < 0 ? status : check_verdict(d, count, *n_accepted, *next);
 }
 
 static int is_eos(const ds_decoder *d, int32_t token) {
@@ -178,8 +202,8 @@ static int32_t advance(ds_decoder *d, level *l, int32_t length, int32_t room, in
     drafted = propose(d, l->inner, length, l->inner->n_draft < room ? l->inner->n_draft : room - 1);
     if (drafted < 0) return drafted;
   }
-  const float *logits;
-  int32_t status = read_to(d, l, length + drafted, drafted + 1, &logits);
+  const float *logits = NULL;
+  int32_t status = read_to(d, l, length + drafted, drafted + 1, d->on_device ? NULL : &logits);
   if (status != DS_OK) return status;
 
   double began = now_ms();

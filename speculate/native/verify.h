@@ -89,6 +89,8 @@ DS_INLINE ds_rest ds_rest_normalize(ds_rest rest, double sum) {
 
 /* ---- K-SEQ --------------------------------------------------------------------------------------------- */
 
+#define DS_KSEQ_HALVINGS 24 /* of rho's bracket; they leave acceptance a millionth short at most */
+
 /* min(q, p / rho), with scale = 1 / rho: the chance that one draft is this token and is accepted (arXiv
  * 2310.15141). */
 DS_INLINE double ds_kseq_share(double p, double q, double scale) {
@@ -100,6 +102,22 @@ DS_INLINE double ds_kseq_share(double p, double q, double scale) {
 DS_INLINE double ds_kseq_residual(double p, double q, double scale, double tries) {
   double rest = p - ds_kseq_share(p, q, scale) * tries;
   return rest > 0 ? rest : 0;
+}
+
+/* How many of n_drafts drafts are tried on average if beta is the chance that one is accepted: 1 + (1 - beta) +
+ * .. + (1 - beta)^(n_drafts - 1), by squaring, as n_drafts factors would round as often. */
+DS_INLINE double ds_kseq_tries(double beta, int n_drafts) {
+  /* block: the sum of as many powers as this bit of n_drafts stands for; step: the one after them */
+  double sum = 0, power = 1, block = 1, step = beta < 1 ? 1 - beta : 0;
+  for (; n_drafts; n_drafts >>= 1) {
+    if (n_drafts & 1) {
+      sum += power * block;
+      power *= step;
+    }
+    block += step * block;
+    step *= step;
+  }
+  return sum;
 }
 
 #endif

@@ -12,7 +12,7 @@
 
 #include <stddef.h>
 
-enum { MAX_DRAFTS = 1 << 20, NONE = -1, HALVINGS = 24 /* leaves acceptance a millionth short at most */ };
+enum { MAX_DRAFTS = 1 << 20, NONE = -1 };
 
 typedef struct {
   double rho, tries; /* tries: how many drafts are tried on average, (1 - (1 - beta)^k) / beta */
@@ -28,32 +28,17 @@ DS_WIDE static double sum_shares(const double *p, const double *q, double rho, i
   return ds_add_lanes(lane);
 }
 
-/* 1 + (1 - beta) + .. + (1 - beta)^(k - 1), by squaring: k factors would round k times. */
-static double mean_tries(double beta, int32_t k) {
-  double miss = beta < 1 ? 1 - beta : 0, sum = 0, power = 1, block = 1, step = miss;
-  for (; k;
-       k >>= 1) { /* block: the sum of as many powers as this bit of k stands for; step: the one after them */
-    if (k & 1) {
-      sum += power * block;
-      power *= step;
-    }
-    block += step * block;
-    step *= step;
-  }
-  return sum;
-}
-
 static tolerance find_tolerance(const double *p, const double *q, int32_t n_drafts, int32_t vocab) {
   double low = 1, high = n_drafts;
-  if (mean_tries(sum_shares(p, q, low, vocab), n_drafts) <= low) high = low;
-  for (int i = 0; i < HALVINGS && low < high; ++i) {
+  if (ds_kseq_tries(sum_shares(p, q, low, vocab), n_drafts) <= low) high = low;
+  for (int i = 0; i < DS_KSEQ_HALVINGS && low < high; ++i) {
     double middle = low + (high - low) / 2;
-    if (mean_tries(sum_shares(p, q, middle, vocab), n_drafts) <= middle)
+    if (ds_kseq_tries(sum_shares(p, q, middle, vocab), n_drafts) <= middle)
       high = middle;
     else
       low = middle;
   }
-  return (tolerance){high, mean_tries(sum_shares(p, q, high, vocab), n_drafts)};
+  return (tolerance){high, ds_kseq_tries(sum_shares(p, q, high, vocab), n_drafts)};
 }
 
 static int32_t draw_residual(const double *p, const double *q, tolerance t, int32_t vocab, double uniform) {

@@ -71,6 +71,16 @@ DS_API int32_t ds_cuda_verify_tree(int32_t rule, int32_t n_nodes, int32_t vocab,
                                    const double *uniforms, void *scratch, int32_t *accepted,
                                    ds_cuda_verdict *verdict, void *stream);
 
+typedef struct {
+  int32_t accepted; /* index of the draft that the token is, or -1 */
+  int32_t token;    /* -1: p has no mass */
+} ds_cuda_kseq_verdict;
+
+/* As ds_verify_kseq. */
+DS_API int32_t ds_cuda_verify_kseq(int32_t n_drafts, int32_t vocab, const double *p, const double *q,
+                                   const int32_t *drafts, const double *uniforms,
+                                   ds_cuda_kseq_verdict *verdict, void *stream);
+
 /* Move the rows in slots[0..n_path), which ascend, to start, start + 1, ...: an accepted path of a tree becomes
  * a part of the sequence. `caches` holds n_caches device pointers to [n_heads, n_slots, bytes_a_row]; a row is a
  * multiple of 4 bytes, and slots[i] >= start + i. */

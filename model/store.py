@@ -8,7 +8,7 @@ on.
     tokenizer.json, chat_template.jinja, generation_config.json
 
 A quantized linear `X` is `X.weight` int8 [N, K] with `X.weight_scale` float32 [N] (w ≈ int8 · scale, |int8| ≤
-127) and, if its activations have static scales as well, `X.input_scale` float32 [P]: those of the P int8 parts
+127) and, if its activations have static scales as well, `X.input_scale` float32 [P]: those of the int8 parts
 whose sum is the input, each of what rounding to the one before it leaves.
 """
 

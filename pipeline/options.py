@@ -8,7 +8,10 @@ import typer
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `draftsmith build` wrote")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document, and nothing else")]
 Threads = Annotated[int | None, typer.Option(help="by default OMP_NUM_THREADS, else one a core")]
-Device = Annotated[str, typer.Option(help="auto, cpu, or cuda: TensorRT or ONNX Runtime on a GPU")]
+Device = Annotated[
+    str,
+    typer.Option(help="auto, cpu, cuda (TensorRT or ONNX Runtime), or portable: a GPU's graphs on the CPU"),
+]
 Ladder = Annotated[str, typer.Option(help="auto (the plan), none, or drafters such as suffix,int8")]
 Limit = Annotated[int | None, typer.Option(min=1, help="prompts to take, evenly over the file")]
 NewTokens = Annotated[int, typer.Option(help="tokens to decode, at most")]

@@ -61,6 +61,7 @@ def load(
     datastore: a file by `draftsmith datastore`, for ladders that begin with "rest".
     device: "cpu"; "cuda", which needs a GPU, its driver and TensorRT or ONNX Runtime for GPUs; or "auto": the
         GPU where the bundle has TensorRT engines that run here, else the CPU, with a warning if it has any.
+        "portable" runs on the CPU what engines for GPUs are built from, to see what they would say.
         Or one of these by engine, {"target": "cuda", "int8": "cpu"}.
     Raises BundleError if the folder is not a bundle, is damaged, or needs another version of draftsmith, and
     if the device is not to be had.
@@ -258,7 +259,7 @@ class Bundle:
                 engine = self._open_on_gpu(name, entry)
             else:
                 self._runtime = self._runtime or OnnxRuntime(self.threads)
-                engine = self._open(name, entry, self._runtime)
+                engine = self._open(name, entry, self._runtime, self.devices[name] == "portable")
             if engine.vocab_size != entry.vocab_size:
                 raise BundleError(
                     f"{self.path}: the logits of {name} are {engine.vocab_size} wide, "
@@ -267,9 +268,11 @@ class Bundle:
             self._engines[name] = engine
         return self._engines[name]
 
-    def _open(self, name: str, entry: EngineEntry, runtime: OnnxRuntime) -> Engine:
-        """The graph for this machine or, where that cannot be opened, the portable one, which is slower and
-        whose rows are not independent to the last bit."""
+    def _open(self, name: str, entry: EngineEntry, runtime: OnnxRuntime, portable: bool) -> Engine:
+        """The graph for this machine or, if wished or where that cannot be opened, the portable one, which is
+        slower and whose rows are not independent to the last bit."""
+        if portable and entry.portable:
+            return OnnxEngine(name, resolve_inside(self.path, entry.portable), entry, runtime)
         try:
             return OnnxEngine(name, resolve_inside(self.path, entry.graph), entry, runtime)
         except BundleError as error:
@@ -308,10 +311,10 @@ class Bundle:
         return [Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS)) for name in self.plan.ladder]
 
     def _planned_costs(self, rungs: list[Rung]) -> dict[str, list[float]] | None:
-        """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes. They are a
-        CPU's."""
-        on_gpu = any(self.devices[name] == "cuda" for name in self._engine_names(rungs))
-        if self.plan.costs is None or not rungs or on_gpu:
+        """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes. They are
+        those of the CPU's graphs."""
+        others = any(self.devices[name] != "cpu" for name in self._engine_names(rungs))
+        if self.plan.costs is None or not rungs or others:
             return None
         return self.plan.costs.spread(1 + max(rung.num_speculative_tokens for rung in rungs))
 

@@ -10,11 +10,13 @@ from .driver import Gpu, find_gpus
 from .errors import BundleError
 from .manifest import EngineEntry, TensorrtEntry
 
-Device = Literal["auto", "cpu", "cuda"]
-DEVICES = ("auto", "cpu", "cuda")
+Device = Literal["auto", "cpu", "cuda", "portable"]
+DEVICES = ("auto", "cpu", "cuda", "portable")
 
 
-def choose_device(device: str, engines: Iterable[EngineEntry]) -> tuple[Literal["cpu", "cuda"], str]:
+def choose_device(
+    device: str, engines: Iterable[EngineEntry]
+) -> tuple[Literal["cpu", "cuda", "portable"], str]:
     """The device that `device` means here and, where "auto" leaves a GPU's engines unused, why.
 
     Raises BundleError for "cuda" where something is missing, naming it.
@@ -22,6 +24,10 @@ def choose_device(device: str, engines: Iterable[EngineEntry]) -> tuple[Literal[
     if device not in DEVICES:
         raise BundleError(f"device={device!r}: wanted one of {', '.join(DEVICES)}")
     entries = list(engines)
+    if device == "portable":
+        if not all(entry.portable for entry in entries):
+            raise BundleError("device portable: the bundle lacks a portable graph; build it again")
+        return "portable", ""
     if device == "cpu" or (device == "auto" and not any(entry.tensorrt for entry in entries)):
         return "cpu", ""
     reasons = [reason for entry in entries if (reason := why_not_on_gpu(entry))]

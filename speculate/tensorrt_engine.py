@@ -97,8 +97,8 @@ class TensorrtEngine:
         if count <= largest:
             self._run(token_ids, start, position_ids, mask, wanted)
             return self._logits[:wanted]
-        # More than any profile takes: in pieces, of which later ones see earlier ones in the cache. The last is
-        # as long as can be, so that the logits of a draft lie together.
+        # More than any profile takes: in pieces, of which later ones see earlier ones in the cache. The last
+        # is as long as can be, so that the logits of a draft lie together.
         parts = []
         ends = range(count % largest or largest, count + 1, largest)
         for first, end in pairwise([0, *ends]):

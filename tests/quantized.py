@@ -20,7 +20,8 @@ def quantize_checkpoint(
     zeros: str = "",
 ) -> Path:
     """Every linear but those in `leave`, the output projection (which gets weights of its own) included.
-    All but `no_scale` have static scales for their input, those of `IN_TWO_PARTS` two. `zeros`: "half" of the weights, or "2:4"."""
+    All but `no_scale` have static scales for their input, those of `IN_TWO_PARTS` two. `zeros`: "half" of
+    the weights, or "2:4"."""
     checkpoint = Checkpoint(source)
     config, embed, head = checkpoint.config, checkpoint.load_embed(), checkpoint.load_head()
     write_part(out, "embed", embed)

@@ -1,6 +1,7 @@
 """What of the GPU engines shows without a GPU: what is said where one is missing, and that what they hand to
 TensorRT and ONNX Runtime is right. Memory, graphs and TensorRT itself are stand-ins."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -149,6 +150,41 @@ def test_a_bundle_says_why_it_runs_on_the_cpu_and_takes_devices_by_engine(tmp_pa
         BundleError, match="device names 'tiny', which this bundle has not; only target, int8"
     ):
         bundles.load(folder, device={"tiny": "cpu"})
+
+
+def test_a_plan_that_was_damaged_or_does_not_load_is_named(tmp_path, monkeypatch):
+    (tmp_path / "engines").mkdir()
+    folder = write_bundle(tmp_path, {"target": {"tensorrt": [PLAN.model_dump(mode="json")]}, "int8": {}})
+    plan, sha256 = folder / "engines" / "sm89.trt", hashlib.sha256(b"plan").hexdigest()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["engines/sm89.trt"] = {"sha256": sha256, "size": 4}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(devices, "why_no_cuda", lambda: "")
+    monkeypatch.setattr(devices, "why_not_builder", lambda builder: "")
+    monkeypatch.setattr(tensorrt_engine, "why_not_builder", lambda builder: "")
+    for module in (devices, bundles):
+        monkeypatch.setattr(module, "find_gpus", lambda: ([ADA], ""))
+    plan.write_bytes(b"paln")
+    bundle = bundles.load(folder, device={"target": "cuda", "int8": "cpu"})
+    with pytest.raises(BundleError, match=r"engines/sm89\.trt was changed: its SHA-256 is"):
+        bundle.engine("target")
+    plan.write_bytes(b"plan")
+    refusing = SimpleNamespace(deserialize_cuda_engine=lambda raw: None)
+    fake = SimpleNamespace(
+        __version__="1.7.1.116",
+        Logger=type("Logger", (), {"ERROR": 0, "__init__": lambda self, level: None}),
+        Runtime=lambda logger: refusing,
+    )
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+    monkeypatch.setattr(tensorrt_engine, "cuda", SimpleNamespace(Stream=Stream))
+    with pytest.raises(BundleError, match=r"sm89\.trt: TensorRT 1\.7\.1\.116 does not load it on this GPU"):
+        bundle.engine("target")
+
+
+def test_the_portable_graph_runs_on_the_cpu_where_it_is_asked_for():
+    assert devices.choose_device("portable", [ENTRY]) == ("portable", "")
+    with pytest.raises(BundleError, match="device portable: the bundle lacks a portable graph"):
+        devices.choose_device("portable", [ENTRY.model_copy(update={"portable": None})])
 
 
 # ---- TensorRT ----------------------------------------------------------------------------------------

@@ -1,13 +1,19 @@
 """The exported graph computes what transformers computes, for every family and every use of the cache."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from conftest import VARIANTS
 from draftsmith.export.portable import export_onnx
 from draftsmith.model.load import load_model
+from draftsmith.model.store import Checkpoint
+from draftsmith.pipeline.gate_prompts import DEFAULT_PROMPTS
 from graph_session import GraphSession, error_of
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 # Longer than every sliding window of the variants.
 NUM_TOKENS = 40
@@ -113,3 +119,55 @@ def test_half_precision_weights_are_computed_with_in_float32(variant, dtype, gra
     logits = pair.session(batch=2).run(pair.ids, [0, 0])
     assert error_of(logits, pair.logits_of(pair.ids)) < BOUND
     assert error_of(logits, pair.expected) > 10 * BOUND, "the weights were not rounded"
+
+
+def greedy_tokens(reference: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    with torch.inference_mode():
+        ids = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=-1
+        )
+    return ids[0, len(prompt) :].tolist()
+
+
+def greedy_choices(session: GraphSession, prompt: list[int], tokens: list[int]) -> list[int]:
+    """What the graph chooses in the place of each of `tokens`: the same ones, where it decodes them itself."""
+    logits = session.run([[*prompt, *tokens[:-1]]], [0])[0]
+    return logits[len(prompt) - 1 :].argmax(-1).tolist()
+
+
+@pytest.mark.slow
+def test_a_real_model_decodes_the_tokens_of_transformers(smollm2, tmp_path):
+    """The portable graph, that engines for GPUs are built from."""
+    export_onnx(smollm2, tmp_path)
+    reference = make_smollm2(smollm2)
+    session = GraphSession(tmp_path / "model.onnx", 256)
+    tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    for line in DEFAULT_PROMPTS.read_text().splitlines():
+        prompt = tokenizer.encode(json.loads(line)["turns"][0]).ids
+        tokens = greedy_tokens(reference, prompt, 48)
+        assert greedy_choices(session, prompt, tokens) == tokens
+
+
+def make_smollm2(folder: Path) -> torch.nn.Module:
+    """transformers' own, with the weights of a checkpoint."""
+    source = Checkpoint(folder)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        tie_word_embeddings=True,
+    )
+    tensors = source.load_embed() | source.load_head()
+    for layer in range(config.num_hidden_layers):
+        named = source.load_layer(layer).items()
+        tensors |= {f"model.layers.{layer}.{name}": tensor for name, tensor in named}
+    model = LlamaForCausalLM(config).eval()
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert missing in ([], ["lm_head.weight"]) and not unexpected
+    return model

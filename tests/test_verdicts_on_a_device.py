@@ -1,4 +1,4 @@
-"""Where logits stay on a device, the loop decodes the tokens that it decodes on the host, and waits once a round.
+"""Where logits stay on a device, the loop decodes what it decodes on the host, and waits once a round.
 
 TensorRT and memory are stand-ins; the kernels are those that nvcc compiles, run by the emulator.
 """

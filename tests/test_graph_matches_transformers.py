@@ -130,7 +130,7 @@ def greedy_tokens(reference: torch.nn.Module, prompt: list[int], count: int) -> 
 
 
 def greedy_choices(session: GraphSession, prompt: list[int], tokens: list[int]) -> list[int]:
-    """What the graph chooses in the place of each of `tokens`: the same ones, where it decodes them itself."""
+    """What the graph chooses in the place of each of `tokens`: the same, where it decodes them itself."""
     logits = session.run([[*prompt, *tokens[:-1]]], [0])[0]
     return logits[len(prompt) - 1 :].argmax(-1).tolist()
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..model.linear import INT4_GROUP
 from .builder import Graph
 from .weights import StoredLinear
 
@@ -13,7 +14,10 @@ def apply_linears(graph: Graph, x: str, stored: Sequence[StoredLinear]) -> list[
     outputs = []
     for linear in stored:
         with graph.scope(linear.name):
-            y = (multiply_static if linear.is_quantized else multiply_float)(graph, x, linear)
+            if linear.packed.format == "int4":
+                y = multiply_groups(graph, x, linear)
+            else:
+                y = (multiply_static if linear.is_quantized else multiply_float)(graph, x, linear)
             if linear.has_bias:
                 y = graph.op("Add", y, graph.weight(f"{linear.name}.bias"))
             outputs += graph.split(y, linear.widths, axis=2)
@@ -32,3 +36,17 @@ def multiply_static(graph: Graph, x: str, linear: StoredLinear) -> str:
     kinds = ("weight", "weight_scale", "weight_zero_point")
     weight = graph.op("DequantizeLinear", *(graph.weight(f"{linear.name}.{kind}") for kind in kinds), axis=1)
     return graph.op("MatMul", x, weight)
+
+
+def multiply_groups(graph: Graph, x: str, linear: StoredLinear) -> str:
+    """int4 weights by blocks of 32 inputs, activations in float. Standard operators have a step a block but no
+    base, so the product with all middles of the blocks is taken of the blocks' sums."""
+    weight, step, middle = (
+        graph.weight(f"{linear.name}.{kind}") for kind in ("weight", "weight_step", "weight_middle")
+    )
+    weight = graph.op("DequantizeLinear", weight, step, axis=0, block_size=INT4_GROUP)
+    y = graph.op("MatMul", x, weight)
+    if short := -linear.packed.k % INT4_GROUP:
+        x = graph.op("Pad", x, graph.ints(0, 0, 0, 0, 0, short))
+    sums = graph.op("ReduceSum", graph.op("Reshape", x, graph.ints(0, 0, -1, INT4_GROUP)), graph.ints(3), keepdims=0)
+    return graph.op("Add", y, graph.op("MatMul", sums, middle))

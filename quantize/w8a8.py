@@ -64,8 +64,8 @@ def quantize_model(
                 row = {
                     "linear": part.full_name(name),
                     "input_scale": scale,
-                    "dynamic_error": _mean_error(dynamic, exact),
-                    "static_error": _mean_error(static, exact),
+                    "dynamic_error": mean_error(dynamic, exact),
+                    "static_error": mean_error(static, exact),
                 }
                 row["static"] = row["static_error"] <= STATIC_ERROR_LIMIT
                 if row["static"]:
@@ -89,7 +89,7 @@ def _apply(linear: Linear, x: Tensor, scale: float) -> tuple[Tensor, Tensor, Ten
     return exact, dynamic, static
 
 
-def _mean_error(output: Tensor, exact: Tensor) -> float:
+def mean_error(output: Tensor, exact: Tensor) -> float:
     """Mean over tokens of |error|² / |output|²: a few tokens with huge outputs do not hide the others."""
     size = exact.square().sum(1)
     return float(((output - exact).square().sum(1) / size.clamp(min=torch.finfo().tiny)).mean())

@@ -28,8 +28,12 @@ HEAD_DIM, NUM_POSITIONS, REPEATS = 64, 2048, 16
 PAIRS = np.array([[i in kept for i in range(4)] for kept in combinations(range(4), 2)], np.int8)
 # Engine → share of zeros, or "2:4"; "4 bits": dense; None: bfloat16 weights.
 SPARSITIES = {
-    **{"w8a8": 0.0, "bitmask50": 0.5, "two_four": "2:4", "bitmask70": 0.7},
-    **{"w4a8": "4 bits", "bf16": None},
+    "w8a8": 0.0,
+    "bitmask50": 0.5,
+    "two_four": "2:4",
+    "bitmask70": 0.7,
+    "w4a8": "4 bits",
+    "bf16": None,
 }
 
 

@@ -39,8 +39,8 @@ def multiply_static(graph: Graph, x: str, linear: StoredLinear) -> str:
 
 
 def multiply_groups(graph: Graph, x: str, linear: StoredLinear) -> str:
-    """int4 weights by blocks of 32 inputs, activations in float. Standard operators have a step a block but no
-    base, so the product with all middles of the blocks is taken of the blocks' sums."""
+    """int4 weights by blocks of 32 inputs, activations in float. A standard block has a step but no base, so
+    the blocks' sums of x are multiplied by what the blocks' weights lie around."""
     weight, step, middle = (
         graph.weight(f"{linear.name}.{kind}") for kind in ("weight", "weight_step", "weight_middle")
     )
@@ -48,5 +48,6 @@ def multiply_groups(graph: Graph, x: str, linear: StoredLinear) -> str:
     y = graph.op("MatMul", x, weight)
     if short := -linear.packed.k % INT4_GROUP:
         x = graph.op("Pad", x, graph.ints(0, 0, 0, 0, 0, short))
-    sums = graph.op("ReduceSum", graph.op("Reshape", x, graph.ints(0, 0, -1, INT4_GROUP)), graph.ints(3), keepdims=0)
+    blocks = graph.op("Reshape", x, graph.ints(0, 0, -1, INT4_GROUP))
+    sums = graph.op("ReduceSum", blocks, graph.ints(3), keepdims=0)
     return graph.op("Add", y, graph.op("MatMul", sums, middle))

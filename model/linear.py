@@ -67,7 +67,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def expand_int4(weight: Tensor, grid: Tensor) -> Tensor:
-    """step · u + base, float32 [N, K], of weights u uint8 [N, K] of 0 to 15. `grid` [N, ceil(K / 32), 2] holds
+    """step · u + base, float32 [N, K], of weights u uint8 [N, K] of 0 to 15. `grid` [N, ceil(K / 32), 2] has
     the step and the base of every 32 of them."""
     step, base = spread_grid(grid, weight.shape[1])
     return weight * step + base

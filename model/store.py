@@ -8,9 +8,9 @@ on.
     tokenizer.json, chat_template.jinja, generation_config.json
 
 A quantized linear `X` is `X.weight` int8 [N, K] with `X.weight_scale` float32 [N] (w ≈ int8 · scale, |int8| ≤
-127) and, if its activations have a static scale as well, `X.input_scale` float32 []. One of 4 bits is `X.weight`
-uint8 [N, K] of 0 to 15 with `X.weight_grid` bfloat16 [N, ceil(K / 32), 2], the step and the base of every 32 inputs
-(w ≈ step · uint8 + base).
+127) and, if its activations have a static scale as well, `X.input_scale` float32 []. One of 4 bits is
+`X.weight` uint8 [N, K] of 0 to 15 with `X.weight_grid` bfloat16 [N, ceil(K / 32), 2], the step and the base
+of every 32 inputs (w ≈ step · uint8 + base).
 """
 
 import os

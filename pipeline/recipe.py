@@ -162,8 +162,8 @@ class Prune(Section):
 class Quantize(Section):
     scheme: Literal["W8A8", "W4A8"] = Field(
         default="W8A8",
-        description="int8 activations per token; W8A8: int8 weights, a scale an output channel; W4A8: int4 weights, "
-        "a step and a base every 32 inputs",
+        description="activations are int8, a scale per token; weights are int8, a scale per output channel "
+        "(W8A8), or int4, a step and a base per 32 inputs (W4A8)",
     )
     smoothing_strength: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | Literal["auto", "none"] = (
         Field(default="auto", description="SmoothQuant's alpha; auto searches it per model")
@@ -299,7 +299,8 @@ class Recipe(Section):
         formats = {export.format for export in self.export}
         if "tensorrt" in formats and engine.quantize and engine.quantize.scheme == "W4A8":
             raise ValueError(
-                f"{key}: TensorRT has no grids with a base every 32 inputs; take scheme: W8A8, or no format: tensorrt"
+                f"{key}: TensorRT cannot hold the int4 weights of W4A8; take scheme: W8A8, or leave out "
+                "format: tensorrt"
             )
 
 

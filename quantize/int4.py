@@ -1,5 +1,4 @@
-"""Affine int4: every 32 inputs of a row of a weight have a grid of their own, w ≈ step · u + base with u of 0 to
-15."""
+"""Affine int4: every 32 inputs of a row of a weight have a grid, w ≈ step · u + base with u of 0 to 15."""
 
 from collections.abc import Sequence
 
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 from ..model.linear import INT4_GROUP, spread_grid
 
 LEVELS = 15
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the range of a group, that a grid may be made to span
+SHRINKS = (1.0, 0.9, 0.8, 0.7)  # of the range of a group, that a grid is made to span
 CHUNK_ROWS = 2048  # of a weight, whose grids are searched at a time: bounds the memory
 
 
@@ -56,8 +55,8 @@ def _fit(weight: Tensor, importance: Tensor, shrinks: Sequence[float]) -> Tensor
 
 
 def _least_squares(groups: Tensor, levels: Tensor, counts: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Step and base of the weighted regression of `groups` on `levels`; the step as it was where all levels of
-    a group are equal."""
+    """Step and base of the weighted regression of `groups` on `levels`; `step` where the levels are all
+    equal."""
     total = counts.sum(-1, keepdim=True)
     level = (counts * levels).sum(-1, keepdim=True) / total
     weight = (counts * groups).sum(-1, keepdim=True) / total

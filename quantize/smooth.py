@@ -41,8 +41,8 @@ def smooth_model(
     """Write the checkpoint `src` smoothed to `out`; return a report with one row a part.
 
     `smoothing_strength` is α of every fold, or "auto": the α of each fold, or leaving it out, that gives the
-    least error of its part under the law of `scheme`. `targets` and `ignore` choose the linears that may be touched.
-    A tied output projection comes out as a tensor of its own.
+    least error of its part under the law of `scheme`. `targets` and `ignore` choose the linears that may be
+    touched. A tied output projection comes out as a tensor of its own.
     """
     if smoothing_strength != "auto" and not 0 <= smoothing_strength <= 1:
         raise ModelError(f"smoothing_strength is {smoothing_strength}; it must be in [0, 1], or 'auto'")

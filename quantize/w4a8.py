@@ -1,8 +1,9 @@
 """The quantize stage of W4A8: int4 weights for every targeted linear, over rows that are quantized as W8A8
 quantizes them.
 
-Each linear's grids are fitted to its weights, and its weights rounded onto them column by column, so that the columns
-to come make up for what the ones before lost (GPTQ: the sweep of `prune/sparsegpt.py` with nothing pruned).
+Each linear's grids are fitted to its weights, and its weights rounded onto them column by column, so that the
+columns to come make up for what the ones before lost (GPTQ: the sweep of `prune/sparsegpt.py` with nothing
+pruned).
 """
 
 from pathlib import Path

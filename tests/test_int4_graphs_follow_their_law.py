@@ -1,5 +1,5 @@
-"""Linears of 4 bits in the graphs: rows quantized one by one in cpu.onnx, activations in float in model.onnx, which is
-of standard operators alone."""
+"""Linears of 4 bits in the graphs: rows quantized one by one in cpu.onnx, activations in float in model.onnx,
+which is of standard operators alone."""
 
 import json
 
@@ -19,7 +19,7 @@ from quantized import quantize_checkpoint
 from test_int8_graphs_follow_their_law import check_logits
 from tiny_bundle import write_tiny_bundle
 
-# Its sums are of floats, unlike those of int8, so more values end up on the other side of a rounding boundary.
+# Its sums are of floats, unlike those of int8, so more values end up across a rounding boundary.
 WORST = 5e-2
 FAMILIES = ["llama-bias", "llama-tied", "qwen3", "gemma3_text", "opt", "gpt2"]
 
@@ -84,7 +84,7 @@ def test_linears_kept_in_float_stand_by_themselves(tiny_checkpoint, tmp_path, le
     check_logits(tmp_path / "cpu.onnx", Decoder.from_checkpoint(Checkpoint(tmp_path / "checkpoint")), WORST)
 
 
-# ---- In a bundle --------------------------------------------------------------------------------------------
+# ---- In a bundle -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,9 @@ def bundle(tmp_path_factory):
     quantize_checkpoint(folder.parent / "target.checkpoint", checkpoint, bits=4)
     export_onnx(checkpoint, folder / "drafters/int4")
     manifest = json.loads((folder / "manifest.json").read_text())
-    paths = {key: f"drafters/int4/{name}" for key, name in (("graph", "cpu.onnx"), ("portable", "model.onnx"))}
+    paths = {
+        key: f"drafters/int4/{name}" for key, name in (("graph", "cpu.onnx"), ("portable", "model.onnx"))
+    }
     manifest["engines"]["int4"] = {**manifest["engines"]["int8"], **paths, "weights": "W4A8"}
     write_manifest(folder, manifest)
     return folder

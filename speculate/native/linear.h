@@ -17,7 +17,8 @@ INLINE int32_t count_int4_groups(int32_t k) { return (k + DS_INT4_GROUP - 1) / D
 /* The sum of group `g` of a quantized row. */
 INLINE float get_group_sum(const char *row, int64_t stride, int32_t k, int32_t g) {
   float sum;
-  memcpy(&sum, row + stride - (int64_t)sizeof(ds_row_end) - 4 * (int64_t)(count_int4_groups(k) - g), sizeof sum);
+  memcpy(&sum, row + stride - (int64_t)sizeof(ds_row_end) - 4 * (int64_t)(count_int4_groups(k) - g),
+         sizeof sum);
   return sum;
 }
 

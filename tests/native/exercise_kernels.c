@@ -43,7 +43,8 @@ static weights make_weights(int32_t n, int32_t k, int32_t format, int32_t activa
     int64_t n_groups = blocks * ((k + 31) / 32);
     uint8_t *at = w.weight = bytes(n_groups * 320);
     for (int64_t g = 0; g < n_groups; ++g)
-      for (int i = 1; i < 64; i += 2) at[g * 320 + i] = (uint8_t)(0x3e + 128 * below(2)); /* grids of moderate size */
+      for (int i = 1; i < 64; i += 2)
+        at[g * 320 + i] = (uint8_t)(0x3e + 128 * below(2)); /* grids of moderate size */
   } else {
     uint64_t *masks = malloc((size_t)(blocks * groups) * sizeof *masks);
     w.starts = malloc((size_t)(blocks + 1) * sizeof *w.starts);

@@ -26,8 +26,15 @@ SHAPES = {
 HEAD_DIM, NUM_POSITIONS, REPEATS = 64, 2048, 16
 # The ways to keep two of four.
 PAIRS = np.array([[i in kept for i in range(4)] for kept in combinations(range(4), 2)], np.int8)
-# Engine → share of zeros, or "2:4"; None: bfloat16 weights.
-SPARSITIES = {"w8a8": 0.0, "bitmask50": 0.5, "two_four": "2:4", "bitmask70": 0.7, "bf16": None}
+# Engine → share of zeros, or "2:4"; "4 bits": dense; None: bfloat16 weights.
+SPARSITIES = {
+    "w8a8": 0.0,
+    "bitmask50": 0.5,
+    "two_four": "2:4",
+    "bitmask70": 0.7,
+    "w4a8": "4 bits",
+    "bf16": None,
+}
 
 
 def main(
@@ -127,6 +134,8 @@ class _Drawer:
     def _weight(self, n: int, k: int, sparsity: float | str | None) -> torch.Tensor:
         if sparsity is None:
             return torch.from_numpy(self.random.standard_normal((n, k), np.float32) / k**0.5).bfloat16()
+        if sparsity == "4 bits":
+            return torch.from_numpy(self.random.integers(0, 16, (n, k), np.uint8))
         weight = self.random.integers(-127, 128, (n, k), np.int8)
         weight[weight == 0] = 1  # the only zeros are those that are asked for
         if sparsity == "2:4":
@@ -137,13 +146,17 @@ class _Drawer:
 
     def _store(self, name: str, weights: list[torch.Tensor]) -> StoredLinear:
         widths = tuple(map(len, weights))
-        is_quantized = weights[0].dtype == torch.int8
-        k = weights[0].shape[1]
-        scales = [torch.full((width,), 1 / (73 * k**0.5)) for width in widths] if is_quantized else []
+        dtype, k = weights[0].dtype, weights[0].shape[1]
+        scales, grids = [], []
+        if dtype == torch.int8:
+            scales = [torch.full((width,), 1 / (73 * k**0.5)) for width in widths]
+        if dtype == torch.uint8:  # levels from -7.5 to 7.5 steps
+            step = 1 / (4.6 * k**0.5)
+            grids = [torch.tensor([step, -7.5 * step]).bfloat16().repeat(n, k // 32, 1) for n in widths]
         packed: PackedLinear = add_packed(
-            self.packed, name, weights, scales, gated=len(weights) == 2, layout=self.layout
+            self.packed, name, weights, scales, grids=grids, gated=len(weights) == 2, layout=self.layout
         )
-        return StoredLinear(name, widths, is_quantized, False, None, packed)
+        return StoredLinear(name, widths, not dtype.is_floating_point, False, None, packed)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ class _CpuBuilder:
         norms = self._norm(norm)[0] if norm else []
         return [
             part("packed"),
-            part("packed_scale", linear.is_quantized),
+            part("packed_scale", linear.has_scale),
             part("packed_starts", linear.format == "int8_bitmask"),
             part("packed_bias", linear.has_bias),
             *norms,

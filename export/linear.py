@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..model.linear import INT4_GROUP
 from .builder import Graph
 from .weights import StoredLinear
 
@@ -14,7 +15,10 @@ def apply_linears(graph: Graph, x: str, stored: Sequence[StoredLinear]) -> list[
     outputs = []
     for linear in stored:
         with graph.scope(linear.name):
-            y = (multiply_static if linear.is_quantized else multiply_float)(graph, x, linear)
+            if linear.packed.format == "int4":
+                y = multiply_groups(graph, x, linear)
+            else:
+                y = (multiply_static if linear.is_quantized else multiply_float)(graph, x, linear)
             if linear.has_bias:
                 y = graph.op("Add", y, graph.weight(f"{linear.name}.bias"))
             outputs += graph.split(y, linear.widths, axis=2)
@@ -52,3 +56,18 @@ def multiply_static(graph: Graph, x: str, linear: StoredLinear) -> str:
 def round_static(graph: Graph, x: str, scale: float) -> str:
     step, zero_point = graph.scalar(scale), graph.scalar(0, np.int8)
     return graph.op("DequantizeLinear", graph.op("QuantizeLinear", x, step, zero_point), step, zero_point)
+
+
+def multiply_groups(graph: Graph, x: str, linear: StoredLinear) -> str:
+    """int4 weights by blocks of 32 inputs, activations in float. A standard block has a step but no base, so
+    the blocks' sums of x are multiplied by what the blocks' weights lie around."""
+    weight, step, middle = (
+        graph.weight(f"{linear.name}.{kind}") for kind in ("weight", "weight_step", "weight_middle")
+    )
+    weight = graph.op("DequantizeLinear", weight, step, axis=0, block_size=INT4_GROUP)
+    y = graph.op("MatMul", x, weight)
+    if short := -linear.packed.k % INT4_GROUP:
+        x = graph.op("Pad", x, graph.ints(0, 0, 0, 0, 0, short))
+    blocks = graph.op("Reshape", x, graph.ints(0, 0, -1, INT4_GROUP))
+    sums = graph.op("ReduceSum", blocks, graph.ints(3), keepdims=0)
+    return graph.op("Add", y, graph.op("MatMul", sums, middle))

@@ -3,6 +3,7 @@
 The bytes depend only on what is stored and in which order, so equal models give equal files.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -50,11 +51,20 @@ class WeightFile:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Store `tensor` (a float, int8, uint8 or int64) under a name not used before."""
+        tensor = tensor.detach().contiguous()
+        self._add(name, _ONNX_TYPES[tensor.dtype], tensor.shape, tensor)
+
+    def add_int4(self, name: str, tensor: torch.Tensor) -> None:
+        """Store `tensor`, int8 in [-8, 7], as INT4: two in a byte, the first one low."""
+        halves = tensor.reshape(-1).view(torch.uint8) & 15
+        halves = torch.nn.functional.pad(halves, (0, halves.numel() % 2))
+        self._add(name, TensorProto.INT4, tensor.shape, halves[::2] | halves[1::2] << 4)
+
+    def _add(self, name: str, kind: int, dims: Sequence[int], tensor: torch.Tensor) -> None:
         if name in self._stored:
             raise ValueError(f"{name} is stored already")
-        tensor = tensor.detach().contiguous()
         self._file.write(b"\0" * (-self._file.tell() % PAGE))
-        proto = TensorProto(name=name, data_type=_ONNX_TYPES[tensor.dtype], dims=tensor.shape)
+        proto = TensorProto(name=name, data_type=kind, dims=dims)
         proto.data_location = TensorProto.EXTERNAL
         size = tensor.numel() * tensor.element_size()
         for key, value in (("location", self._path.name), ("offset", self._file.tell()), ("length", size)):

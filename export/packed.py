@@ -29,7 +29,7 @@ class PackedLinear:
     has_bias: bool
 
     @property
-    def is_quantized(self) -> bool:
+    def has_scale(self) -> bool:
         return self.format.startswith("int8")
 
 
@@ -39,13 +39,15 @@ def add_packed(
     weights: Sequence[Tensor],
     scales: Sequence[Tensor] = (),
     biases: Sequence[Tensor] = (),
+    grids: Sequence[Tensor] = (),
     *,
     gated: bool = False,
     layout: kernels.Format | None = None,
 ) -> PackedLinear:
     """Pack linears [N, K] of one input as one and store it in `file`.
 
-    Weights are int8, with scales [N], or floats of any dtype. `gated`: they are the gate and the up
+    Weights are int8, with scales [N], uint8 of 4 bits, with grids bfloat16 [N, ceil(K / 32), 2], or floats of
+    any dtype. `gated`: they are the gate and the up
     projection of an MLP, whose outputs alternate by blocks of 16. `layout`: by default the one that suits
     the weights' own zeros.
     """
@@ -56,18 +58,7 @@ def add_packed(
 
     weight = joined(weights)
     layout = layout or choose_format(weight)
-    starts = None
-    match layout:
-        case "float32":
-            packed = kernels.pack_float32(weight)
-        case "bfloat16":
-            packed = kernels.pack_bfloat16(weight)
-        case "int8":
-            packed = kernels.pack_int8(weight)
-        case "int8_2_4":
-            packed = kernels.pack_2_4(weight)
-        case "int8_bitmask":
-            packed, starts = kernels.pack_bitmask(weight)
+    packed, starts = kernels.pack(weight, layout, joined(grids) if grids else None)
     file.add(f"{name}.packed", torch.from_numpy(packed.reshape(-1).view(np.uint8)))
     if starts is not None:
         file.add(f"{name}.packed_starts", torch.from_numpy(starts))
@@ -80,9 +71,14 @@ def add_packed(
 
 
 def choose_format(weight: np.ndarray) -> kernels.Format:
-    """The layout of a weight [N, K]: int8, float32 or bfloat16 bits (uint16)."""
-    if weight.dtype != np.int8:
-        return "bfloat16" if weight.dtype == np.uint16 else "float32"
+    """The layout of a weight [N, K]: int8, 4 bits in uint8, float32 or bfloat16 bits (uint16)."""
+    match weight.dtype:
+        case np.uint8:
+            return "int4"
+        case np.uint16:
+            return "bfloat16"
+        case np.float32:
+            return "float32"
     kept = np.pad(weight != 0, ((0, 0), (0, -weight.shape[1] % 4)))
     if (kept.reshape(len(kept), -1, 4).sum(axis=-1, dtype=np.uint8) <= 2).all():
         return "int8_2_4"
@@ -90,7 +86,7 @@ def choose_format(weight: np.ndarray) -> kernels.Format:
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
-    """int8 as it is, bfloat16 as its bits, other floats as float32."""
+    """Integers as they are, bfloat16 as its bits, other floats as float32."""
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.uint16).numpy()
-    return tensor.numpy() if tensor.dtype == torch.int8 else tensor.float().numpy()
+    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()

@@ -23,7 +23,7 @@ from .packed import PackedLinear, add_packed
 @dataclass(frozen=True)
 class StoredLinear:
     """`{name}.weight` [K, N] with, if any, `{name}.weight_scale`, `.weight_zero_point` and `.bias` [N];
-    N = sum(widths)."""
+    N = sum(widths). Of 4 bits: with `.weight_step` and `.weight_middle` [ceil(K / 32), N]."""
 
     name: str
     widths: tuple[int, ...]  # output features of each linear in it
@@ -116,7 +116,7 @@ class _Store:
 
     def cast(self, tensor: Tensor) -> Tensor:
         """A float matrix has the model's dtype whatever an earlier stage computed in."""
-        return tensor if tensor.dtype == torch.int8 else tensor.to(self.dtype)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def matrix(self, name: str, tensor: Tensor) -> None:
         self.weights.add(name, self.cast(tensor))
@@ -143,12 +143,16 @@ class _Store:
         def parts(kind: str) -> list[Tensor]:
             return [tensors[f"{name}.{kind}"] for name in names]
 
-        is_quantized, has_bias = _kind(tensors, names[0])
+        dtype, has_bias = _kind(tensors, names[0])
         scales = [_input_scales(tensors, name) for name in names]
-        weights, weight_scales = parts("weight"), parts("weight_scale") if is_quantized else []
-        biases = parts("bias") if has_bias else []
-        self.matrix(f"{stored}.weight", torch.cat(weights).T)
-        if is_quantized:
+        weights, biases = parts("weight"), parts("bias") if has_bias else []
+        weight_scales = parts("weight_scale") if weights[0].dtype == torch.int8 else []
+        grids = parts("weight_grid") if weights[0].dtype == torch.uint8 else []
+        if grids:
+            self._groups(stored, torch.cat(weights), torch.cat(grids))
+        else:
+            self.matrix(f"{stored}.weight", torch.cat(weights).T)
+        if weight_scales:
             self.weights.add(f"{stored}.weight_scale", torch.cat(weight_scales).float())
             # Zeros, spelled out: where ONNX Runtime turns int8 into uint8 it would make up a single one, and
             # then refuse it.
@@ -163,16 +167,24 @@ class _Store:
             [self.cast(weight) for weight in weights],
             weight_scales,
             biases,
+            grids,
             gated=names == ["mlp.gate_proj", "mlp.up_proj"],
         )
         widths = tuple(map(len, weights))
         input_scales = () if () in scales else scales[0]
-        return StoredLinear(stored, widths, is_quantized, has_bias, input_scales, packed)
+        return StoredLinear(stored, widths, not dtype.is_floating_point, has_bias, input_scales, packed)
+
+    def _groups(self, stored: str, weight: Tensor, grid: Tensor) -> None:
+        """A weight [N, K] of 4 bits as step · q + middle, with q signed as standard operators have it."""
+        step, base = grid.float().unbind(-1)
+        self.weights.add_int4(f"{stored}.weight", (weight.to(torch.int8) - 8).T)
+        self.weights.add(f"{stored}.weight_step", step.T)
+        self.weights.add(f"{stored}.weight_middle", (base + 8 * step).T)
 
 
-def _kind(tensors: dict[str, Tensor], name: str) -> tuple[bool, bool]:
-    """Int8 or not, with a bias or not: what linears stored as one agree in."""
-    return tensors[f"{name}.weight"].dtype == torch.int8, f"{name}.bias" in tensors
+def _kind(tensors: dict[str, Tensor], name: str) -> tuple[torch.dtype, bool]:
+    """Its dtype, and whether it has a bias: what linears stored as one agree in."""
+    return tensors[f"{name}.weight"].dtype, f"{name}.bias" in tensors
 
 
 def _input_scales(tensors: dict[str, Tensor], name: str) -> tuple[float, ...]:

@@ -9,7 +9,9 @@ on.
 
 A quantized linear `X` is `X.weight` int8 [N, K] with `X.weight_scale` float32 [N] (w ≈ int8 · scale, |int8| ≤
 127) and, if its activations have static scales as well, `X.input_scale` float32 [P]: those of the int8 parts
-whose sum is the input, each of what rounding to the one before it leaves.
+whose sum is the input, each of what rounding to the one before it leaves. One of 4 bits is `X.weight` uint8
+[N, K] of 0 to 15 with `X.weight_grid` bfloat16 [N, ceil(K / 32), 2], the step and the base of every 32 inputs
+(w ≈ step · uint8 + base).
 """
 
 import os

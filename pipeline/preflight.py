@@ -97,7 +97,8 @@ def estimate_disk(recipe: Recipe, config: DecoderConfig) -> tuple[int, int]:
     parameters, stored = count_parameters(config), {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
     embedding = sum(rows * columns for rows, columns in embed_shapes(config).values())
     plain = stored * parameters
-    int8 = parameters + stored * embedding  # the embedding stays, and a tied head becomes a matrix of its own
+    # The embedding stays, and a tied head becomes a matrix of its own. A checkpoint has 4 bits in a byte too.
+    int8 = parameters + stored * embedding
     engines = [recipe.target, *recipe.drafters.values()]
     quantized = [engine.quantize for engine in engines if engine.quantize]
     smoothed = {settings.model_dump_json() for settings in quantized if settings.smoothing_strength != "none"}

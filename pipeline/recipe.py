@@ -160,8 +160,10 @@ class Prune(Section):
 
 
 class Quantize(Section):
-    scheme: Literal["W8A8"] = Field(
-        default="W8A8", description="int8 weights per output channel, int8 activations per token"
+    scheme: Literal["W8A8", "W4A8"] = Field(
+        default="W8A8",
+        description="activations are int8, a scale per token; weights are int8, a scale per output channel "
+        "(W8A8), or int4, a step and a base per 32 inputs (W4A8)",
     )
     smoothing_strength: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | Literal["auto", "none"] = (
         Field(default="auto", description="SmoothQuant's alpha; auto searches it per model")
@@ -175,6 +177,12 @@ class Engine(Section):
 
     prune: Annotated[Prune | None, BeforeValidator(_none_if_none)] = None
     quantize: Annotated[Quantize | None, BeforeValidator(_none_if_none)] = None
+
+    @model_validator(mode="after")
+    def _check_scheme(self) -> "Engine":
+        if self.prune and self.quantize and self.quantize.scheme == "W4A8":
+            raise ValueError("W4A8 has no zeros to leave out: a pruned engine takes scheme: W8A8")
+        return self
 
 
 class Speculate(Section):
@@ -272,6 +280,8 @@ class Recipe(Section):
                 raise ValueError(
                     f"drafters.{name}: neither prune nor quantize, so it would cost what the target costs"
                 )
+            self._check_devices(f"drafters.{name}", drafter)
+        self._check_devices(TARGET, self.target)
         levels = [*FREE_DRAFTERS, *self.drafters]
         ladder, lengths = self.speculate.ladder, self.speculate.num_speculative_tokens
         if isinstance(ladder, list):
@@ -284,6 +294,14 @@ class Recipe(Section):
         if isinstance(lengths, dict):
             _check_levels("speculate.num_speculative_tokens", lengths, levels)
         return self
+
+    def _check_devices(self, key: str, engine: Engine) -> None:
+        formats = {export.format for export in self.export}
+        if "tensorrt" in formats and engine.quantize and engine.quantize.scheme == "W4A8":
+            raise ValueError(
+                f"{key}: TensorRT cannot hold the int4 weights of W4A8; take scheme: W8A8, or leave out "
+                "format: tensorrt"
+            )
 
 
 def _check_levels(key: str, names: Any, levels: list[str]) -> None:

@@ -15,8 +15,8 @@ LAYER = re.compile(r"(?:layers\.|layers/)(\d+)(?:\.(?:\w+\.)?(\w+))?$")
 # Of each stage: the list in its report, the figure in a row, and what to call it.
 QUALITY = {
     "prune": ("linears", "loss", "squared error of the output, a token"),
-    "quantize": ("linears", "dynamic_error", "relative error of W8A8"),
-    "smooth": ("parts", "error", "relative error of W8A8, smoothed"),
+    "quantize": ("linears", "dynamic_error", "relative error, quantized"),
+    "smooth": ("parts", "error", "relative error, smoothed and quantized"),
 }
 
 

@@ -68,11 +68,13 @@ def _prune(call: Call) -> dict:
 
 
 def _quantize(call: Call) -> dict:
-    from ..quantize.w8a8 import quantize_model
+    from ..quantize import w4a8, w8a8
 
+    params = dict(call.params)
+    scheme = {"W8A8": w8a8, "W4A8": w4a8}[params.pop("scheme")]
     tokens = call.inputs["tokens"] / "tokens.safetensors"
-    return quantize_model(
-        call.inputs["model"], tokens, call.out, call.work, progress=call.progress, **call.params
+    return scheme.quantize_model(
+        call.inputs["model"], tokens, call.out, call.work, progress=call.progress, **params
     )
 
 
@@ -149,7 +151,7 @@ LOAD = Stage("load", _load, code=("model",), packages=("torch", "safetensors", "
 CALIBRATE = Stage("calibrate", _calibrate, ("model",), (*ARITHMETIC, "tokenizers"), sums=True)
 SMOOTH = Stage("smooth", _smooth, ("model", "quantize"), ARITHMETIC, sums=True)
 PRUNE = Stage("prune", _prune, ("model", "quantize", "prune"), ARITHMETIC, sums=True)
-QUANTIZE = Stage("quantize", _quantize, ("model", "quantize"), ARITHMETIC, sums=True)
+QUANTIZE = Stage("quantize", _quantize, ("model", "quantize", "prune"), ARITHMETIC, sums=True)
 EXPORT = Stage("export", _export, ("model", "export"), ("onnx", "torch", "numpy"))
 COMPILE = Stage("compile", _compile, ("export",), ("onnx", *TENSORRT_PACKAGES))
 MEASURING = (
@@ -221,14 +223,14 @@ def plan_tasks(recipe: Recipe, source: Path, texts: Mapping[str, Path]) -> Plan:
         model = load
         prune, quantize = engine.prune, engine.quantize
         if quantize and quantize.smoothing_strength != "none":
-            params = quantize.model_dump(exclude={"scheme"})
+            params = quantize.model_dump()
             model = task(SMOOTH, name, params, model=model, tokens=tokens)
         if prune:
             unused = {"block_size", "dampening_frac", "refit"} if prune.method == "magnitude" else set()
             params = prune.model_dump(exclude=unused) | {"joint_int8": quantize is not None}
             model = task(PRUNE, name, params, model=model, tokens=tokens)
         if quantize:
-            params = quantize.model_dump(include={"targets", "ignore"})
+            params = quantize.model_dump(include={"scheme", "targets", "ignore"})
             model = task(QUANTIZE, name, params, model=model, tokens=tokens)
         plan.checkpoints[name] = model
         params = {"max_seq_len": limit, "weights": describe_weights(engine)}

@@ -82,6 +82,14 @@ def factor_hessian(hessian: Tensor, dampening_frac: float, name: str) -> Factor:
         damping = min(1.0, max(10 * damping, 1e-4))
 
 
+def factor_inputs(chunks: list[Tensor], dampening_frac: float, name: str) -> Factor:
+    """The factor of the inputs [T, C] of a linear."""
+    hessian = Hessian(chunks[0].shape[1])
+    for x in chunks:
+        hessian.add(x)
+    return factor_hessian(hessian.mean(), dampening_frac, name)
+
+
 def _invert_upper(matrix: Tensor) -> Tensor | None:
     """U with Uᵀ U = matrix⁻¹, or None where the matrix is not positive definite.
 
@@ -125,13 +133,36 @@ def prune_matrices(
     With `scales` ([R_n] each), what is kept is also rounded to the grid int8 · scale, and the rounding error
     is made up for like the pruning error. The arithmetic is in the dtype of the weights.
     """
+    round_column = None if scales is None else _rounder(torch.cat(scales).to(weights[0].dtype))
+    return _sweep(weights, factor, structure, round_column, masks)
+
+
+def round_matrices(weights: list[Tensor], factor: Factor, round_column: "RoundColumn") -> list[Pruned]:
+    """The same sweep with nothing pruned: every column is rounded, and the columns behind it make up for the
+    error (GPTQ, Frantar et al., arXiv 2210.17323).
+
+    `round_column` gets the number of a column and its values, of all matrices [sum of R_n] one after another.
+    """
+    masks = [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
+    return _sweep(weights, factor, MaskStructure(0.0), round_column, masks)
+
+
+RoundColumn = Callable[[int, Tensor], Tensor]
+
+
+def _sweep(
+    weights: list[Tensor],
+    factor: Factor,
+    structure: MaskStructure,
+    round_column: RoundColumn | None,
+    masks: list[Tensor] | None,
+) -> list[Pruned]:
     rows = [len(weight) for weight in weights]
     # Channel-major: a column of W, which is what every step works on, is contiguous.
     before = torch.cat(weights).T.contiguous()
     before[factor.dead] = 0
     work = before.clone()
     upper = factor.upper.to(work.dtype)
-    quantize = None if scales is None else _rounder(torch.cat(scales).to(work.dtype))
     given = None if masks is None else torch.cat(masks).T
     losses = torch.zeros(work.shape[1], dtype=torch.float64)
     for start in range(0, len(work), structure.block_size):
@@ -142,7 +173,7 @@ def prune_matrices(
             structure,
             rows,
             start,
-            quantize,
+            round_column,
             None if given is None else given[start:stop],
         )
         work[stop:] -= upper[start:stop, stop:].T @ errors
@@ -167,7 +198,7 @@ def _sweep_block(
     structure: MaskStructure,
     rows: list[int],
     start: int,
-    quantize: Callable[[Tensor], Tensor] | None,
+    round_column: RoundColumn | None,
     given: Tensor | None,
 ) -> Tensor:
     """Sweep the columns of one block [B, R] in place; return the scaled errors (w - ŵ) / U_ii [B, R] for the
@@ -194,7 +225,8 @@ def _sweep_block(
                 scores = (block[group] / diagonal[group, None]).square()
                 pruned[group] = choose_n_of_m(scores, structure.pruned)
             column = block[i]
-            kept = (column if quantize is None else quantize(column)).masked_fill(pruned[i], 0.0)
+            kept = column if round_column is None else round_column(start + i, column)
+            kept = kept.masked_fill(pruned[i], 0.0)
             error = torch.sub(column, kept, out=errors[i]).div_(diagonal[i])
             block[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
             column.copy_(kept)
@@ -202,6 +234,6 @@ def _sweep_block(
     return errors
 
 
-def _rounder(scale: Tensor) -> Callable[[Tensor], Tensor]:
+def _rounder(scale: Tensor) -> RoundColumn:
     """Round to the nearest of the grid int8 · scale, |int8| ≤ 127."""
-    return lambda column: torch.round(column / scale).clamp_(-127, 127).mul_(scale)
+    return lambda _, column: torch.round(column / scale).clamp_(-127, 127).mul_(scale)

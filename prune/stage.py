@@ -17,7 +17,7 @@ from ..quantize.int8 import is_int8, pack_int8, row_scale
 from .magnitude import prune_by_magnitude
 from .masks import MaskStructure
 from .refit import refit_matrices
-from .sparsegpt import Factor, Hessian, Pruned, factor_hessian, prune_matrices
+from .sparsegpt import Pruned, factor_inputs, prune_matrices
 
 
 def prune_model(
@@ -71,7 +71,7 @@ def prune_model(
             names = [name for name in sharers if name in weights]
             if not names:
                 continue
-            factor = _observe(chunks, dampening_frac, " and ".join(map(part.full_name, names)))
+            factor = factor_inputs(chunks, dampening_frac, " and ".join(map(part.full_name, names)))
             dense = [weights[name] for name in names]
             scales = [row_scale(weight) for weight in dense] if joint_int8 else None
             if method == "magnitude":
@@ -92,13 +92,6 @@ def prune_model(
 
     rows = walk(src, tokens, out, work, visit, settings, progress, "prune")
     return {"threads": torch.get_num_threads(), "linears": rows}
-
-
-def _observe(chunks: list[Tensor], dampening_frac: float, name: str) -> Factor:
-    hessian = Hessian(chunks[0].shape[1])
-    for x in chunks:
-        hessian.add(x)
-    return factor_hessian(hessian.mean(), dampening_frac, name)
 
 
 def _describe(name: str, weight: Tensor, result: Pruned, dampening_frac: float) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Each fold of the model (see `pairs.py`) gets the factors s_j = max|X_j|^α / max|W_j|^(1 - α), X over all
 calibration tokens, W over all consumers. The producer is divided by them and the consumers are multiplied:
-the function of the model stays what it was, only its tensors become easier to round to int8.
+the function of the model stays what it was, only its tensors become easier to round.
 """
 
 from pathlib import Path
@@ -16,9 +16,11 @@ from ..model.progress import Progress, no_progress
 from ..model.select import select_linears
 from ..model.store import Checkpoint
 from ..model.walk import Part, Rows, linear_names, walk
+from .int4 import fit_grids, pack_int4
 from .int8 import pack_int8, row_scale
 from .pairs import Fold, find_folds
 
+Scheme = Literal["W8A8", "W4A8"]
 STRENGTHS = (None, 0.45, 0.6, 0.75, 0.9)  # what "auto" tries for each fold; None leaves the fold out
 SAMPLE_TOKENS = 512  # of the calibration tokens, on which it compares them
 SMALLEST = 1e-5
@@ -30,6 +32,7 @@ def smooth_model(
     out: Path,
     work: Path,
     *,
+    scheme: Scheme = "W8A8",
     smoothing_strength: float | Literal["auto"] = "auto",
     targets: list[str] | None = None,
     ignore: list[str] | None = None,
@@ -38,12 +41,13 @@ def smooth_model(
     """Write the checkpoint `src` smoothed to `out`; return a report with one row a part.
 
     `smoothing_strength` is α of every fold, or "auto": the α of each fold, or leaving it out, that gives the
-    least error of its part under the W8A8 law. `targets` and `ignore` choose the linears that may be touched.
-    A tied output projection comes out as a tensor of its own.
+    least error of its part under the law of `scheme`. `targets` and `ignore` choose the linears that may be
+    touched. A tied output projection comes out as a tensor of its own.
     """
     if smoothing_strength != "auto" and not 0 <= smoothing_strength <= 1:
         raise ModelError(f"smoothing_strength is {smoothing_strength}; it must be in [0, 1], or 'auto'")
     settings = {
+        "scheme": scheme,
         "smoothing_strength": smoothing_strength,
         "targets": targets or ["Linear"],
         "ignore": ignore or [],
@@ -61,7 +65,7 @@ def smooth_model(
         if not folds:
             return None, []
         sample = part.hidden[: -(-SAMPLE_TOKENS // part.hidden.shape[1])].clone()  # before they move on
-        trial = _Trial(part, folds, touched, _find_peaks(part), sample)
+        trial = _Trial(part, folds, touched, _find_peaks(part), sample, scheme)
         strengths: Strengths = [None if smoothing_strength == "auto" else smoothing_strength] * len(folds)
         if smoothing_strength == "auto":
             strengths = trial.search()
@@ -78,9 +82,15 @@ class _Trial:
     """Ways of smoothing one part, compared on a sample of the states that enter it."""
 
     def __init__(
-        self, part: Part, folds: list[Fold], quantized: list[str], peaks: dict[str, Tensor], sample: Tensor
+        self,
+        part: Part,
+        folds: list[Fold],
+        quantized: list[str],
+        peaks: dict[str, Tensor],
+        sample: Tensor,
+        scheme: Scheme,
     ):
-        self.part, self.folds, self.quantized = part, folds, quantized
+        self.part, self.folds, self.quantized, self.scheme = part, folds, quantized, scheme
         self.peaks, self.sample = peaks, sample
         self.output = part.run(part.build(part.tensors), sample)
 
@@ -93,11 +103,14 @@ class _Trial:
         return tensors
 
     def quantization_error(self, strengths: Strengths) -> float:
-        """Of the part's output under the W8A8 law."""
+        """Of the part's output under the law of the scheme, each weight rounded to the nearest."""
         tensors = dict(self.smooth(strengths))
         for name in self.quantized:
             weight = tensors[f"{name}.weight"]
-            tensors |= pack_int8(name, weight, row_scale(weight))
+            if self.scheme == "W8A8":
+                tensors |= pack_int8(name, weight, row_scale(weight))
+            else:  # one try at each grid, since there are some twenty trials
+                tensors |= pack_int4(name, weight, fit_grids(weight, torch.ones(weight.shape[1]), [1.0]))
         return self._error(tensors)
 
     def search(self) -> Strengths:

@@ -83,9 +83,9 @@ def _compare(linear: Linear, x: Tensor, steps: tuple[float, float]) -> dict[str,
     rows, row_scales = quantize_rows(x)
     dynamic = multiply_int8(rows, linear.weight) * (row_scales * linear.weight_scale)
     return {
-        "dynamic_error": _mean_error(dynamic, exact),
-        "static_error": _mean_error(_apply_static(linear, x, steps[:1]), exact),
-        "two_part_error": _mean_error(_apply_static(linear, x, steps), exact),
+        "dynamic_error": mean_error(dynamic, exact),
+        "static_error": mean_error(_apply_static(linear, x, steps[:1]), exact),
+        "two_part_error": mean_error(_apply_static(linear, x, steps), exact),
     }
 
 
@@ -100,7 +100,7 @@ def _apply_static(linear: Linear, x: Tensor, scales: Sequence[float]) -> Tensor:
     return output
 
 
-def _mean_error(output: Tensor, exact: Tensor) -> float:
+def mean_error(output: Tensor, exact: Tensor) -> float:
     """Mean over tokens of |error|² / |output|²: a few tokens with huge outputs do not hide the others."""
     size = exact.square().sum(1)
     return float(((output - exact).square().sum(1) / size.clamp(min=torch.finfo().tiny)).mean())

@@ -12,8 +12,9 @@ import numpy as np
 from .binding import check, ffi, lib, view
 
 LANES = 16
+INT4_GROUP = 32  # inputs that share a grid
 Activation = Literal["identity", "relu", "silu", "gelu", "gelu_tanh"]
-Format = Literal["float32", "bfloat16", "int8", "int8_bitmask", "int8_2_4"]
+Format = Literal["float32", "bfloat16", "int8", "int8_bitmask", "int8_2_4", "int4"]
 
 
 class Pool:
@@ -102,6 +103,41 @@ def pack_2_4(weight: np.ndarray) -> np.ndarray:
     return np.concatenate([pairs.reshape(*words.shape, 32), words[..., None].view(np.uint8)], axis=-1)
 
 
+def pack_int4(weight: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """[N, K] uint8 of 0 to 15, and the bits (uint16) of the step and the base of each 32 of them, bfloat16
+    [N, ceil(K / 32), 2] → uint8 [B, ceil(K / 32), 320]."""
+    if weight.dtype != np.uint8 or (weight > 15).any():
+        raise ValueError("weights must be uint8 of 0 to 15")
+    blocks = _split_blocks(weight, INT4_GROUP)  # [B, G, 16, 32]
+    quads = blocks.reshape(*blocks.shape[:2], LANES, 2, 4, 4).transpose(3, 0, 1, 4, 2, 5)
+    pairs = quads[0] | quads[1] << 4  # [B, G, 4, 16, 4]
+    grids = np.pad(grid, ((0, -len(grid) % LANES), (0, 0), (0, 0)))
+    grids = grids.reshape(-1, LANES, *grid.shape[1:]).transpose(0, 2, 1, 3)  # [B, G, 16, 2]
+    parts = (np.ascontiguousarray(grids).view(np.uint8), pairs)
+    return np.concatenate([part.reshape(*blocks.shape[:2], -1) for part in parts], axis=-1)
+
+
+def pack(
+    weight: np.ndarray, format: Format, grid: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The weight [N, K] in a format, and for a bitmask the start of each block. `grid`: of int4 weights."""
+    match format:
+        case "float32":
+            return pack_float32(weight), None
+        case "bfloat16":
+            return pack_bfloat16(weight), None
+        case "int8":
+            return pack_int8(weight), None
+        case "int8_bitmask":
+            return pack_bitmask(weight)
+        case "int8_2_4":
+            return pack_2_4(weight), None
+        case "int4":
+            if grid is None:
+                raise ValueError("int4 weights need their grid")
+            return pack_int4(weight, grid), None
+
+
 # ---- Linear layers -----------------------------------------------------------------------------------------
 
 
@@ -113,7 +149,7 @@ class Linear:
     handle: object
     n: int
     k: int
-    is_int8: bool
+    is_quantized: bool  # takes quantized rows
     num_bytes: int
     _keep: Sequence[object] = field(default=(), repr=False)
 
@@ -125,20 +161,11 @@ def make_linear(
     bias: np.ndarray | None = None,
     activation: Activation = "identity",
     gated_outputs: int | None = None,
+    grid: np.ndarray | None = None,
 ) -> Linear:
-    """weight [N, K]: int8 for the int8 formats, bits (uint16) for bfloat16, float32. scale and bias [N]."""
-    starts = None
-    match format:
-        case "float32":
-            packed = pack_float32(weight)
-        case "bfloat16":
-            packed = pack_bfloat16(weight)
-        case "int8":
-            packed = pack_int8(weight)
-        case "int8_bitmask":
-            packed, starts = pack_bitmask(weight)
-        case "int8_2_4":
-            packed = pack_2_4(weight)
+    """weight [N, K]: int8 for the int8 formats, uint8 for int4, bits (uint16) for bfloat16, float32. scale
+    and bias [N]; grid as in `pack_int4`."""
+    packed, starts = pack(weight, format, grid)
     n, k = weight.shape
 
     def pad(row: np.ndarray | None) -> np.ndarray | None:
@@ -156,7 +183,7 @@ def make_linear(
         0 if gated_outputs is None else lib.DS_GATED
     )
     handle.weight, handle.starts, handle.scale, handle.bias = pointers
-    return Linear(handle, handle.n, k, format.startswith("int8"), packed.nbytes, arrays)
+    return Linear(handle, handle.n, k, format.startswith("int"), packed.nbytes, arrays)
 
 
 def align(array: np.ndarray) -> np.ndarray:
@@ -176,16 +203,16 @@ def linear(
     out: np.ndarray | None = None,
     next: Linear | None = None,
 ) -> np.ndarray:
-    """rows: float32 [S, K], or what `quantize_rows` gave for an int8 linear → float32 [S, N]."""
+    """rows: float32 [S, K], or what `quantize_rows` gave for a quantized linear → float32 [S, N]."""
     if out is None:
         out = np.empty((len(rows), linear.n), np.float32)
-    run = lib.ds_linear_int8 if linear.is_int8 else lib.ds_linear_float
+    run = lib.ds_linear_int8 if linear.is_quantized else lib.ds_linear_float
     check(
         run(
             pool.handle,
             linear.handle,
             len(rows),
-            view("char[]", rows) if linear.is_int8 else view("float[]", rows),
+            view("char[]", rows) if linear.is_quantized else view("float[]", rows),
             ffi.NULL if residual is None else view("float[]", residual),
             view("float[]", out),
             ffi.NULL if next is None else next.handle,

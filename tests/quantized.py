@@ -18,20 +18,24 @@ def quantize_checkpoint(
     leave: tuple[str, ...] = (),
     no_scale: tuple[str, ...] = (),
     zeros: str = "",
+    bits: int = 8,
 ) -> Path:
     """Every linear but those in `leave`, the output projection (which gets weights of its own) included.
     All but `no_scale` have static scales for their input, those of `IN_TWO_PARTS` two. `zeros`: "half" of
-    the weights, or "2:4"."""
+    the weights, or "2:4". With `bits` of 4 there are no static scales and no zeros."""
     checkpoint = Checkpoint(source)
     config, embed, head = checkpoint.config, checkpoint.load_embed(), checkpoint.load_head()
     write_part(out, "embed", embed)
     for layer in range(config.num_layers):
         tensors = checkpoint.load_layer(layer)
         for name in set(linear_shapes(config)) - set(leave):
-            round_linear(tensors, name, name not in no_scale, zeros)
+            if bits == 4:
+                round_to_4_bits(tensors, name)
+            else:
+                round_linear(tensors, name, name not in no_scale, zeros)
         write_part(out, layer_part(layer), tensors)
     head.setdefault("lm_head.weight", embed[EMBED_TOKENS])
-    round_linear(head, "lm_head")
+    round_to_4_bits(head, "lm_head") if bits == 4 else round_linear(head, "lm_head")
     write_part(out, "head", head)
     write_config(out, DecoderConfig(**(config.model_dump() | {"tied_head": False})))
     return out
@@ -61,3 +65,15 @@ def round_linear(
     if has_input_scale:
         num_parts = 2 if name in IN_TWO_PARTS else 1
         tensors[f"{name}.input_scale"] = torch.tensor([INPUT_SCALE, INPUT_SCALE / 254][:num_parts])
+
+
+def round_to_4_bits(tensors: dict[str, torch.Tensor], name: str) -> None:
+    weight = tensors[f"{name}.weight"].float()
+    n, k = weight.shape
+    groups = torch.nn.functional.pad(weight, (0, -k % 32)).reshape(n, -1, 32)
+    low, high = groups.amin(-1), groups.amax(-1)
+    grid = torch.stack(((high - low) / 15, low), dim=-1).bfloat16()
+    step, base = (part.unsqueeze(-1) for part in grid.float().unbind(-1))
+    levels = torch.round((groups - base) / step).clamp(0, 15)
+    tensors[f"{name}.weight"] = levels.reshape(n, -1)[:, :k].to(torch.uint8)
+    tensors[f"{name}.weight_grid"] = grid

@@ -164,6 +164,7 @@ calibration: {num_calibration_samples: 4, max_seq_length: 96}
 drafters:
   int8: {quantize: {smoothing_strength: 0.5}}
   sparse8: {prune: {mask_structure: 2:4}, quantize: {smoothing_strength: 0.5}}
+  int4: {quantize: {scheme: W4A8}}
 """
 # These hold measured times.
 MEASURED = ("tune", "bench")

@@ -126,7 +126,7 @@ def int8(request, tiny_checkpoint, tmp_path_factory):
     return Checkpoint(folder / "checkpoint"), folder / "out"
 
 
-def check_logits(path, decoder: Decoder):
+def check_logits(path, decoder: Decoder, worst: float = 2e-2):
     """A value on the edge between two steps may be rounded either way, and all that follows is off by about a
     step then. So all but few logits agree to float precision, and all to the precision of int8."""
     ids = np.random.default_rng(4).integers(0, decoder.config.vocab_size, (2, NUM_TOKENS))
@@ -134,7 +134,7 @@ def check_logits(path, decoder: Decoder):
     logits = GraphSession(path, NUM_TOKENS, batch=2).run(ids, [0, 0])
     errors = np.abs(logits - expected).max(-1) / np.abs(expected).max()
     assert np.median(errors) < 1e-5
-    assert errors.max() < 2e-2
+    assert errors.max() < worst
 
 
 def test_cpu_graph_has_the_logits_of_the_dynamic_law(int8):

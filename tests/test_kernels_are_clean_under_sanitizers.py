@@ -15,7 +15,7 @@ HERE = Path(__file__).parent / "native"
 NATIVE = Path(__file__).parents[1] / "speculate" / "native"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wconversion", "-Wno-sign-conversion"]
 # As CMakeLists.txt has them.
-KERNELS = ["linear_float", "linear_int8", "rows", "heads", "attention", "probe", "table"]
+KERNELS = ["linear_float", "linear_int8", "linear_int4", "rows", "heads", "attention", "probe", "table"]
 AVX2 = ["-mavx2", "-mfma", "-mpopcnt"]
 FLAGS = {
     "avx2": AVX2,

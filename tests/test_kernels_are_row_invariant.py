@@ -9,7 +9,7 @@ import pytest
 from draftsmith.speculate import kernels
 from draftsmith.speculate.errors import BundleError
 
-FORMATS = ("float32", "bfloat16", "int8", "int8_bitmask", "int8_2_4")
+FORMATS = ("float32", "bfloat16", "int8", "int8_bitmask", "int8_2_4", "int4")
 
 
 def make_pools() -> list[kernels.Pool]:
@@ -37,6 +37,10 @@ def make_weight(rng: np.random.Generator, n: int, k: int, format: str, **options
         return kernels.make_linear(weight, format, **options)
     if format == "bfloat16":
         return kernels.make_linear(kernels.to_bfloat16(weight), format, **options)
+    if format == "int4":
+        grid = rng.uniform(-0.2, 0.2, (n, -(-k // 32), 2)).astype(np.float32)
+        drawn = rng.integers(0, 16, (n, k)).astype(np.uint8)
+        return kernels.make_linear(drawn, format, grid=kernels.to_bfloat16(grid), **options)
     scale = np.abs(weight).max(axis=1) / np.float32(127)
     q = np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8)
     if format != "int8":
@@ -45,7 +49,7 @@ def make_weight(rng: np.random.Generator, n: int, k: int, format: str, **options
 
 
 def apply(pool: kernels.Pool, weight: kernels.Linear, x: np.ndarray, *args) -> np.ndarray:
-    return kernels.linear(pool, weight, kernels.quantize_rows(pool, x) if weight.is_int8 else x, *args)
+    return kernels.linear(pool, weight, kernels.quantize_rows(pool, x) if weight.is_quantized else x, *args)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -143,7 +147,7 @@ class TinyDecoder:
 
     def _norm(self, x, weight, linear):
         y, rows = kernels.norm_rows(self.pool, x, weight)
-        return rows if linear.is_int8 else y
+        return rows if linear.is_quantized else y
 
     def forward(self, tokens, positions, first_slot: int, mask) -> np.ndarray:
         x = self.embed[tokens]

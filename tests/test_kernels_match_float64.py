@@ -100,7 +100,11 @@ def test_rows_are_quantized_as_the_law_says(pool, rng):
         np.testing.assert_array_equal(scale, expected_scale)
         np.testing.assert_array_equal(q, expected_q)
         np.testing.assert_array_equal(sums, expected_q.sum(axis=1, dtype=np.int32))
-        assert not rows[:, k:-8].any()
+        groups = -(-k // 32)
+        assert not rows[:, k : -8 - 4 * groups].any() and rows.shape[1] >= 36 * groups + 8
+        padded = np.pad(expected_q, ((0, 0), (0, -k % 32))).reshape(len(x), groups, 32)
+        group_sums = rows[:, -8 - 4 * groups : -8].copy().view(np.float32)
+        np.testing.assert_array_equal(group_sums, padded.sum(axis=-1, dtype=np.int32))
 
 
 @each_pool
@@ -152,7 +156,65 @@ def test_int8_sums_do_not_saturate(pool, format):
         np.testing.assert_array_equal(y, exact.astype(np.float32) * ones)
 
 
+# ---- int4 --------------------------------------------------------------------------------------------------
+
+
+def draw_int4(rng: np.random.Generator, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights uint8 [n, k] and the bits of their grids, [n, ceil(k / 32), 2]."""
+    grid = rng.standard_normal((n, -(-k // 32), 2), dtype=np.float32) * [0.01, 0.1]
+    return rng.integers(0, 16, (n, k)).astype(np.uint8), kernels.to_bfloat16(grid)
+
+
+@each_pool
+def test_int4_linears_follow_their_law(pool, rng):
+    """The chain of each row is emulated in float64, where step · sum is exact, and rounded after each step:
+    right but for double rounding. In another order most bits would differ."""
+    for n, k in [*SHAPES, (5, 32), (33, 31), (17, 120), (49, 1544)]:
+        weight, bits = draw_int4(rng, n, k)
+        grid, bias = widen(bits).astype(np.float64), rng.standard_normal(n, np.float32)
+        packed = kernels.make_linear(weight, "int4", bias=bias, grid=bits)
+        values = weight * np.repeat(grid[..., 0], 32, 1)[:, :k] + np.repeat(grid[..., 1], 32, 1)[:, :k]
+        for num_rows in ROWS if pool.isa != "portable" else (1, 3, 8):
+            x = rng.standard_normal((num_rows, k), dtype=np.float32)
+            x[0] = 0 if num_rows > 2 else x[0]
+            residual = rng.standard_normal((num_rows, n), dtype=np.float32)
+            y = kernels.linear(pool, packed, kernels.quantize_rows(pool, x), residual)
+
+            q, scale = quantize_by_law(x)
+            q, scale = q.astype(np.float64), scale[:, None]
+            exact = (q @ values.T) * scale + bias + residual
+            magnitude = (np.abs(q) @ np.abs(values).T + 15 * np.abs(q).sum(1)[:, None]) * scale
+            bound = (2 * grid.shape[1] + 4) * 2.0**-24 * (magnitude + np.abs(bias) + np.abs(residual))
+            assert (np.abs(y - exact) <= bound).all(), (n, k, num_rows)
+            chain = np.zeros((num_rows, n), np.float32)
+            for group in range(grid.shape[1]):
+                part = slice(32 * group, 32 * group + 32)
+                sums = q[:, part] @ weight[:, part].T.astype(np.float64)
+                chain = (grid[:, group, 0] * sums + chain).astype(np.float32)
+                chain = (grid[:, group, 1] * q[:, part].sum(1)[:, None] + chain).astype(np.float32)
+            assert (y == chain * scale + bias + residual).mean() > 0.99, (n, k, num_rows)
+
+
+@each_pool
+def test_int4_sums_are_exact_at_full_scale(pool):
+    for k in (1, 32, 63, 4096):
+        bits = kernels.to_bfloat16(np.broadcast_to(np.float32([1, 0]), (3, -(-k // 32), 2)))
+        weight = np.full((3, k), 15, np.uint8)
+        weight[1] = 0
+        x = np.ones((2, k), np.float32)
+        x[1] = -1
+        y = kernels.linear(
+            pool, kernels.make_linear(weight, "int4", grid=bits), kernels.quantize_rows(pool, x)
+        )
+        exact = np.array([[1, 0, 1], [-1, 0, -1]]) * (15.0 * 127 * k)
+        np.testing.assert_array_equal(y, exact.astype(np.float32) * (np.float32(1) / np.float32(127)))
+
+
 def test_packing_refuses_what_it_cannot_hold():
+    with pytest.raises(ValueError, match="0 to 15"):
+        kernels.pack_int4(np.full((2, 4), 16, np.uint8), np.zeros((2, 1, 2), np.uint16))
+    with pytest.raises(ValueError, match="grid"):
+        kernels.make_linear(np.zeros((2, 4), np.uint8), "int4")
     with pytest.raises(ValueError, match="127"):
         kernels.pack_int8(np.full((2, 4), -128, np.int8))
     with pytest.raises(ValueError, match="two nonzero"):

@@ -86,6 +86,14 @@ def test_one_smoothing_strength(build):
     assert build() == [], "what was made before is still there"
 
 
+def test_a_drafter_of_4_bits(build):
+    """Another law to smooth for, so another smoothing."""
+    build()
+    settings = BASE["drafters"]["int8"]["quantize"] | {"scheme": "W4A8"}
+    ran = build(drafters=drafters(int4={"quantize": settings}))
+    assert ran == ["smooth int4", "quantize int4", "export int4", *AFTER]
+
+
 def test_a_mask(build):
     build()
     changed = drafters(sparse8=BASE["drafters"]["sparse8"] | {"prune": {"mask_structure": "4:8"}})

@@ -86,6 +86,13 @@ def refusal(load, *arguments) -> str:
         ),
         ("64}", "64, nsamples: 3}", r":3: calibration\.nsamples: means the same as num_calibration_samples"),
         ("drafters:\n", "drafters:\n  idle: {}\n", r":6: drafters\.idle: neither prune nor quantize"),
+        (
+            "scheme: W8A8, s",
+            "scheme: W4A16, s",
+            r":7: .*quantize\.scheme: found 'W4A16', wanted 'W8A8' or 'W4A8'",
+        ),
+        ("scheme: W8A8, s", "scheme: W4A8, s", r"drafters\.int8: TensorRT cannot hold .*; take scheme: W8A8"),
+        ("{scheme: W8A8}", "{scheme: W4A8}", r":8: drafters\.sparse8: .* a pruned engine takes scheme: W8A8"),
     ],
 )
 def test_a_mistake_is_named_with_its_line_and_what_was_wanted(load, old, new, expected):

@@ -14,7 +14,7 @@ from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime
 from graph_session import entry_of
 from quantized import cast_checkpoint, quantize_checkpoint
 
-KINDS = ["float32", "bfloat16", "int8", "half", "2:4"]
+KINDS = ["float32", "bfloat16", "int8", "half", "2:4", "int4"]
 MAX_ROWS = 32
 
 
@@ -50,6 +50,8 @@ def folder(request, tiny_checkpoint, tmp_path_factory):
     source = request.getfixturevalue("smollm2") if variant == "smollm2" else tiny_checkpoint(variant)
     if kind in ("float32", "bfloat16"):
         cast_checkpoint(source, folder / "checkpoint", kind)
+    elif kind == "int4":
+        quantize_checkpoint(source, folder / "checkpoint", bits=4)
     else:
         quantize_checkpoint(source, folder / "checkpoint", zeros="" if kind == "int8" else kind)
     export_onnx(folder / "checkpoint", folder)
@@ -125,7 +127,7 @@ def test_how_much_room_the_cache_has_does_not_show(folder):
 
 @pytest.mark.parametrize(
     ("folder", "layout"),
-    [(("llama-bias", kind), layout) for kind, layout in zip(KINDS, range(5), strict=True)],
+    [(("llama-bias", kind), layout) for kind, layout in zip(KINDS, range(6), strict=True)],
     indirect=["folder"],
 )
 def test_weights_are_stored_in_the_layout_of_their_kind(folder, layout):
@@ -135,7 +137,7 @@ def test_weights_are_stored_in_the_layout_of_their_kind(folder, layout):
     assert layout in formats
 
 
-@pytest.mark.parametrize("folder", [("llama-bias", "int8")], indirect=True)
+@pytest.mark.parametrize("folder", [("llama-bias", "int8"), ("llama-bias", "int4")], indirect=True)
 def test_every_instruction_set_gives_the_same_bits(folder, monkeypatch):
     ids = np.arange(30, dtype=np.int32)
     reference = Reader(open_engine(folder, threads=1)).read_in_chunks(ids, [30])

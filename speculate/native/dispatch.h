@@ -57,16 +57,19 @@ enum { DS_PROBE_BYTES = 1 << 16, DS_PROBE_STEPS = 1 << 10 };
 
 typedef struct ds_kernels {
   const char *isa;
-  ds_task *linear_float, *linear_int8, *quantize_rows, *norm_rows, *write_heads, *attend;
+  ds_task *linear_float, *linear_int8, *linear_int4, *quantize_rows, *norm_rows, *write_heads, *attend;
   ds_task *probe_read, *probe_int8, *probe_float;
   int32_t probe_lanes; /* multiply-adds of float32 in one step; of int8 four times as many */
 } ds_kernels;
 
-/* The end of a quantized row. */
+/* The end of a quantized row. Before it stand the sums of its groups. */
 typedef struct {
   float scale;
   int32_t sum;
 } ds_row_end;
+
+/* Bytes of a group of inputs in a block of int4 weights: the grids, then the weights. */
+enum { DS_INT4_GROUP_BYTES = 16 * (4 + DS_INT4_GROUP / 2) };
 
 /* The largest number of queries that an item of ds_attend_job may have. */
 enum { DS_MAX_QUERIES = 8, DS_MAX_HEAD_DIM = 256 };

@@ -31,14 +31,17 @@ const char *ds_pool_isa(const ds_pool *pool) { return pool ? ds_pool_kernels(poo
 
 /* ---- Linear layers ------------------------------------------------------------------------------------- */
 
-static bool is_int8(int32_t format) { return format >= DS_INT8; }
+/* Whether rows are quantized for it. */
+static bool is_quantized(int32_t format) { return format >= DS_INT8; }
+
+static bool is_int8(int32_t format) { return is_quantized(format) && format != DS_INT4; }
 
 static int32_t check_linear(const ds_linear *linear) {
   REQUIRE(linear, "the linear is NULL");
   REQUIRE(linear->n >= 1 && linear->n <= MAX_SIDE && linear->k >= 1 && linear->k <= MAX_SIDE,
           "a linear of %d outputs and %d inputs; both must be 1 to %d", (int)linear->n, (int)linear->k,
           MAX_SIDE);
-  REQUIRE(linear->format >= DS_FLOAT32 && linear->format <= DS_INT8_2_4, "%d is not a weight format",
+  REQUIRE(linear->format >= DS_FLOAT32 && linear->format <= DS_INT4, "%d is not a weight format",
           (int)linear->format);
   int32_t activation = linear->activation & ~DS_GATED;
   REQUIRE(activation >= DS_IDENTITY && activation <= DS_GELU_TANH, "%d is not an activation",
@@ -83,19 +86,23 @@ int32_t ds_check_parts(const ds_linear *linear, const ds_part_sizes *sizes) {
   return DS_OK;
 }
 
-static int32_t run_linear(ds_pool *pool, ds_linear_job *job, bool int8) {
+static int32_t run_linear(ds_pool *pool, ds_linear_job *job, bool quantized) {
   REQUIRE(pool, "the pool is NULL");
   int32_t status = check_linear(job->linear);
   if (status == DS_OK && job->next) status = check_linear(job->next);
   if (status != DS_OK) return status;
-  REQUIRE(is_int8(job->linear->format) == int8, "weight format %d does not go with %s rows",
-          (int)job->linear->format, int8 ? "quantized" : "float");
+  int32_t format = job->linear->format;
+  REQUIRE(is_quantized(format) == quantized, "weight format %d does not go with %s rows", (int)format,
+          quantized ? "quantized" : "float");
   REQUIRE(job->n_rows >= 0, "%d rows", (int)job->n_rows);
   REQUIRE(job->n_rows == 0 || ((job->x || job->rows) && job->y), "the rows or the outputs are NULL");
   if (job->n_rows == 0) return DS_OK;
   job->n_threads = ds_pool_threads(pool);
   const ds_kernels *kernels = ds_pool_kernels(pool);
-  ds_pool_run(pool, int8 ? kernels->linear_int8 : kernels->linear_float, job, count_items(job->linear));
+  ds_task *task = format == DS_INT4 ? kernels->linear_int4
+                  : quantized       ? kernels->linear_int8
+                                    : kernels->linear_float;
+  ds_pool_run(pool, task, job, count_items(job->linear));
   return DS_OK;
 }
 
@@ -128,7 +135,7 @@ static float read_weight(const ds_linear *linear, int64_t output, int64_t input)
 int32_t ds_embed(const ds_linear *linear, int32_t n_rows, const int64_t *ids, float multiplier, float *x) {
   int32_t status = check_linear(linear);
   if (status != DS_OK) return status;
-  REQUIRE(!is_int8(linear->format), "embeddings are not read from int8 weights");
+  REQUIRE(!is_quantized(linear->format), "embeddings are not read from quantized weights");
   REQUIRE(n_rows >= 0 && (n_rows == 0 || (ids && x)), "the ids or the outputs of %d rows are NULL",
           (int)n_rows);
   for (int32_t r = 0; r < n_rows; ++r) {
@@ -143,7 +150,8 @@ int32_t ds_embed(const ds_linear *linear, int32_t n_rows, const int64_t *ids, fl
 /* ---- Rows ---------------------------------------------------------------------------------------------- */
 
 int64_t ds_int8_stride(int32_t k) {
-  int64_t lines = ((int64_t)k + (int64_t)sizeof(ds_row_end) + 63) / 64;
+  int64_t n_groups = ((int64_t)k + DS_INT4_GROUP - 1) / DS_INT4_GROUP; /* read whole by int4 weights */
+  int64_t lines = (n_groups * (DS_INT4_GROUP + 4) + (int64_t)sizeof(ds_row_end) + 63) / 64;
   return (lines | 1) * 64;
 }
 

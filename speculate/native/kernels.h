@@ -47,8 +47,20 @@ DS_API const char *ds_pool_isa(const ds_pool *pool);
  *                    the bytes of DS_INT8 whose bit is set, in order
  *   DS_INT8_2_4      for each group of four inputs, of which each output keeps two: uint8 [16][2] as in
  *                    DS_INT8, then a uint64 of 16 codes, output i's in bits 4 (i / 2) + 32 (i % 2) and up.
- *                    Codes 0 to 5: the two are inputs 01 02 03 12 13 23 of the group, the others zero. */
-enum ds_format { DS_FLOAT32 = 0, DS_BFLOAT16 = 1, DS_INT8 = 2, DS_INT8_BITMASK = 3, DS_INT8_2_4 = 4 };
+ *                    Codes 0 to 5: the two are inputs 01 02 03 12 13 23 of the group, the others zero.
+ *   DS_INT4          for each group of 32 inputs, the last one padded with zeros: bfloat16 [16][2], the step
+ *                    and the base of each output's grid, then uint8 [4][16][4], a weight in each half byte:
+ *                    the low ones are inputs 0 to 15 of the group, the high ones 16 to 31. A weight u, 0 to
+ *                    15, stands for step u + base. */
+enum ds_format {
+  DS_FLOAT32 = 0,
+  DS_BFLOAT16 = 1,
+  DS_INT8 = 2,
+  DS_INT8_BITMASK = 3,
+  DS_INT8_2_4 = 4,
+  DS_INT4 = 5,
+};
+enum { DS_INT4_GROUP = 32 }; /* inputs that share a grid */
 
 /* What becomes of x W^T + bias. The gated ones take blocks in pairs, 16 outputs a of the gate projection
  * before 16 outputs b of the up projection, and give act(a) b. */
@@ -79,8 +91,9 @@ typedef struct ds_linear {
 DS_API int32_t ds_linear_float(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const float *x,
                                const float *residual, float *y, const ds_linear *next);
 
-/* The same over quantized rows: (float)(q W^T) * (scale[row] * scale[output]) + bias, each step
- * rounded. */
+/* The same over quantized rows. int8 weights: (float)(q W^T) * (scale[row] * scale[output]) + bias, each step
+ * rounded. int4: scale[row] * y + bias, where over the groups from first to last y = fma(base, sum of q,
+ * fma(step, sum of q u, y)), from 0. */
 DS_API int32_t ds_linear_int8(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const void *rows,
                               const float *residual, float *y, const ds_linear *next);
 
@@ -91,8 +104,8 @@ DS_API int32_t ds_embed(const ds_linear *linear, int32_t n_rows, const int64_t *
 
 /* ---- Rows ---------------------------------------------------------------------------------------------- */
 
-/* Bytes of a quantized row of k: int8 [k], zeros, and at the end the row's scale (float) and the sum of its
- * int8 values (int32). An odd number of cache lines, so that the rows of a tile do not all fall into the same
+/* Bytes of a quantized row of k: int8 [k], zeros, the sum of each 32 of them (float), and at the end the row's
+ * scale (float) and the sum of all (int32). An odd number of cache lines, so that the rows of a tile do not all fall into the same
  * sets. */
 DS_API int64_t ds_int8_stride(int32_t k);
 

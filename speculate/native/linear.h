@@ -12,6 +12,16 @@ typedef struct {
   int32_t from, first, end;
 } block_range;
 
+INLINE int32_t count_int4_groups(int32_t k) { return (k + DS_INT4_GROUP - 1) / DS_INT4_GROUP; }
+
+/* The sum of group `g` of a quantized row. */
+INLINE float get_group_sum(const char *row, int64_t stride, int32_t k, int32_t g) {
+  float sum;
+  memcpy(&sum, row + stride - (int64_t)sizeof(ds_row_end) - 4 * (int64_t)(count_int4_groups(k) - g),
+         sizeof sum);
+  return sum;
+}
+
 INLINE int32_t is_gated(const ds_linear *linear) { return linear->activation & DS_GATED; }
 
 INLINE int32_t count_blocks(const ds_linear *linear) {
@@ -43,6 +53,7 @@ INLINE int64_t block_start(const ds_linear *linear, int32_t block) {
   case DS_BFLOAT16: return block * ((k + 1) / 2) * LANES * 4;
   case DS_INT8: return block * ((k + 3) / 4) * LANES * 4;
   case DS_INT8_2_4: return block * ((k + 3) / 4) * (LANES * 2 + LANES / 2);
+  case DS_INT4: return (int64_t)block * count_int4_groups(linear->k) * DS_INT4_GROUP_BYTES;
   default: return linear->starts[block];
   }
 }

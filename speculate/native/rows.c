@@ -59,18 +59,23 @@ static void quantize(const row_values *row, float static_scale, char *to) {
     if (end.scale == 0) end.scale = 1;
   }
   vf scale = f_set(end.scale);
-  vi sums = i_set(0);
-  int32_t i = 0;
-  for (; i < row->k; i += LANES) {
-    vf value = f_div(get_values(row, i), scale);
-    vi q = f_round(f_min(f_max(value, f_set(-127)), f_set(127))); /* NaN becomes -127 */
-    sums = i_add(sums, q);
-    i_store_bytes((int8_t *)to + i, q);
+  int32_t n_groups = (row->k + DS_INT4_GROUP - 1) / DS_INT4_GROUP, i = 0;
+  char *to_end = to + ds_int8_stride(row->k) - sizeof end, *to_sums = to_end - n_groups * sizeof(float);
+  for (int32_t g = 0; g < n_groups; ++g) {
+    vi sums = i_set(0);
+    for (; i < row->k && i < (g + 1) * DS_INT4_GROUP; i += LANES) {
+      vf value = f_div(get_values(row, i), scale);
+      vi q = f_round(f_min(f_max(value, f_set(-127)), f_set(127))); /* NaN becomes -127 */
+      sums = i_add(sums, q);
+      i_store_bytes((int8_t *)to + i, q);
+    }
+    int32_t sum = i_sum_lanes(sums);
+    float rounded = (float)sum; /* exactly */
+    memcpy(to_sums + g * sizeof rounded, &rounded, sizeof rounded);
+    end.sum += sum;
   }
-  end.sum = i_sum_lanes(sums);
-  int64_t stride = ds_int8_stride(row->k), at = stride - (int64_t)sizeof end;
-  if (i < at) memset(to + i, 0, (size_t)(at - i));
-  memcpy(to + at, &end, sizeof end);
+  memset(to + i, 0, (size_t)(to_sums - (to + i)));
+  memcpy(to_end, &end, sizeof end);
 }
 
 void ISA(quantize_rows)(const void *argument, int32_t item, int32_t next, int32_t thread) {

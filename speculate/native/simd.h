@@ -15,6 +15,8 @@
  * w_expand(bytes, mask)       the bytes of the weights whose bit is set, zero for the others; may read 64
  * w_expand_2_4(pairs, codes)  as DS_INT8_2_4 says
  *
+ * w_load_nibbles(p, low, high)  64 bytes, each of which holds two weights of 0 to 15; for these i_dot leaves no offset
+ *
  * i_dot(sums, w, x) adds to each of sixteen int32 the dot product of four weight bytes with the four
  * activation bytes. The weights are stored plus 128, and DOT_OFFSET (128 or 0) is what an implementation
  * leaves of that: the caller subtracts DOT_OFFSET times the sum of the activations. */

@@ -172,6 +172,14 @@ INLINE vw w_load(const void *p) {
   return w_prepare(_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1));
 }
 
+INLINE void w_load_nibbles(const void *p, vw *low, vw *high) {
+  const __m256i *from = p, nibble = _mm256_set1_epi8(15);
+  __m256i a = _mm256_loadu_si256(from), b = _mm256_loadu_si256(from + 1);
+  *low = (vw){_mm256_and_si256(a, nibble), _mm256_and_si256(b, nibble)};
+  *high = (vw){_mm256_and_si256(_mm256_srli_epi16(a, 4), nibble),
+               _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble)};
+}
+
 /* Sixteen bytes of each lane's own, at `bytes` and, for the upper lane, past those of the lower. */
 INLINE __m256i expand_32(const uint8_t *bytes, uint32_t mask) {
   const __m256i which = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);

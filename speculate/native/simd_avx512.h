@@ -94,6 +94,11 @@ INLINE vf f_sums(const vf v[LANES]) {
 }
 
 INLINE vw w_load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE void w_load_nibbles(const void *p, vw *low, vw *high) {
+  __m512i pairs = _mm512_loadu_si512(p), nibble = _mm512_set1_epi8(15);
+  *low = _mm512_and_si512(pairs, nibble);
+  *high = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble);
+}
 INLINE vx x_load(const int8_t *p) {
   int32_t four;
   memcpy(&four, p, sizeof four);

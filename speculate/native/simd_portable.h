@@ -100,6 +100,13 @@ INLINE vw w_load(const void *p) {
   for (int i = 0; i < 4 * LANES; ++i) y.at[i] = (int8_t)(((const uint8_t *)p)[i] - 128);
   return y;
 }
+INLINE void w_load_nibbles(const void *p, vw *low, vw *high) {
+  const uint8_t *pairs = p;
+  for (int i = 0; i < 4 * LANES; ++i) {
+    low->at[i] = (int8_t)(pairs[i] & 15);
+    high->at[i] = (int8_t)(pairs[i] >> 4);
+  }
+}
 INLINE vx x_load(const int8_t *p) { return (vx){{p[0], p[1], p[2], p[3]}}; }
 INLINE vi i_dot(vi sums, vw w, vx x) {
   EACH_LANE(vi, sums.at[i] + w.at[4 * i] * x.at[0] + w.at[4 * i + 1] * x.at[1] + w.at[4 * i + 2] * x.at[2] +

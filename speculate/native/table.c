@@ -5,8 +5,8 @@
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
 
-ds_task ISA(linear_float), ISA(linear_int8), ISA(quantize_rows), ISA(norm_rows), ISA(write_heads),
-    ISA(attend);
+ds_task ISA(linear_float), ISA(linear_int8), ISA(linear_int4), ISA(quantize_rows), ISA(norm_rows),
+    ISA(write_heads), ISA(attend);
 ds_task ISA(probe_read), ISA(probe_int8), ISA(probe_float);
 
 extern const ds_kernels ISA(ds_kernels);
@@ -14,6 +14,7 @@ const ds_kernels ISA(ds_kernels) = {
     .isa = TEXT(DS_ISA),
     .linear_float = ISA(linear_float),
     .linear_int8 = ISA(linear_int8),
+    .linear_int4 = ISA(linear_int4),
     .quantize_rows = ISA(quantize_rows),
     .norm_rows = ISA(norm_rows),
     .write_heads = ISA(write_heads),

@@ -39,6 +39,12 @@ static weights make_weights(int32_t n, int32_t k, int32_t format, int32_t activa
     uint8_t *at = w.weight = bytes(blocks * groups * 40);
     for (int64_t g = 0; g < blocks * groups; ++g)
       for (int i = 32; i < 40; ++i) at[g * 40 + i] = (uint8_t)(below(6) + 16 * below(6));
+  } else if (format == DS_INT4) {
+    int64_t n_groups = blocks * ((k + 31) / 32);
+    uint8_t *at = w.weight = bytes(n_groups * 320);
+    for (int64_t g = 0; g < n_groups; ++g)
+      for (int i = 1; i < 64; i += 2)
+        at[g * 320 + i] = (uint8_t)(0x3e + 128 * below(2)); /* grids of moderate size */
   } else {
     uint64_t *masks = malloc((size_t)(blocks * groups) * sizeof *masks);
     w.starts = malloc((size_t)(blocks + 1) * sizeof *w.starts);
@@ -56,7 +62,7 @@ static weights make_weights(int32_t n, int32_t k, int32_t format, int32_t activa
       memcpy((char *)w.weight + w.starts[b], masks + b * groups, (size_t)groups * sizeof *masks);
     free(masks);
   }
-  if (format >= DS_INT8) w.scale = floats(blocks * 16);
+  if (format >= DS_INT8 && format != DS_INT4) w.scale = floats(blocks * 16);
   if (below(2)) w.bias = floats(blocks * 16);
   w.linear.weight = w.weight;
   w.linear.starts = w.starts;
@@ -77,8 +83,8 @@ static void exercise_linears(ds_pool *pool) {
                                         DS_GELU_TANH};
   for (int round = 0; round < 60; ++round) {
     int32_t n = 1 + below(120), k = 1 + below(below(2) ? 20 : 600), n_rows = 1 + below(40);
-    weights w = make_weights(n, k, round % 5, activations[below(5)]);
-    weights next = make_weights(1 + below(200), 1 + below(100), below(5), activations[below(5)]);
+    weights w = make_weights(n, k, round % 6, activations[below(5)]);
+    weights next = make_weights(1 + below(200), 1 + below(100), below(6), activations[below(5)]);
     float *x = floats((int64_t)n_rows * k), *y = floats((int64_t)n_rows * n),
           *residual = floats((int64_t)n_rows * n);
     const ds_linear *hint = below(2) ? &next.linear : NULL;

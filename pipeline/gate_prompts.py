@@ -8,6 +8,7 @@ from ..speculate.manifest import CHAT_TEMPLATE
 from .prompts import Prompt, encode_prompts, pick_evenly, read_prompts
 from .recipe_file import RECIPES
 
+LADDERS = ({"speculate": "none"}, {"speculate": "auto"})
 DEFAULT_PROMPTS = RECIPES / "demo_prompts.jsonl"
 
 
@@ -22,7 +23,7 @@ def read_ids(
     for index, bundle in enumerate(bundles):
         if index:
             chosen = [Prompt(tokens, "", line) for line, tokens in enumerate(ids, 1)]
-        encoded, _ = encode_prompts(bundle, chosen, ["none", "auto"], max_new_tokens=max_new_tokens)
+        encoded, _ = encode_prompts(bundle, chosen, LADDERS, max_new_tokens=max_new_tokens)
         ids = [tokens for _, tokens in encoded]
     return pick_evenly(ids, limit)
 

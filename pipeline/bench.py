@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -35,18 +36,23 @@ def bench(
     max_new_tokens: int = 128,
     ignore_eos: bool = False,
     temperature: float = 0.0,
+    references: Sequence[str] = (),
     progress: Progress = no_progress,
 ) -> dict:
     """Decode every prompt plainly and speculatively, in alternating order, and compare.
 
-    A prompt that the bundle refuses is passed over. An interrupt ends the run early and keeps what was
-    measured. Figures are defined in docs/metrics.md.
+    Drafters that learn from earlier outputs know those of the prompts before, and no others. A prompt that
+    the bundle refuses is passed over. An interrupt ends the run early and keeps what was measured. Figures
+    are defined in docs/metrics.md.
     """
-    modes: dict[Mode, str | list[str]] = {"plain": "none", "speculative": speculate}
+    ladders: dict[Mode, str | list[str]] = {"plain": "none", "speculative": speculate}
+    modes: dict[Mode, dict[str, Any]] = {mode: {"speculate": ladder} for mode, ladder in ladders.items()}
+    modes["speculative"]["references"] = references
     options = {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos, "temperature": temperature}
-    encoded, passed_over = encode_prompts(bundle, prompts, list(modes.values()), **options)
+    encoded, passed_over = encode_prompts(bundle, prompts, [*modes.values()], **options)
     for mode in modes.values():  # warms the kernels
-        bundle.generate(encoded[0][1], max_new_tokens=min(4, max_new_tokens), speculate=mode, ignore_eos=True)
+        bundle.generate(encoded[0][1], max_new_tokens=min(4, max_new_tokens), ignore_eos=True, **mode)
+    bundle.forget()
     reference = Reference(bundle.threads)
     watch = Watch()
     runs: list[Run] = []
@@ -56,8 +62,8 @@ def bench(
         for index, (prompt, ids) in enumerate(encoded):
             pair: dict[str, Run] = {}
             for mode in list(modes) if index % 2 == 0 else reversed(modes):
-                ladder = modes[mode]
-                pair[mode] = _decode(bundle, index, ids, mode, ladder, prompt.category, options, reference)
+                settings = options | modes[mode]
+                pair[mode] = _decode(bundle, index, ids, mode, prompt.category, settings, reference)
             plain, speculative = (pair[mode].rounds.token_ids for mode in modes)
             if temperature == 0.0 and plain != speculative:
                 found = find_divergence(bundle, ids, plain, speculative)
@@ -74,7 +80,11 @@ def bench(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(),
         "settings": options
-        | {"speculate": speculate, "plan": bundle.plan_for(speculate), "threads": bundle.threads},
+        | {"speculate": speculate, "plan": bundle.plan_for(speculate), "threads": bundle.threads}
+        | {
+            "references": len(references),
+            "datastore": str(bundle.datastore.path) if bundle.datastore else None,
+        },
         "prompts": len(runs) // 2,
         "warm_up": {"prompts": 1, "new_tokens": min(4, max_new_tokens)},
         "passed_over": passed_over,
@@ -83,7 +93,7 @@ def bench(
         "divergences": divergences,
         **summarise(runs),
         "categories": summarise_categories(runs),
-        "memory": describe_memory(bundle, [*modes.values()]),
+        "memory": describe_memory(bundle, [*ladders.values()]),
         "disturbance": asdict(disturbance),
         "snapshot": _snapshot(bundle, [ids for _, ids in encoded], max_new_tokens, runs, reference)
         if greedy
@@ -97,12 +107,11 @@ def _decode(
     prompt: int,
     ids: list[int],
     mode: Mode,
-    speculate: str | list[str],
     category: str,
-    options: dict,
+    settings: dict,
     reference: Reference,
 ) -> Run:
-    rounds = decode_in_turn([bundle.stream(ids, speculate=speculate, **options)], reference.sometimes)[0]
+    rounds = decode_in_turn([bundle.stream(ids, **settings)], reference.sometimes)[0]
     return Run(prompt, mode, category, rounds)
 
 

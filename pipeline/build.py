@@ -1,17 +1,17 @@
 """From a recipe to a bundle: plan the stages, run what the cache does not have, pack what came out."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..model.config import DecoderConfig
-from ..speculate.manifest import PLAN
+from ..speculate.manifest import PLAN, TOKENIZER
 from .cache import Cache, Entry
 from .describe import describe_provenance, resolve_recipe, write_documents
 from .output import format_size
-from .pack import Layout, check_output, lay_out, publish
-from .preflight import check_model, check_recipe, find_texts
+from .pack import Layout, check_output, lay_out, list_tables, publish
+from .preflight import check_datastore, check_model, check_recipe, find_datastore, find_texts
 from .recipe import Recipe
 from .recipe_file import LoadedRecipe, load_recipe
 from .stage import Task, run_task
@@ -37,11 +37,11 @@ def build(
     loaded = load_recipe(recipe, overrides)
     out = out.absolute()
     check_recipe(loaded.recipe)
-    texts = find_texts(loaded)
+    texts, datastore = find_texts(loaded), find_datastore(loaded)
     check_output(out)
     cache = Cache()
     with cache.in_use():
-        plan = plan_tasks(loaded.recipe, _find_model(loaded, cache), texts)
+        plan = plan_tasks(loaded.recipe, _find_model(loaded, cache), texts, datastore)
         done: dict[Task, Entry] = {}
         stages: list[dict[str, Any]] = []
 
@@ -60,10 +60,13 @@ def build(
                 config = DecoderConfig.model_validate_json(
                     (outcome.entry.output / "config.json").read_bytes()
                 )
+                if datastore:
+                    check_datastore(datastore, config, outcome.entry.output / TOKENIZER)
                 for warning in check_model(loaded.recipe, config, cache.root, out):
                     say(f"warning: {warning}")
         packing = time.monotonic()
-        layout = _lay_out_bundle(loaded.recipe, plan, done, out)
+        ngrams = done[plan.ngrams].output if plan.ngrams else None
+        layout = _lay_out_bundle(loaded.recipe, plan, done, out, list_tables(ngrams, datastore))
         with cache.lock({"bundle": str(out)}, lambda: say(f"pack: another build is writing {out}; waiting")):
             why = publish(out, layout)
         size = sum(file["size"] for file in layout.manifest["files"].values())
@@ -91,7 +94,9 @@ def _find_model(loaded: LoadedRecipe, cache: Cache) -> Path:
     return resolve(str(local or source), cache.models)
 
 
-def _lay_out_bundle(recipe: Recipe, plan: Plan, done: dict[Task, Entry], out: Path) -> Layout:
+def _lay_out_bundle(
+    recipe: Recipe, plan: Plan, done: dict[Task, Entry], out: Path, tables: Mapping[str, Path]
+) -> Layout:
     resolved = resolve_recipe(recipe, done[plan.tune].report)
     weights = {name: str(done[task].record["params"]["weights"]) for name, task in plan.exports.items()}
     weights = {name: text or recipe.model.dtype for name, text in weights.items()}
@@ -101,4 +106,4 @@ def _lay_out_bundle(recipe: Recipe, plan: Plan, done: dict[Task, Entry], out: Pa
     texts[PLAN] = (done[plan.tune].output / PLAN).read_text(encoding="utf-8")
     engines = {name: done[task].output for name, task in plan.exports.items()}
     compiled = {name: [done[task].output for task in tasks] for name, tasks in plan.engines.items()}
-    return lay_out(engines, done[plan.load].output, texts, provenance, compiled)
+    return lay_out(engines, done[plan.load].output, texts, provenance, compiled, tables)

@@ -135,6 +135,8 @@ def bench(
     max_new_tokens: opt.NewTokens = 128,
     temperature: opt.Temperature = 0.0,
     speculate: opt.Ladder = "auto",
+    reference: opt.References = None,
+    datastore: opt.Datastore = None,
     ignore_eos: opt.IgnoreEos = False,
     threads: opt.Threads = None,
     device: opt.Device = "auto",
@@ -144,6 +146,7 @@ def bench(
 
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "ignore_eos": ignore_eos}
     settings |= {"limit": limit, "threads": threads, "device": device, "speculate": speculate}
+    settings |= {"references": reference or (), "datastore": datastore}
     result = run.bench(bundle, prompts, json_out=json_out, **settings)
     output.emit(result, str(json_out) == "-", show.show_bench)
     raise typer.Exit(FAILED if run.has_bug(result) else FINE)

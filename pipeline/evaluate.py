@@ -47,7 +47,8 @@ def evaluate(
     if prompts is not None:
         chosen, unread = read_prompts(prompts, limit)
         alone = [[name] for name in bundle.drafters]
-        encoded, refused = encode_prompts(bundle, chosen, ["none", *alone], max_new_tokens=max_new_tokens)
+        modes = [{"speculate": ladder} for ladder in ("none", *alone)]
+        encoded, refused = encode_prompts(bundle, chosen, modes, max_new_tokens=max_new_tokens)
         result["prompts"] = {"file": str(prompts), "prompts": len(encoded), "passed_over": unread + refused}
         agreed = {name: [] for name in bundle.drafters}
         for index, (_, ids) in enumerate(encoded):

@@ -9,6 +9,7 @@ from ..speculate.manifest import CHAT_TEMPLATE
 from .prompts import Prompt, encode_prompts, pick_evenly, read_prompts
 from .recipe_file import RECIPES
 
+LADDERS = ({"speculate": "none"}, {"speculate": "auto"})
 DEFAULT_PROMPTS = RECIPES / "demo_prompts.jsonl"
 
 
@@ -21,7 +22,7 @@ def choose_prompts(
         chosen = [replace(prompt, content=_as_text(prompt)) for prompt in chosen]
     encoded: list[tuple[Prompt, list[int]]] = []
     for bundle in bundles:  # the first one's tokens are what the others have to decode
-        encoded, _ = encode_prompts(bundle, chosen, ["none", "auto"], max_new_tokens=max_new_tokens)
+        encoded, _ = encode_prompts(bundle, chosen, LADDERS, max_new_tokens=max_new_tokens)
         chosen = [replace(prompt, content=ids) for prompt, ids in encoded]
     return pick_evenly(encoded, limit)
 

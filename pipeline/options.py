@@ -33,6 +33,7 @@ References = Annotated[
     typer.Option("--reference", help="a text that the output may quote; may be given more than once"),
 ]
 Datastore = Annotated[
-    Path | None, typer.Option(help='file by `draftsmith datastore`, for ladders that begin with "rest"')
+    Path | None,
+    typer.Option(help="file by `draftsmith datastore`, for ladders with rest; by default the bundle's own"),
 ]
 StageName = Annotated[str, typer.Argument(help="such as smooth, or smooth-int8")]

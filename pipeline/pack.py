@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..speculate.manifest import CHAT_TEMPLATE, MANIFEST, PLAN, SCHEMA_VERSION, TOKENIZER
+from ..speculate.manifest import (
+    CHAT_TEMPLATE,
+    DATASTORE,
+    MANIFEST,
+    NGRAMS,
+    PLAN,
+    SCHEMA_VERSION,
+    TOKENIZER,
+)
 from .errors import RecipeError
 from .hashing import hash_file, list_files, package_version
 from .recipe import TARGET
@@ -63,9 +71,10 @@ def lay_out(
     texts: Mapping[str, str],
     provenance: Mapping[str, Any],
     compiled: Mapping[str, Sequence[Path]] | None = None,
+    tables: Mapping[str, Path] | None = None,
 ) -> Layout:
     """A bundle of exports by engine, the tokenizer of the checkpoint `model`, and `texts` by file name.
-    `compiled`: the folders of TensorRT's engines, by engine."""
+    `compiled`: the folders of TensorRT's engines, by engine; `tables`: what drafters read, by file name."""
     sources: dict[str, Path] = {}
     files: dict[str, dict] = {}
     entries: dict[str, dict] = {}
@@ -82,10 +91,10 @@ def lay_out(
             sources[f"{prefix}/{file}"] = folder / file
             files[f"{prefix}/{file}"] = {"sha256": digest, "size": built["size"]}
             entries[name].setdefault("tensorrt", []).append(built | {"file": f"{prefix}/{file}"})
-    for file in MODEL_FILES:
-        if (model / file).exists():
-            sources[file] = model / file
-            files[file] = {"sha256": hash_file(model / file), "size": (model / file).stat().st_size}
+    named = {file: model / file for file in MODEL_FILES if (model / file).exists()} | dict(tables or {})
+    for file, source in named.items():
+        sources[file] = source
+        files[file] = {"sha256": hash_file(source), "size": source.stat().st_size}
     for file, text in texts.items():
         data = text.encode()
         files[file] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
@@ -99,15 +108,23 @@ def lay_out(
     return Layout(sources, dict(texts), manifest)
 
 
-def try_bundle(work: Path, inputs: Mapping[str, Path]) -> Path:
-    """A bundle to measure, made of links, from the inputs "model", "engine NAME" and possibly "plan"."""
+def list_tables(ngrams: Path | None, datastore: Path | None) -> dict[str, Path]:
+    """What drafters read, by its name in the bundle: the stage's folder with n-grams, and a datastore."""
+    tables = {} if ngrams is None else {NGRAMS: ngrams / NGRAMS}
+    return tables if datastore is None else tables | {DATASTORE: datastore}
+
+
+def try_bundle(work: Path, inputs: Mapping[str, Path], datastore: Path | None = None) -> Path:
+    """A bundle to measure, made of links, from the inputs "model", "engine NAME" and possibly "plan" and
+    "ngrams"."""
     folder = work / "bundle"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     plan = json.loads((inputs["plan"] / PLAN).read_text()) if "plan" in inputs else NO_PLAN
     names = [name for name in inputs if name.startswith("engine ")]
     engines = {name.removeprefix("engine "): inputs[name] for name in names}
-    lay_out(engines, inputs["model"], {PLAN: json.dumps(plan)}, {}).write(folder, link_file)
+    tables = list_tables(inputs.get("ngrams"), datastore)
+    lay_out(engines, inputs["model"], {PLAN: json.dumps(plan)}, {}, tables=tables).write(folder, link_file)
     return folder
 
 

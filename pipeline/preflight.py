@@ -10,7 +10,10 @@ from ..model.config import DecoderConfig
 from ..model.errors import ModelError
 from ..model.layout import embed_shapes, head_shapes, layer_shapes, linear_shapes
 from ..model.select import select_linears
+from ..speculate.datastore import Datastore
+from ..speculate.errors import BundleError
 from .errors import RecipeError
+from .hashing import hash_file
 from .recipe import TARGET, Engine, Export, Recipe
 from .recipe_file import LoadedRecipe
 
@@ -59,6 +62,28 @@ def find_texts(loaded: LoadedRecipe) -> dict[str, Path]:
                 f"wanted {TEXTS}"
             )
     return {name: path for name, path in found.items() if path}
+
+
+def find_datastore(loaded: LoadedRecipe) -> Path | None:
+    """The file that `rest` drafts from, if the recipe names one."""
+    if loaded.recipe.speculate.rest is None:
+        return None
+    name = loaded.recipe.speculate.rest.datastore
+    path = loaded.find(name)
+    if path is None or not path.is_file():
+        raise RecipeError(
+            f"speculate.rest.datastore: no file {name} in {loaded.path.parent.absolute()} or {Path.cwd()}; "
+            "make it with `draftsmith datastore`"
+        )
+    return path
+
+
+def check_datastore(path: Path, config: DecoderConfig, tokenizer: Path) -> None:
+    """Raises RecipeError unless a file is a datastore for this model."""
+    try:
+        Datastore(path, config.vocab_size, hash_file(tokenizer))
+    except BundleError as error:
+        raise RecipeError(f"speculate.rest.datastore: {error}") from None
 
 
 def check_model(recipe: Recipe, config: DecoderConfig, cache: Path, out: Path) -> list[str]:

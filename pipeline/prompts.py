@@ -3,7 +3,7 @@ bundle cannot decode are passed over, with the reason.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,15 +54,15 @@ def pick_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def encode_prompts(
-    bundle: Bundle, prompts: Sequence[Prompt], ladders: Sequence[str | list[str]], **settings: Any
+    bundle: Bundle, prompts: Sequence[Prompt], modes: Sequence[Mapping[str, Any]], **settings: Any
 ) -> tuple[list[tuple[Prompt, list[int]]], list[str]]:
-    """The prompts, with their token ids, that `bundle` decodes with each of `ladders` and `settings`; and why
+    """The prompts, with their token ids, that `bundle` decodes in each of `modes`, with `settings`; and why
     it refuses the others, one sentence each. Raises BundleError if it refuses all.
     """
 
     def try_decoding(ids: list[int]) -> None:
-        for ladder in ladders:
-            bundle.stream(ids, speculate=ladder, **settings).close()  # checks all, decodes nothing
+        for mode in modes:
+            bundle.stream(ids, **mode, **settings).close()  # checks all, decodes nothing
 
     try_decoding([0])  # what is refused even here is not the fault of a prompt
     encoded, problems = [], []

@@ -36,10 +36,12 @@ HINTS = {
     "trust_remote_code": "code that comes with a checkpoint is never run",
 }
 
-FREE_DRAFTERS = ("suffix", "recycling")  # no models, so every recipe has them; one may begin a ladder
-CALLED_DRAFTERS = ("llma", "rest")  # these draft from what a generation is given: references, a datastore
+FREE_DRAFTERS = ("suffix", "history", "recycling")  # no models, so every recipe has them
+CALLED_DRAFTERS = ("llma",)  # these draft from what a generation is given: references
+TABLE, STORE = "bigram", "rest"  # these draft from what the recipe asks for
 TARGET = "target"
-RESERVED = (*FREE_DRAFTERS, *CALLED_DRAFTERS, TARGET, "none", "auto")
+RESERVED = (*FREE_DRAFTERS, *CALLED_DRAFTERS, TABLE, STORE, TARGET, "none", "auto")
+JOINT = "+"  # between the drafters of a hybrid
 
 
 def _none_if_none(value: object) -> object:
@@ -185,11 +187,21 @@ class Engine(Section):
         return self
 
 
+class Rest(Section):
+    datastore: str = Field(min_length=1, description="a file by `draftsmith datastore`, put into the bundle")
+
+
 class Speculate(Section):
     ladder: Literal["auto", "none"] | list[str] = Field(
         default="auto",
-        description="drafters, innermost first, the target implied; auto picks by measured speed",
+        description="drafters, innermost first, the target implied; auto picks by measured speed. "
+        "history+recycling is one drafter of several, of which the surest drafts",
     )
+    bigram: bool = Field(
+        default=False,
+        description="read off the target the table that bigram drafts from; so does a ladder that names it",
+    )
+    rest: Rest | None = Field(default=None, description="what rest drafts from")
     num_speculative_tokens: Literal["auto"] | DraftLength | dict[str, DraftLength] = Field(
         default="auto", description="tokens that each level proposes per call, for all or by name"
     )
@@ -198,6 +210,11 @@ class Speculate(Section):
         BeforeValidator(lambda rule: VERIFY_ALIASES.get(rule, rule) if isinstance(rule, str) else rule),
     ] = "block"
     tune_prompts: Count = Field(default=8, description="calibration windows that the ladder is tuned on")
+
+    @property
+    def needs_table(self) -> bool:
+        named = self.ladder if isinstance(self.ladder, list) else []
+        return self.bigram or any(TABLE in name.split(JOINT) for name in named)
 
 
 class Export(Section):
@@ -282,17 +299,18 @@ class Recipe(Section):
                 )
             self._check_devices(f"drafters.{name}", drafter)
         self._check_devices(TARGET, self.target)
-        levels = [*FREE_DRAFTERS, *self.drafters]
+        free = [*FREE_DRAFTERS, TABLE, *([STORE] if self.speculate.rest else [])]
+        levels = [*free, *self.drafters]
         ladder, lengths = self.speculate.ladder, self.speculate.num_speculative_tokens
         if isinstance(ladder, list):
-            _check_levels("speculate.ladder", ladder, levels)
+            _check_levels("speculate.ladder", ladder, levels, free)
             if len(set(ladder)) < len(ladder):
                 raise ValueError("speculate.ladder: a level is named twice")
             for name in ladder[1:]:
-                if name in FREE_DRAFTERS:
+                if name in free or JOINT in name:
                     raise ValueError(f"speculate.ladder: {name} verifies nothing, so it can only come first")
         if isinstance(lengths, dict):
-            _check_levels("speculate.num_speculative_tokens", lengths, levels)
+            _check_levels("speculate.num_speculative_tokens", lengths, levels, free)
         return self
 
     def _check_devices(self, key: str, engine: Engine) -> None:
@@ -304,13 +322,24 @@ class Recipe(Section):
             )
 
 
-def _check_levels(key: str, names: Any, levels: list[str]) -> None:
+def _check_levels(key: str, names: Any, levels: list[str], free: list[str]) -> None:
     for name in names:
-        if name in CALLED_DRAFTERS:
-            raise ValueError(
-                f"{key}: {name} drafts from what a call is given: name it there, as speculate=[...]"
-            )
-        if name not in levels:
-            nearest = difflib.get_close_matches(name, levels, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(levels)}"
-            raise ValueError(f"{key}: no drafter is called {name}; {hint}")
+        parts = name.split(JOINT)
+        for part in parts:
+            _check_level(key, part, levels if len(parts) == 1 else free)
+        if len(set(parts)) < len(parts):
+            raise ValueError(f"{key}: {name} names a drafter twice")
+
+
+def _check_level(key: str, name: str, levels: list[str]) -> None:
+    if name in levels:
+        return
+    if name in CALLED_DRAFTERS:
+        raise ValueError(f"{key}: {name} drafts from what a call is given: name it there, as speculate=[...]")
+    if name == STORE:
+        raise ValueError(
+            f"{key}: {name} drafts from a datastore: name its file, as rest: {{datastore: FILE}}"
+        )
+    nearest = difflib.get_close_matches(name, levels, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(levels)}"
+    raise ValueError(f"{key}: no drafter is called {name}; {hint}")

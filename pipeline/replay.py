@@ -10,10 +10,12 @@ something that nobody accepts, as sure of it as it was at that position of the t
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from ..speculate.drafters import DRAFTERS
+from ..speculate.binding import ffi
+from ..speculate.drafters import Drafter, Sources, is_drafter
 from ..speculate.ladder import TARGET, Rung, build_ladder
 from ..speculate.settings import Sampling
 
@@ -114,47 +116,110 @@ class TapeEngine:
         return logits
 
 
+class TapeDrafter:
+    """A drafter that knows tokens, on a tape that has their places in a list of those that occur. What it
+    drafts that does not occur is `wrong`."""
+
+    def __init__(self, drafter: Drafter, known: np.ndarray, wrong: int) -> None:
+        self._drafter = drafter
+        self._tokens, self._wrong = known.tolist(), wrong
+        self._places = {token: place for place, token in enumerate(self._tokens)}
+        self._callbacks = {
+            "begin": ffi.callback("int32_t(ds_drafter *, int32_t)", self._begin),
+            "append": ffi.callback("int32_t(ds_drafter *, const int32_t *, int32_t)", self._append),
+            "draft": ffi.callback(
+                "int32_t(ds_drafter *, const int32_t *, int32_t, int32_t, int32_t *, int32_t *)",
+                self._draft,
+            ),
+            "close": ffi.callback("void(ds_drafter *)", lambda _: None),
+        }
+        self.handle = ffi.new("ds_drafter *", self._callbacks)
+
+    def _read(self, places: Any, count: int) -> Any:
+        said = ffi.unpack(places, count) if count else []
+        return ffi.new("int32_t[]", [self._tokens[place] if place < self._wrong else -1 for place in said])
+
+    def _begin(self, _: Any, num_tokens: int) -> int:
+        return self._drafter.handle.begin(self._drafter.handle, num_tokens)
+
+    def _append(self, _: Any, places: Any, count: int) -> int:
+        return self._drafter.handle.append(self._drafter.handle, self._read(places, count), count)
+
+    def _draft(self, _: Any, tail: Any, n_tail: int, room: int, draft: Any, support: Any) -> int:
+        pending = ffi.unpack(tail, n_tail) if n_tail else []
+        if any(place >= self._wrong for place in pending):
+            return 0  # nobody accepts what would follow
+        inner = self._drafter.handle
+        count = inner.draft(inner, self._read(tail, n_tail), n_tail, room, draft, support)
+        for i in range(count):
+            draft[i] = self._places.get(draft[i], self._wrong)
+        return count
+
+
+@dataclass(frozen=True)
+class TapeSources(Sources):
+    """The drafters of one replay. Those that know the vocabulary are told its tokens."""
+
+    known: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def open_one(self, name: str, vocab_size: int) -> Any:
+        drafter = super().open_one(name, vocab_size)
+        return TapeDrafter(drafter, self.known, len(self.known)) if name in ("rest", "bigram") else drafter
+
+
 def replay(
-    recording: Recording, ladder: Sequence[str], lengths: Mapping[str, int], costs: CallCosts | None = None
+    recording: Recording,
+    ladder: Sequence[str],
+    lengths: Mapping[str, int],
+    costs: CallCosts | None = None,
+    sources: Sources | None = None,
 ) -> Calls:
-    """Decode one recording again. Without costs, drafts are as long as `lengths` says."""
+    """Decode one recording again. Without costs, drafts are as long as `lengths` says. sources: what drafters
+    read; of earlier generations they know nothing."""
     count, num_prompt = len(recording.tokens), len(recording.prompt)
     said = [np.asarray(recording.prompt), recording.tokens, *recording.choices.values()]
     known, places = np.unique(np.concatenate(said), return_inverse=True)
-    vocab = len(known) + (1 + len(recording.choices)) * count
+    off = len(known) + 1  # behind them, and a token that nobody says
+    vocab = off + (1 + len(recording.choices)) * count
     text = places[: num_prompt + count]
     sure = np.full(count, 1.0)
-    engines = {TARGET: TapeEngine(text, num_prompt, text[num_prompt:], sure, len(known), vocab)}
+    engines = {TARGET: TapeEngine(text, num_prompt, text[num_prompt:], sure, off, vocab)}
     for index, name in enumerate(recording.choices, 1):
         choices = places[num_prompt + index * count : num_prompt + (index + 1) * count]
         leads = recording.leads.get(name, sure)
-        engines[name] = TapeEngine(text, num_prompt, choices, leads, len(known) + index * count, vocab)
+        engines[name] = TapeEngine(text, num_prompt, choices, leads, off + index * count, vocab)
     rungs = [Rung(name, lengths[name]) for name in ladder]
     rows = 1 + max(lengths[name] for name in ladder) if ladder else 1
     tables = None
     if costs and ladder:
-        tables = {name: costs.spread(name, rows) for name in [TARGET, *ladder] if name not in DRAFTERS}
-    decoder = build_ladder(rungs, engines.__getitem__, tables)
+        tables = {name: costs.spread(name, rows) for name in [TARGET, *ladder] if not is_drafter(name)}
+    read = sources or Sources()
+    tape = TapeSources((), read.datastore, read.ngrams, known=known)
+    decoder = build_ladder(rungs, engines.__getitem__, tables, tape.open)
     decoder.begin(text[:num_prompt].tolist(), count, Sampling())
     output = [token for tokens in iter(decoder.step, []) for token in tokens]
     assert output == text[num_prompt:].tolist(), "the loop left the target's own text"
     target_log = [call for call in engines[TARGET].log if call[1] >= num_prompt]
-    logs = {name: engines[name].log for name in ladder if name not in DRAFTERS}
+    logs = {name: engines[name].log for name in ladder if not is_drafter(name)}
     return Calls(len(target_log), {**logs, TARGET: target_log})
 
 
 def predict(
-    recordings: Iterable[Recording], ladder: Sequence[str], lengths: Mapping[str, int], costs: CallCosts
+    recordings: Iterable[Recording],
+    ladder: Sequence[str],
+    lengths: Mapping[str, int],
+    costs: CallCosts,
+    sources: Sources | None = None,
 ) -> Plan:
     """The pooled speed of one setting over all recordings, from the first token on; the drafters' reading of
     the prompt counts, the target's does not."""
     recordings = list(recordings)
-    replays = [replay(recording, ladder, lengths, costs) for recording in recordings]
+    replays = [replay(recording, ladder, lengths, costs, sources) for recording in recordings]
     tokens = sum(len(recording.tokens) - 1 for recording in recordings)
     calls = sum(one.target_calls for one in replays)
     spent = {
         name: sum(costs.of(name, rows, slots) for one in replays for rows, slots in one.calls[name])
-        for name in [*(name for name in ladder if name not in DRAFTERS), TARGET]
+        for name in [*(name for name in ladder if not is_drafter(name)), TARGET]
     }
     total = sum(spent.values()) + calls * costs.overhead_ms
     shares = {name: ms / tokens for name, ms in spent.items()}
@@ -167,19 +232,20 @@ def best_plan(
     ladder: Sequence[str],
     options: Mapping[str, Sequence[int]],
     costs: CallCosts,
+    sources: Sources | None = None,
 ) -> Plan:
     """The fastest draft lengths for `ladder` among `options` (level -> lengths): one level after another,
     from the outermost in, until none gets better alone. Lengths are upper bounds where the schedule cuts, so
     the order of the search hardly matters."""
     lengths = {name: max(options[name]) for name in ladder}
-    best = predict(recordings, ladder, lengths, costs)
+    best = predict(recordings, ladder, lengths, costs, sources)
     improved = True
     while improved:
         improved = False
         for name in reversed(ladder):
             for length in options[name]:
                 tried = {**best.num_speculative_tokens, name: length}
-                plan = predict(recordings, ladder, tried, costs)
+                plan = predict(recordings, ladder, tried, costs, sources)
                 if plan.tokens_per_second > best.tokens_per_second * (1 + 1e-9):
                     best, improved = plan, len(ladder) > 1
     return best

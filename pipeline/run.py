@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def parse_ladder(text: str) -> str | list[str]:
-    """ "auto", "none", or drafters joined by commas, innermost first: "suffix,int8"."""
+    """ "auto", "none", or drafters joined by commas, innermost first: "suffix,int8". Several that are no
+    models make one by plus signs: "history+recycling,int8"."""
     return text if text in ("auto", "none") else [name.strip() for name in text.split(",")]
 
 
@@ -103,6 +104,8 @@ def bench(
     device: str,
     speculate: str,
     json_out: Path | None,
+    references: Sequence[Path] = (),
+    datastore: Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Measure plain and speculative decoding of the prompts of a file; keeps the result in `json_out`."""
@@ -112,7 +115,8 @@ def bench(
     if json_out and str(json_out) != "-" and not json_out.absolute().parent.is_dir():
         raise RecipeError(f"--json {json_out}: its folder is not there; make it first")
     chosen, problems = read_prompts(prompts, limit)
-    bundle = _open(bundle_dir, threads, device)
+    settings["references"] = [_read_text(path) for path in references]
+    bundle = _open(bundle_dir, threads, device, datastore)
     with show_progress("bench") as progress:
         result = measure(bundle, chosen, speculate=parse_ladder(speculate), progress=progress, **settings)
     result |= {"prompts_file": str(prompts), "passed_over": problems + result["passed_over"]}

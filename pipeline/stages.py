@@ -1,6 +1,6 @@
 """The stages of a build, and which of them a recipe asks for.
 
-    load → calibrate → smooth → prune → quantize → export → compile → tune → check → bench
+    load → calibrate → smooth → prune → quantize → export → compile → ngrams → tune → check → bench
 
 Smoothing, pruning, quantizing and exporting happen once for every engine; engines that ask for the same thing
 share it. Smoothing comes first, so that the mask is chosen on the grid that quantization will use; a pruned
@@ -120,10 +120,16 @@ def _compile(call: Call) -> dict:
     return report
 
 
+def _ngrams(call: Call) -> dict:
+    from .ngrams import write_ngrams
+
+    return write_ngrams(try_bundle(call.work, call.inputs), call.out, call.progress)
+
+
 def _tune(call: Call) -> dict:
     from .tune import tune
 
-    bundle = try_bundle(call.work, call.inputs)
+    bundle = try_bundle(call.work, call.inputs, call.files.get("datastore"))
     spec = Speculate.model_validate(call.params)
     return tune(bundle, call.inputs["tokens"], spec, call.out, call.progress)
 
@@ -143,7 +149,7 @@ def _check(call: Call) -> dict:
 def _bench(call: Call) -> dict:
     from .bench import bench_stage
 
-    bundle = try_bundle(call.work, call.inputs)
+    bundle = try_bundle(call.work, call.inputs, call.files.get("datastore"))
     return bench_stage(bundle, call.inputs["tokens"], call.out, call.progress, call.files["questions"])
 
 
@@ -159,6 +165,7 @@ MEASURING = (
     *("pipeline/machine.py", "pipeline/processor.py", "pipeline/replay.py", "pipeline/traces.py"),
     *("pipeline/rounds.py", "pipeline/compare.py"),
 )
+NGRAMS = Stage("ngrams", _ngrams, ("speculate", "pipeline/ngrams.py", "pipeline/pack.py"), RUNTIME)
 TUNE = Stage(
     "tune",
     _tune,
@@ -187,6 +194,7 @@ class Plan:
     checkpoints: dict[str, Task] = field(default_factory=dict)  # by engine, the target first
     exports: dict[str, Task] = field(default_factory=dict)
     engines: dict[str, list[Task]] = field(default_factory=dict)  # TensorRT's, by engine
+    ngrams: Task | None = None
 
     def __post_init__(self) -> None:
         self.tune = self.check = self.bench = self.load
@@ -205,8 +213,11 @@ class Plan:
         return iter(seen)
 
 
-def plan_tasks(recipe: Recipe, source: Path, texts: Mapping[str, Path]) -> Plan:
-    """`source`: the resolved model; `texts`: the files to calibrate on, by their names in the recipe."""
+def plan_tasks(
+    recipe: Recipe, source: Path, texts: Mapping[str, Path], datastore: Path | None = None
+) -> Plan:
+    """`source`: the resolved model; `texts`: the files to calibrate on, by their names in the recipe;
+    `datastore`: what `rest` drafts from."""
     shared: dict[str, Task] = {}
 
     def task(stage: Stage, label: str, params: dict[str, Any], **inputs: Task) -> Task:
@@ -243,9 +254,14 @@ def plan_tasks(recipe: Recipe, source: Path, texts: Mapping[str, Path]) -> Plan:
     engines = {f"engine {name}": export for name, export in plan.exports.items()}
     common = {"model": load, "tokens": tokens, **engines}
     checkpoints = {f"checkpoint {name}": model for name, model in plan.checkpoints.items()}
-    plan.tune = Task(TUNE, "", recipe.speculate.model_dump(), common)
     plan.check = Task(CHECK, "", {}, common | checkpoints)
-    plan.bench = Task(BENCH, "", {}, common | {"plan": plan.tune}, {"questions": DEFAULT_PROMPTS})
+    if recipe.speculate.needs_table:
+        target = {"model": load, f"engine {TARGET}": plan.exports[TARGET]}
+        plan.ngrams = Task(NGRAMS, "", {}, target)
+        common |= {"ngrams": plan.ngrams}
+    stores = {} if datastore is None else {"datastore": datastore}
+    plan.tune = Task(TUNE, "", recipe.speculate.model_dump(), common, stores)
+    plan.bench = Task(BENCH, "", {}, common | {"plan": plan.tune}, {"questions": DEFAULT_PROMPTS, **stores})
     return plan
 
 

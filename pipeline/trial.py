@@ -50,6 +50,8 @@ class Trial:
                 continue
             if (mode, index) in self.outputs and time.monotonic() > until:
                 break
+            for bundle in self.bundles:
+                bundle.forget()  # or a repetition would be read off the one before
             runs = [
                 bundle.stream(prompt, self.max_new_tokens, speculate=LADDERS[mode], ignore_eos=True)
                 for bundle in self.bundles

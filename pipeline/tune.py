@@ -10,13 +10,14 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ..speculate.bundle import Bundle, load
+from ..speculate.drafters import JOINT, SUFFIX, Sources, is_drafter
 from ..speculate.manifest import Plan as BundlePlan
 from .call_costs import CostMeter
 from .compare import settle
 from .machine import describe_machine
 from .processor import num_threads
 from .progress import Progress, no_progress
-from .recipe import FREE_DRAFTERS, Speculate
+from .recipe import Speculate
 from .replay import CallCosts, Plan, Recording, best_plan, predict
 from .rounds import Rounds, decode_in_turn
 from .traces import record
@@ -63,17 +64,19 @@ def tune_bundle(
     meter.sweep(COST_SWEEPS, progress)
     costs = meter.costs(overhead)
 
-    options = _length_options(spec, bundle.drafters)
+    free = _list_free_drafters(bundle)
+    options = _length_options(spec, free, bundle.drafters)
     plain = predict(recordings, (), {}, costs)
     plans = [plain]
-    ladders = _list_ladders(bundle.drafters, costs)
+    ladders = _list_ladders(free, bundle.drafters, costs)
+    sources = Sources(datastore=bundle.datastore, ngrams=bundle.ngrams)
     for index, ladder in enumerate(ladders):
-        plans.append(best_plan(recordings, ladder, options, costs))
+        plans.append(best_plan(recordings, ladder, options, costs, sources))
         progress(index + 1, len(ladders), "predicting ladders")
     plans.sort(key=lambda plan: -plan.tokens_per_second)
-    best = _choose(spec, plans, plain, recordings, options, costs)
+    best = _choose(spec, plans, plain, recordings, options, costs, sources)
     table = _describe_costs(costs) | {"floor_ms": meter.floors()}
-    measured = check_prediction(bundle, recordings, spec, best, costs, table, progress)
+    measured = check_prediction(bundle, recordings, spec, best, costs, table, sources, progress)
     why = _say_why(spec, best, plain, measured)
     if spec.ladder == "auto" and best.ladder and measured["speedup"] < 1:
         best = plain
@@ -108,10 +111,11 @@ def check_prediction(
     best: Plan,
     costs: CallCosts,
     table: Mapping,
+    sources: Sources,
     progress: Progress = no_progress,
 ) -> dict:
     """Run the choice beside plain decoding, in turn, and compare with what was predicted for these prompts:
-    `prediction_error` is predicted / measured - 1."""
+    `prediction_error` is predicted / measured - 1. Nothing is read off an earlier run of the same prompt."""
     chosen = recordings[:CHECK_PROMPTS]
     planned = {"ladder": best.ladder, "num_speculative_tokens": dict(best.num_speculative_tokens)}
     bundle.plan = BundlePlan.model_validate({**planned, "verify": spec.verify, "costs": table})
@@ -120,12 +124,13 @@ def check_prediction(
     for repeat in range(CHECK_REPEATS):
         for index, recording in enumerate(chosen):
             for mode in list(modes)[:: 1 if (repeat + index) % 2 == 0 else -1]:
+                bundle.forget()
                 run = bundle.stream(recording.prompt, NEW_TOKENS, speculate=modes[mode], ignore_eos=True)
                 timings[mode][index] += decode_in_turn([run])
         progress(repeat + 1, CHECK_REPEATS, "checking the prediction")
     predictions = {"plain": predict(chosen, (), {}, costs)}
     if best.ladder:
-        predictions["chosen"] = predict(chosen, best.ladder, best.num_speculative_tokens, costs)
+        predictions["chosen"] = predict(chosen, best.ladder, best.num_speculative_tokens, costs, sources)
     result: dict = {}
     for mode, prompts in timings.items():
         tokens = sum(len(repeats[0].token_ids) - 1 for repeats in prompts)
@@ -147,7 +152,16 @@ def _measure_overhead(bundle: Bundle, prompt: list[int]) -> float:
     return (stats.sampling_ms + stats.bookkeeping_ms) / max(1, stats.steps)
 
 
-def _list_ladders(drafters: Sequence[str], costs: CallCosts) -> list[tuple[str, ...]]:
+def _list_free_drafters(bundle: Bundle) -> list[str]:
+    """Those that are no models and have here what they draft from, alone and the likely hybrids."""
+    kinds = ["history", "recycling"]
+    kinds += ["bigram"] if bundle.ngrams else []
+    kinds = (["rest"] if bundle.datastore else []) + kinds
+    hybrids = [kinds[i:] for i in range(len(kinds) - 1)]
+    return [SUFFIX, *kinds, *map(JOINT.join, hybrids)]
+
+
+def _list_ladders(free: Sequence[str], drafters: Sequence[str], costs: CallCosts) -> list[tuple[str, ...]]:
     """Each drafter alone, each on top of a cheaper one, and all of these with one below that is no model."""
     pairs = [
         (inner, outer)
@@ -155,11 +169,14 @@ def _list_ladders(drafters: Sequence[str], costs: CallCosts) -> list[tuple[str, 
         if costs.of(inner, 1) < costs.of(outer, 1)
     ]
     ladders: list[tuple[str, ...]] = [(), *((name,) for name in drafters), *pairs]
-    return [*ladders[1:], *((free, *ladder) for free in FREE_DRAFTERS for ladder in ladders)]
+    return [*ladders[1:], *((name, *ladder) for name in free for ladder in ladders)]
 
 
-def _length_options(spec: Speculate, drafters: Sequence[str]) -> dict[str, Sequence[int]]:
-    options: dict[str, Sequence[int]] = dict.fromkeys(FREE_DRAFTERS, FREE_LENGTHS)
+def _length_options(
+    spec: Speculate, free: Sequence[str], drafters: Sequence[str]
+) -> dict[str, Sequence[int]]:
+    named = [name for name in spec.ladder if is_drafter(name)] if isinstance(spec.ladder, list) else []
+    options: dict[str, Sequence[int]] = dict.fromkeys([*free, *named], FREE_LENGTHS)
     options.update((name, ENGINE_LENGTHS) for name in drafters)
     match spec.num_speculative_tokens:
         case "auto":
@@ -177,12 +194,13 @@ def _choose(
     recordings: Sequence[Recording],
     options: Mapping[str, Sequence[int]],
     costs: CallCosts,
+    sources: Sources,
 ) -> Plan:
     if spec.ladder == "auto":
         return plans[0] if plans[0].tokens_per_second >= LEAST_GAIN * plain.tokens_per_second else plain
     if spec.ladder == "none" or not spec.ladder:
         return plain
-    return best_plan(recordings, tuple(spec.ladder), options, costs)
+    return best_plan(recordings, tuple(spec.ladder), options, costs, sources)
 
 
 def _describe_costs(costs: CallCosts) -> dict:

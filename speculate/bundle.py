@@ -11,7 +11,7 @@ import numpy as np
 
 from .datastore import Datastore
 from .devices import choose_device, find_plan, spread_devices, why_not_tensorrt
-from .drafters import Sources
+from .drafters import Drafter, Sources
 from .driver import find_gpus
 from .engine import Engine, Logits
 from .errors import BundleError
@@ -28,6 +28,8 @@ from .ladder import (
 from .loop import PREFILL_ROWS, Decoder
 from .manifest import (
     CHAT_TEMPLATE,
+    DATASTORE,
+    NGRAMS,
     PLAN,
     TOKENIZER,
     EngineEntry,
@@ -38,6 +40,7 @@ from .manifest import (
     resolve_inside,
     validate,
 )
+from .ngrams import Ngrams
 from .onnx_engine import OnnxEngine, OnnxRuntime, default_threads
 from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
 from .settings import Rule, Sampling
@@ -58,7 +61,8 @@ def load(
     """Open a bundle folder, checking every file against the manifest. Engines are loaded when first used.
 
     threads: compute threads of each engine; by default one for each core that this process may use.
-    datastore: a file by `draftsmith datastore`, for ladders that begin with "rest".
+    datastore: a file by `draftsmith datastore`, for ladders that begin with "rest"; by default the bundle's
+        own, if it has one.
     device: "cpu"; "cuda", which needs a GPU, its driver and TensorRT or ONNX Runtime for GPUs; or "auto": the
         GPU where the bundle has TensorRT engines that run here, else the CPU, with a warning if it has any.
         "portable" runs on the CPU what engines for GPUs are built from, to see what they would say.
@@ -92,13 +96,9 @@ class Bundle:
         check_names(list(self.plan.ladder), self.manifest.engines)
         self.tokenizer = load_tokenizer(path / TOKENIZER)
         self._check_vocabularies()
-        self.datastore = (
-            None
-            if datastore is None
-            else Datastore(
-                datastore, self.manifest.engines[TARGET].vocab_size, self.manifest.files[TOKENIZER].sha256
-            )
-        )
+        self.datastore = self._open_datastore(datastore)
+        self.ngrams = self._open_ngrams()
+        self._lasting: dict[str, Drafter] = {}
         self._engines: dict[str, Engine] = {}
         self._runtime: OnnxRuntime | None = None
         self._tensorrt: TensorrtRuntime | None = None
@@ -179,7 +179,7 @@ class Bundle:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(string, str) and string for string in stops):
             raise BundleError(f"stop={stop!r}: wanted strings that are not empty")
-        sources = Sources(self._encode_references(references), self.datastore)
+        sources = Sources(self._encode_references(references), self.datastore, self.ngrams, self._lasting)
         sources.check([rung.name for rung in rungs])
         prompt_ids = self.encode(prompt)
         self._check_room(len(prompt_ids), max_new_tokens, rungs)
@@ -210,6 +210,11 @@ class Bundle:
                     ids[start : start + PREFILL_ROWS], start
                 )
         return logits
+
+    def forget(self) -> None:
+        """Drop what drafters keep of earlier generations ("history"), as if the bundle were just loaded."""
+        with exclusive(self._busy):
+            self._lasting.clear()
 
     @property
     def drafters(self) -> list[str]:
@@ -293,6 +298,22 @@ class Bundle:
         check_files(self.path, {plan.file: self.manifest.files[plan.file]})
         self._tensorrt = self._tensorrt or TensorrtRuntime(plan.builder)
         return TensorrtEngine(name, resolve_inside(self.path, plan.file), plan, entry, self._tensorrt)
+
+    def _open_datastore(self, path: str | Path | None) -> Datastore | None:
+        if path is None and DATASTORE not in self.manifest.files:
+            return None
+        vocab_size = self.manifest.engines[TARGET].vocab_size
+        return Datastore(
+            resolve_inside(self.path, DATASTORE) if path is None else path,
+            vocab_size,
+            self.manifest.files[TOKENIZER].sha256,
+        )
+
+    def _open_ngrams(self) -> Ngrams | None:
+        if NGRAMS not in self.manifest.files:
+            return None
+        vocab_size = self.manifest.engines[TARGET].vocab_size
+        return Ngrams(resolve_inside(self.path, NGRAMS), vocab_size, self.manifest.fingerprint(TARGET))
 
     def _choose_devices(self, device: str | Mapping[str, str]) -> tuple[dict[str, str], str]:
         """The device of every engine and, where "auto" left a GPU's engines unused, why. All engines of one

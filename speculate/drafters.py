@@ -3,8 +3,8 @@
 They propose from text that they have seen. A draft is chosen, not sampled; the loop verifies it as such.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -14,16 +14,43 @@ from numpy.typing import NDArray
 from .binding import check, ffi, lib, view
 from .datastore import Datastore
 from .errors import BundleError
+from .ngrams import Ngrams
 
 SUFFIX = "suffix"
+HISTORY_BYTES = 64 << 20  # for earlier outputs
 
-# Each may only be the first level of a ladder.
 DRAFTERS = {
     SUFFIX: "what followed the last time that prompt, output or references ended this way",
     "llma": "the same where there are references, and an error where there are none (arXiv 2304.04487)",
+    "history": "what most often followed here or in earlier outputs (SuffixDecoding, arXiv 2411.04975)",
     "recycling": "what the level above last found likely after each token (arXiv 2408.08696)",
+    "bigram": "what the target finds likeliest after each token alone (N-Grammys, arXiv 2411.03786)",
     "rest": "what most places of a datastore say that go on as the text does (arXiv 2311.08252)",
 }
+
+JOINT = "+"
+
+
+def split_level(name: str) -> list[str]:
+    """The drafters of a ladder's level: "history+recycling" is a hybrid of two."""
+    return name.split(JOINT)
+
+
+def is_drafter(name: object) -> bool:
+    """Whether a level is made of drafters that are no models. It may only be the first of a ladder."""
+    return isinstance(name, str) and all(part in DRAFTERS for part in split_level(name))
+
+
+def check_parts(name: str) -> None:
+    """Refuse a hybrid with a part that is unknown or doubled."""
+    parts = split_level(name)
+    for part in parts:
+        if part not in DRAFTERS:
+            raise BundleError(
+                f"{name}: {part!r} is no drafter that a hybrid can have, only {', '.join(DRAFTERS)}"
+            )
+    if len(set(parts)) < len(parts):
+        raise BundleError(f"{name} names a drafter twice")
 
 
 class Drafter:
@@ -66,29 +93,53 @@ class Sources:
 
     references: Sequence[Sequence[int]] = ()  # token ids of texts that the output may quote
     datastore: Datastore | None = None
+    ngrams: Ngrams | None = None
+    lasting: dict[str, Drafter] = field(default_factory=dict)  # those that learn from earlier generations
 
     def open(self, name: str, vocab_size: int) -> Drafter:
         """The drafter of a ladder's level. vocab_size: the target's."""
+        parts = [self.open_one(part, vocab_size) for part in split_level(name)]
+        if len(parts) == 1:
+            return parts[0]
+        handles = ffi.new("ds_drafter *[]", [part.handle for part in parts])
+        return Drafter(lib.ds_hybrid_drafter_create(handles, len(parts)), parts)
+
+    def open_one(self, name: str, vocab_size: int) -> Drafter:
         if name == "recycling":
             return Drafter(lib.ds_recycling_drafter_create(vocab_size))
         if name == "rest" and self.datastore:
             return Drafter(lib.ds_datastore_drafter_create(self.datastore.handle), self.datastore)
+        if name == "bigram" and self.ngrams:
+            return Drafter(lib.ds_bigram_drafter_create(self.ngrams.handle), self.ngrams)
+        if name == "history":
+            if name not in self.lasting:
+                self.lasting[name] = Drafter(lib.ds_history_drafter_create(HISTORY_BYTES))
+            return self.lasting[name]
+        if name not in (SUFFIX, "llma"):
+            raise BundleError(f"{name} has nothing to draft from")
         tokens = list(chain.from_iterable((*text, lib.DS_END_OF_REFERENCE) for text in self.references))
         return Drafter(lib.ds_suffix_drafter_create(ffi.new("int32_t[]", tokens), len(tokens)))
 
-    def check(self, names: Sequence[str]) -> None:
+    def check(self, names: Iterable[str]) -> None:
         """Refuse what the drafters of a ladder lack, and what none of them would read."""
-        if "llma" in names and not self.references:
+        names = list(names)
+        parts = {part for name in names for part in split_level(name)}
+        if "llma" in parts and not self.references:
             raise BundleError(
-                f"ladder {list(names)}: llma drafts from references and there are none: pass references=[...]"
+                f"ladder {names}: llma drafts from references and there are none: pass references=[...]"
             )
-        if "rest" in names and not self.datastore:
+        if "rest" in parts and not self.datastore:
             raise BundleError(
-                f"ladder {list(names)}: rest drafts from a datastore and none is open: give the datastore "
+                f"ladder {names}: rest drafts from a datastore and none is open: give the datastore "
                 "that `draftsmith datastore` wrote when the bundle is loaded"
             )
-        if self.references and not {SUFFIX, "llma"} & set(names):
+        if "bigram" in parts and not self.ngrams:
             raise BundleError(
-                f"references are given, but no level of the ladder {list(names)} reads them: "
+                f"ladder {names}: bigram drafts from a table of the target's bigrams and this bundle has "
+                "none: build it with speculate.bigram=true"
+            )
+        if self.references and not {SUFFIX, "llma"} & parts:
+            raise BundleError(
+                f"references are given, but no level of the ladder {names} reads them: "
                 'begin it with "llma" or "suffix"'
             )

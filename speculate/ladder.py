@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Literal
 
 from .binding import lib
-from .drafters import DRAFTERS, Drafter, Sources
+from .drafters import DRAFTERS, JOINT, Drafter, Sources, check_parts, is_drafter
 from .engine import Engine
 from .errors import BundleError
 from .loop import Decoder, Level
@@ -74,7 +74,9 @@ def check_names(names: list[str], engines: Iterable[str]) -> None:
             raise BundleError(
                 f"ladder {names} names the target, which always comes last by itself: leave it out"
             )
-        if name not in known:
+        if JOINT in str(name):
+            check_parts(name)
+        elif name not in known:
             near = get_close_matches(str(name), known, n=1, cutoff=0.0)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise BundleError(
@@ -82,7 +84,7 @@ def check_names(names: list[str], engines: Iterable[str]) -> None:
             )
         if name in names[:i]:
             raise BundleError(f"ladder {names} names {name!r} twice")
-        if name in DRAFTERS and i > 0:
+        if is_drafter(name) and i > 0:
             raise BundleError(f"ladder {names}: {name} needs no drafter, so it comes first")
 
 
@@ -100,7 +102,7 @@ def build_ladder(
     target = open_engine(TARGET)
 
     def level(rung: Rung) -> Level:
-        if rung.name in DRAFTERS:
+        if is_drafter(rung.name):
             drafter = open_drafter(rung.name, target.vocab_size)
             return Level(rung.name, None, rung.num_speculative_tokens, drafter=drafter)
         return Level(rung.name, open_engine(rung.name), rung.num_speculative_tokens, known.get(rung.name))

@@ -18,6 +18,8 @@ RECIPE = "recipe.yaml"  # of the build, every choice filled in
 REPORTS = "reports.json"  # what each stage of the build reported
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+NGRAMS = "ngrams.table"
+DATASTORE = "datastore.rest"
 
 _READ_BYTES = 4 << 20
 _HASH_THREADS = 2
@@ -74,6 +76,11 @@ class Manifest(BaseModel):
         """The graph that an engine runs on the CPU and, beside it, the file of its weights: by path."""
         stem = self.engines[engine].graph.rpartition(".")[0]
         return {path: file for path, file in self.files.items() if path.rpartition(".")[0] == stem}
+
+    def fingerprint(self, engine: str) -> str:
+        """SHA-256 in hex of what an engine runs on the CPU: tells models apart."""
+        hashes = [file.sha256 for _, file in sorted(self.engine_files(engine).items())]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 class Costs(BaseModel):

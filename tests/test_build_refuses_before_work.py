@@ -8,9 +8,18 @@ import pytest
 from draftsmith.model.config import DecoderConfig, Rotary
 from draftsmith.pipeline import preflight
 from draftsmith.pipeline.errors import RecipeError
-from draftsmith.pipeline.preflight import check_model, count_parameters, estimate_disk, find_texts
+from draftsmith.pipeline.hashing import hash_file
+from draftsmith.pipeline.preflight import (
+    check_datastore,
+    check_model,
+    count_parameters,
+    estimate_disk,
+    find_datastore,
+    find_texts,
+)
 from draftsmith.pipeline.recipe import Recipe
 from draftsmith.pipeline.recipe_file import LoadedRecipe, load_recipe
+from draftsmith.speculate.datastore import write_datastore
 
 CONFIG = DecoderConfig(
     family="llama", dtype="bfloat16", vocab_size=100, hidden_size=36, intermediate_size=50, num_layers=2,
@@ -117,6 +126,30 @@ def test_texts_are_found_by_name(tmp_path, monkeypatch):
             texts(missing)
     with pytest.raises(RecipeError, match="an empty list"):
         texts([])
+
+
+def test_a_datastore_is_found_and_held_against_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    tokenizer = hash_file(tmp_path / "tokenizer.json")
+    data = recipe().model_dump() | {"speculate": {"rest": {"datastore": "a.rest"}}}
+    loaded = LoadedRecipe(Recipe.model_validate(data), tmp_path / "recipe.yaml")
+    assert find_datastore(LoadedRecipe(recipe(), tmp_path / "recipe.yaml")) is None
+    with pytest.raises(RecipeError, match=r"speculate\.rest\.datastore: no file a\.rest in .*draftsmith datastore"):
+        find_datastore(loaded)
+    for ids, made_with, words in (
+        ([1, 2, 99], tokenizer, None),
+        ([1, 2, 100], tokenizer, "token ids up to 100, outside the vocabulary of 100"),
+        ([1, 2, 99], "ab" * 32, "built with another tokenizer"),
+    ):
+        write_datastore(tmp_path / "a.rest", [ids], made_with)
+        path = find_datastore(loaded)
+        assert path == tmp_path / "a.rest"
+        if words is None:
+            check_datastore(path, CONFIG, tmp_path / "tokenizer.json")
+        else:
+            with pytest.raises(RecipeError, match=rf"speculate\.rest\.datastore: .*{words}"):
+                check_datastore(path, CONFIG, tmp_path / "tokenizer.json")
 
 
 def test_a_context_too_short_to_tune_on(tmp_path):

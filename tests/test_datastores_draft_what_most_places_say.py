@@ -85,6 +85,25 @@ def test_the_file_does_not_depend_on_how_it_was_sorted(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.rest"], "something was left behind"
 
 
+@pytest.mark.parametrize("vocab", [50, 40_000, 2**31 - 1])
+def test_many_places_sorted_by_threads_in_chunks_are_in_order(tmp_path, vocab):
+    """A file that is merged of several chunks, in several pieces, against numpy's sort of all contexts."""
+    rng = np.random.default_rng(vocab)
+    ids = rng.integers(vocab, size=20_000)
+    texts = [ids[rng.zipf(1.3, size=40_000).clip(max=20_000) - 1] for _ in range(6)]
+    write_datastore(tmp_path / "a.rest", texts, chunk_tokens=70_000)
+    raw = (tmp_path / "a.rest").read_bytes()
+    n_tokens, n_places = struct.unpack_from("QQ", raw, 16)
+    tokens = np.frombuffer(raw, np.int32, n_tokens, HEADER)
+    places = np.frombuffer(raw, np.uint32, n_places, HEADER + 4 * n_tokens).astype(np.int64)
+    assert tokens.tolist() == np.concatenate([[*text, END] for text in texts]).tolist()
+    padded = np.concatenate([np.full(LONGEST, -1), tokens])
+    goes_on = np.arange(1, n_tokens)
+    goes_on = goes_on[(tokens[1:] != END) & (tokens[:-1] != END)]
+    before = [padded[goes_on + LONGEST - 1 - depth] for depth in range(LONGEST)]
+    assert places.tolist() == goes_on[np.lexsort([goes_on, *reversed(before)])].tolist()
+
+
 def test_monotonous_text_is_sorted_as_fast_as_any(tmp_path):
     """Compared without end, 300,000 equal tokens would take some 10^11 comparisons."""
     write_datastore(tmp_path / "a.rest", [[5] * 300_000], chunk_tokens=100_000)

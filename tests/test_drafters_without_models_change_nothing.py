@@ -1,5 +1,7 @@
 """Drafters that are no models: whatever they propose, the output is the target's alone; and they help."""
 
+import json
+
 import numpy as np
 import pytest
 from decoding import random_costs
@@ -8,8 +10,9 @@ from draftsmith.speculate.datastore import Datastore, write_datastore
 from draftsmith.speculate.drafters import DRAFTERS, Drafter, Sources
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.ladder import Rung, build_ladder
+from draftsmith.speculate.ngrams import Ngrams, write_table
 from draftsmith.speculate.settings import Sampling
-from fake_engine import FakeEngine, open_bundle, write_bundle
+from fake_engine import FakeEngine, open_bundle, write_bundle, write_manifest
 
 GREEDY = Sampling()
 WARM = Sampling(temperature=1.0, seed=5, rule="exact")
@@ -24,19 +27,29 @@ def run(engines, ladder, lengths, sources, prompt, count, sampling=GREEDY, costs
     return tokens, decoder.counters(max(0, len(rungs) - 1)), decoder.counters(len(rungs)).rounds
 
 
-def some_sources(tmp_path, texts) -> Sources:
+def some_sources(tmp_path, texts, vocab: int) -> Sources:
     """What every drafter needs, made of the same texts."""
     write_datastore(tmp_path / "texts.rest", texts)
-    return Sources(references=texts, datastore=Datastore(tmp_path / "texts.rest", 1000))
+    rng = np.random.default_rng(0)
+    after = np.argsort(rng.random((vocab + 1, vocab)), axis=-1)[:, :3].astype(np.int32)
+    write_table(tmp_path / "ngrams.table", after, np.full(after.shape, 0.3, np.float32), "00" * 32)
+    return Sources(
+        references=texts,
+        datastore=Datastore(tmp_path / "texts.rest", vocab),
+        ngrams=Ngrams(tmp_path / "ngrams.table", vocab, "00" * 32),
+    )
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+HYBRIDS = ["suffix+recycling", "history+recycling+bigram", "rest+llma+history"]
+
+
+@pytest.mark.parametrize("name", [*DRAFTERS, *HYBRIDS])
 @pytest.mark.parametrize("seed", range(4))
 def test_output_is_the_targets_whatever_the_ladder_and_its_costs(tmp_path, name, seed):
     rng = np.random.default_rng(seed)
     vocab = int(rng.choice([3, 5, 8]))
     engines = {"target": FakeEngine(vocab, seed), "int8": FakeEngine(vocab, seed, noise=0.8)}
-    sources = some_sources(tmp_path, [rng.integers(vocab, size=40).tolist() for _ in range(3)])
+    sources = some_sources(tmp_path, [rng.integers(vocab, size=40).tolist() for _ in range(3)], vocab)
     drafted = accepted = 0
     for trial in range(8):
         prompt = rng.integers(vocab, size=int(rng.integers(1, 12))).tolist()
@@ -56,17 +69,24 @@ def test_output_is_the_targets_whatever_the_ladder_and_its_costs(tmp_path, name,
 def bundle(tmp_path_factory):
     pytest.importorskip("torch")
     from draftsmith import load
+    from draftsmith.pipeline.ngrams import write_ngrams
     from tiny_bundle import write_tiny_bundle
 
     folder = write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+    (folder / "ngrams").mkdir()
+    write_ngrams(folder, folder / "ngrams")
+    (folder / "ngrams" / "ngrams.table").rename(folder / "ngrams.table")
+    (folder / "ngrams").rmdir()
+    write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
     bundle = load(folder, threads=1)
     said = [bundle.generate([i], 40, speculate="none", ignore_eos=True).token_ids for i in range(9)]
     write_datastore(folder / "own.rest", said, bundle.manifest.files["tokenizer.json"].sha256)
     return load(folder, threads=1, datastore=folder / "own.rest")
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", [*DRAFTERS, *HYBRIDS])
 def test_real_graphs_say_the_same_with_and_without(bundle, name):
+    parts = set(name.split("+"))
     for prompt in ([7], list(range(5, 90, 3)), [1, 2, 3] * 9):
         plain = bundle.generate(prompt, max_new_tokens=60, speculate="none", ignore_eos=True).token_ids
         for ladder in ([name], [name, "int8"]):
@@ -75,7 +95,7 @@ def test_real_graphs_say_the_same_with_and_without(bundle, name):
                 max_new_tokens=60,
                 speculate=ladder,
                 ignore_eos=True,
-                references=[plain[20:50], "a reference as text"] if name in ("suffix", "llma") else (),
+                references=[plain[20:50], "a reference as text"] if {"suffix", "llma"} & parts else (),
             )
             assert out.token_ids == plain
             assert list(out.stats.draft_ms) == ladder

@@ -183,7 +183,13 @@ def test_a_list_of_one_text_is_that_text(load, text):
         ("calibration={seed: 1, seed: 2}", r"the key seed is given twice"),
         ("speculate.ladder=[int8, suffix]", r"suffix verifies nothing"),
         ("speculate.ladder=[int8, recycling]", r"recycling verifies nothing"),
-        ("speculate.ladder=[rest, int8]", r"rest drafts from what a call is given: name it there"),
+        ("speculate.ladder=[llma, int8]", r"llma drafts from what a call is given: name it there"),
+        ("speculate.ladder=[rest, int8]", r"rest drafts from a datastore: name its file, as rest: "),
+        ("speculate.ladder=[int8, suffix+recycling]", r"suffix\+recycling verifies nothing"),
+        ("speculate.ladder=[suffix+int8]", r"no drafter is called int8; there are: suffix, history"),
+        ("speculate.ladder=[suffix+sufix]", r"no drafter is called sufix; did you mean suffix\?"),
+        ("speculate.ladder=[suffix+suffix]", r"suffix\+suffix names a drafter twice"),
+        ("speculate.rest.datastore=", r"speculate\.rest\.datastore: found None, wanted a string"),
         ("speculate.ladder=[int8, int8]", r"a level is named twice"),
         ("speculate.ladder=[sufix]", r"no drafter is called sufix; did you mean suffix\?"),
         (
@@ -236,3 +242,11 @@ def test_no_drafter_of_a_recipe_has_the_name_of_one_that_is_no_model():
     from draftsmith.speculate.drafters import DRAFTERS
 
     assert DRAFTERS.keys() <= set(RESERVED)
+
+
+def test_what_a_ladder_drafts_from_is_asked_for(load):
+    assert not load(RECIPE).speculate.needs_table
+    for override in ("speculate.bigram=true", "speculate.ladder=[history+bigram, int8]"):
+        assert load(RECIPE, override).speculate.needs_table
+    spec = load(RECIPE, "speculate.rest.datastore=a.rest", "speculate.ladder=[rest+history, int8]").speculate
+    assert spec.rest and spec.rest.datastore == "a.rest" and spec.ladder == ["rest+history", "int8"]

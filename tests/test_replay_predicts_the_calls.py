@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 from decoding import decode
 from draftsmith.pipeline.replay import CallCosts, Plan, Recording, best_plan, predict, replay
-from draftsmith.speculate.ladder import Rung
+from draftsmith.speculate.datastore import Datastore, write_datastore
+from draftsmith.speculate.drafters import Sources
+from draftsmith.speculate.ladder import Rung, build_ladder
+from draftsmith.speculate.ngrams import Ngrams, write_table
+from draftsmith.speculate.settings import Sampling
 from fake_engine import FakeEngine
 
 NUM_TOKENS = 40
@@ -124,14 +128,40 @@ def test_the_best_lengths_follow_the_costs():
     assert dear.tokens_per_target_call < best([1.0, 1.0]).tokens_per_target_call
 
 
-@pytest.mark.parametrize("ladder", [["recycling"], ["recycling", "int8"]])
+@pytest.mark.parametrize("ladder", [["rest"], ["bigram"], ["history"], ["rest+bigram"], ["rest", "int8"]])
+def test_drafters_that_know_tokens_make_the_calls_of_decoding(tmp_path, ladder):
+    """The tape has places in a list of tokens; a datastore and a table have tokens."""
+    rng, fewer = np.random.default_rng(0), 0
+    after = rng.integers(3, size=(4, 1)).astype(np.int32)
+    write_table(tmp_path / "table", after, np.full(after.shape, 0.5, np.float32), "00" * 32)
+    for seed in range(6):
+        prompt = rng.integers(3, size=6).tolist()
+        engines = make_engines(seed)
+        recording = record_greedily(engines, prompt)
+        said = recording.tokens.tolist()
+        write_datastore(tmp_path / "rest", [said[:20], rng.integers(3, size=30), said[15:]])
+        lengths = {name: 5 for name in ladder}
+        sources = Sources((), Datastore(tmp_path / "rest", 3), Ngrams(tmp_path / "table", 3, "00" * 32))
+        foreseen = replay(recording, ladder, lengths, sources=sources)
+        rungs = [Rung(name, lengths[name]) for name in ladder]
+        decoder = build_ladder(rungs, engines.__getitem__, None, sources.open)
+        decoder.begin(prompt, NUM_TOKENS, Sampling())
+        while decoder.step():
+            pass
+        real = [call for call in engines["target"].log if call[1] >= len(prompt)]
+        assert foreseen.calls["target"] == real
+        fewer += NUM_TOKENS - 1 - len(real)
+    assert fewer > 20, "drafts must be taken for this to show anything"
+
+
+@pytest.mark.parametrize("ladder", [["recycling"], ["recycling", "int8"], ["recycling+history"]])
 def test_a_drafter_that_learns_from_logits_is_never_promised_more_than_it_keeps(ladder):
     """On the tape the target says nothing of use off its own text, which the drafter would learn from."""
     foreseen, real = 0, 0
     for seed in range(6):
         prompt = np.random.default_rng(seed).integers(3, size=6).tolist()
         engines = make_engines(seed)
-        lengths = {"recycling": 4, "int8": 4}
+        lengths = {name: 4 for name in ladder}
         recording = record_greedily(engines, prompt)
         foreseen += replay(recording, ladder, lengths).target_calls
         real += len(decode_for_real(engines, ladder, lengths, prompt)["target"])

@@ -42,7 +42,8 @@ DS_API int32_t ds_datastore_draft(const ds_datastore *datastore, const int32_t *
 DS_API ds_drafter *ds_datastore_drafter_create(const ds_datastore *datastore);
 
 /* Write a datastore: create, append as often as one likes, finish, free. Memory is bounded: 4 bytes for
- * each of chunk_tokens (0: 2^24), however long the text, and what the system lends to mapped files. A second
+ * each of chunk_tokens (0: 2^24), at most 4 MiB for kinds of token and 256 KiB a thread, however long the text,
+ * and what the system lends to mapped files. Sorting takes all processors, at most 8. A second
  * file of 4 bytes a token lies beside it until it is freed. */
 typedef struct ds_datastore_writer ds_datastore_writer;
 DS_API ds_datastore_writer *ds_datastore_writer_create(const char *path, const uint8_t *tokenizer,

@@ -3,20 +3,25 @@
  *
  * Texts repeat themselves, so a place is compared by DS_DATASTORE_MAX_MATCH tokens and no further: then no
  * text, however monotonous, makes sorting slow. Within that depth the sort is Bentley and Sedgewick's
- * multikey quicksort (1997), which compares one token at a time. The tokens are mapped: memory that the
- * system may take back.
+ * multikey quicksort (1997), which compares one token at a time, behind one pass that deals the places into
+ * buckets by the last token. The tokens are mapped: memory that the system may take back.
+ *
+ * Threads share a chunk by buckets, and the merge by places that divide it; the file is the same for any number.
  */
-#define _POSIX_C_SOURCE 200809L /* mmap, fileno */
+#define _POSIX_C_SOURCE 200809L /* mmap, fileno, pwrite */
 #include "datastore_file.h"
 #include "error.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 enum { CHUNK_TOKENS = 1 << 24, BUFFER = 1 << 16, SMALL = 12, TOLD_EVERY = 1 << 20 };
+enum { MAX_BUCKETS = 1 << 20, MAX_THREADS = 8, LEAST_SHARE = 1 << 16 /* places of a thread */ };
 
 struct ds_datastore_writer {
   FILE *file, *runs; /* runs: the sorted chunks, in a file that has no name any more */
@@ -174,6 +179,81 @@ static void sort_places(const int32_t *tokens, uint32_t *places, size_t n, int32
     qsort(places, n, sizeof *places, compare_places); /* equal as far as is compared: in order of place */
 }
 
+/* ---- Threads ------------------------------------------------------------------------------------------- */
+
+static int n_threads_for(uint64_t n_places) {
+  long n = sysconf(_SC_NPROCESSORS_ONLN);
+  uint64_t most = n_places / LEAST_SHARE + 1;
+  if (n > MAX_THREADS) n = MAX_THREADS;
+  if ((uint64_t)n > most) n = (long)most;
+  return n < 1 ? 1 : (int)n;
+}
+
+/* Do parts [n] of `size` bytes each; those for which no thread is to be had, here. */
+static void do_parts(void *(*work)(void *), void *parts, size_t size, int n) {
+  pthread_t threads[MAX_THREADS];
+  int begun[MAX_THREADS] = {0};
+  for (int i = 1; i < n; ++i)
+    begun[i] = pthread_create(&threads[i], NULL, work, (char *)parts + (size_t)i * size) == 0;
+  for (int i = 0; i < n; ++i) {
+    if (begun[i])
+      pthread_join(threads[i], NULL);
+    else
+      work((char *)parts + (size_t)i * size);
+  }
+}
+
+/* ---- Sorting one chunk, by buckets --------------------------------------------------------------------- */
+
+/* Buckets are in the order of their tokens, each of 2^shift of them. */
+static uint32_t bucket_of(const int32_t *tokens, uint64_t place, int shift) {
+  return (uint32_t)tokens[place - 1] >> shift;
+}
+
+typedef struct {
+  const int32_t *tokens;
+  uint32_t *places;
+  const uint32_t *ends; /* of the buckets, in places */
+  uint32_t first, past; /* buckets */
+  int32_t depth;        /* to which those of a bucket are known to be equal */
+} share;
+
+static void *sort_buckets(void *part) {
+  const share *s = part;
+  for (uint32_t b = s->first; b < s->past; ++b) {
+    uint32_t from = b ? s->ends[b - 1] : 0;
+    sort_places(s->tokens, s->places + from, s->ends[b] - from, s->depth);
+  }
+  return NULL;
+}
+
+/* Sort the places of tokens [from, to) into `places`; how many. ends: room for n_buckets. */
+static size_t sort_chunk(const ds_datastore_writer *w, const int32_t *tokens, uint64_t from, uint64_t to,
+                         uint32_t *places, uint32_t *ends, uint32_t n_buckets, int shift) {
+  memset(ends, 0, n_buckets * sizeof *ends);
+  for (uint64_t i = from; i < to; ++i)
+    if (ds_is_place(tokens, i, w->n_tokens)) ++ends[bucket_of(tokens, i, shift)];
+  uint32_t n = 0;
+  for (uint32_t b = 0; b < n_buckets; ++b) { /* for now where each begins */
+    uint32_t count = ends[b];
+    ends[b] = n;
+    n += count;
+  }
+  for (uint64_t i = from; i < to; ++i)
+    if (ds_is_place(tokens, i, w->n_tokens)) places[ends[bucket_of(tokens, i, shift)]++] = (uint32_t)i;
+  share parts[MAX_THREADS];
+  int n_parts = n_threads_for(n);
+  uint32_t bucket = 0;
+  for (int p = 0; p < n_parts; ++p) {
+    uint32_t first = bucket;
+    uint64_t wanted = (uint64_t)n * ((uint64_t)p + 1) / (uint64_t)n_parts;
+    while (bucket < n_buckets && (p == n_parts - 1 || ends[bucket] <= wanted)) ++bucket;
+    parts[p] = (share){tokens, places, ends, first, bucket, shift ? 0 : 1};
+  }
+  do_parts(sort_buckets, parts, sizeof *parts, n_parts);
+  return n;
+}
+
 /* ---- Merging ------------------------------------------------------------------------------------------- */
 
 /* A sorted chunk: what is left of it. */
@@ -194,23 +274,100 @@ static void sink(const int32_t *tokens, run *heap, size_t n, size_t i) {
 
 typedef void tell(int64_t done, int64_t total);
 
-static int32_t merge(ds_datastore_writer *w, const int32_t *tokens, run *heap, size_t n_runs,
-                     tell *progress) {
+/* Some of the places of every run, and where in the file they belong. */
+typedef struct {
+  const ds_datastore_writer *writer;
+  const int32_t *tokens;
+  run *heap;
+  size_t n_runs;
+  uint64_t first;
+  tell *progress; /* of one piece alone, that of the calling thread */
+  int n_pieces;
+  int error; /* errno, or 0 */
   uint32_t buffer[BUFFER];
-  size_t n = 0;
-  for (size_t i = n_runs; i-- > 0;) sink(tokens, heap, n_runs, i);
-  for (uint64_t done = 0; n_runs > 0; ++done) {
-    buffer[n++] = *heap->next++;
-    if (heap->next == heap->end) *heap = heap[--n_runs];
-    sink(tokens, heap, n_runs, 0);
+} piece;
+
+static int write_at(int file, const void *data, size_t size, off_t at) {
+  for (ssize_t n; size > 0; data = (const char *)data + n, size -= (size_t)n, at += n)
+    if ((n = pwrite(file, data, size, at)) <= 0) return n < 0 ? errno : EIO;
+  return 0;
+}
+
+static void *merge(void *part) {
+  piece *m = part;
+  const ds_datastore_writer *w = m->writer;
+  off_t at =
+      (off_t)(sizeof(ds_datastore_header) + w->n_tokens * sizeof(int32_t) + m->first * sizeof(uint32_t));
+  size_t n = 0, n_runs = 0;
+  for (size_t i = 0; i < m->n_runs; ++i)
+    if (m->heap[i].next < m->heap[i].end) m->heap[n_runs++] = m->heap[i];
+  for (size_t i = n_runs; i-- > 0;) sink(m->tokens, m->heap, n_runs, i);
+  for (uint64_t done = 0; n_runs > 0 && !m->error; ++done) {
+    m->buffer[n++] = *m->heap->next++;
+    if (m->heap->next == m->heap->end) *m->heap = m->heap[--n_runs];
+    sink(m->tokens, m->heap, n_runs, 0);
     if (n == BUFFER || n_runs == 0) {
-      if (fwrite(buffer, sizeof *buffer, n, w->file) != n) return fail_to_write();
+      m->error = write_at(fileno(w->file), m->buffer, n * sizeof *m->buffer, at);
+      at += (off_t)(n * sizeof *m->buffer);
       n = 0;
     }
-    if (progress && done % TOLD_EVERY == 0)
-      progress((int64_t)(w->n_tokens + done), (int64_t)(w->n_tokens + w->n_places));
+    if (m->progress && done % TOLD_EVERY == 0) {
+      uint64_t all = done * (uint64_t)m->n_pieces;
+      if (all > w->n_places) all = w->n_places;
+      m->progress((int64_t)(w->n_tokens + all), (int64_t)(w->n_tokens + w->n_places));
+    }
   }
-  return DS_OK;
+  return NULL;
+}
+
+/* The first of a run that is not before `place`. */
+static const uint32_t *find_in_run(const int32_t *tokens, run r, uint32_t place) {
+  while (r.next < r.end) {
+    const uint32_t *middle = r.next + (r.end - r.next) / 2;
+    if (is_before(tokens, *middle, place, 0))
+      r.next = middle + 1;
+    else
+      r.end = middle;
+  }
+  return r.next;
+}
+
+/* Merge runs [n_runs], none empty: pieces end before evenly spaced places of the first run. */
+static int32_t merge_pieces(ds_datastore_writer *w, const int32_t *tokens, run *runs, size_t n_runs,
+                            tell *progress) {
+  int n = n_threads_for(w->n_places), error = 0;
+  piece *pieces = calloc((size_t)n, sizeof *pieces);
+  run *heaps = malloc((size_t)n * n_runs * sizeof *heaps), first = runs[0];
+  if (!pieces || !heaps) {
+    free(pieces);
+    free(heaps);
+    return ds_fail(DS_ERROR_MEMORY, "no memory to merge %zu chunks", n_runs);
+  }
+  uint64_t done = 0;
+  for (int p = 0; p < n; ++p) {
+    piece *m = &pieces[p];
+    m->writer = w;
+    m->tokens = tokens;
+    m->heap = heaps + (size_t)p * n_runs;
+    m->n_runs = n_runs;
+    m->first = done;
+    m->progress = p == 0 ? progress : NULL;
+    m->n_pieces = n;
+    for (size_t i = 0; i < n_runs; ++i) {
+      const uint32_t *end = runs[i].end;
+      if (p < n - 1) end = find_in_run(tokens, runs[i], first.next[(first.end - first.next) * (p + 1) / n]);
+      m->heap[i] = (run){runs[i].next, end};
+      done += (uint64_t)(end - runs[i].next);
+      runs[i].next = end;
+    }
+  }
+  do_parts(merge, pieces, sizeof *pieces, n);
+  for (int p = 0; p < n; ++p)
+    if (pieces[p].error) error = pieces[p].error;
+  free(pieces);
+  free(heaps);
+  errno = error;
+  return error ? fail_to_write() : DS_OK;
 }
 
 /* ---- All together -------------------------------------------------------------------------------------- */
@@ -219,17 +376,21 @@ static int32_t merge(ds_datastore_writer *w, const int32_t *tokens, run *heap, s
 static int32_t write_runs(ds_datastore_writer *w, const int32_t *tokens, uint32_t *places, size_t *counts,
                           tell *progress) {
   uint64_t chunk = (uint64_t)w->chunk_tokens;
-  for (uint64_t from = 0; from < w->n_tokens; from += chunk) {
+  int shift = 0;
+  while (w->vocab >> shift >= MAX_BUCKETS) ++shift;
+  uint32_t n_buckets = (w->vocab >> shift) + 1;
+  uint32_t *ends = malloc(n_buckets * sizeof *ends);
+  int32_t status = ends ? DS_OK : ds_fail(DS_ERROR_MEMORY, "no memory for %u kinds of token", n_buckets);
+  for (uint64_t from = 0; from < w->n_tokens && status == DS_OK; from += chunk) {
     uint64_t to = w->n_tokens - from < chunk ? w->n_tokens : from + chunk;
-    size_t n = 0;
-    for (uint64_t i = from; i < to; ++i)
-      if (ds_is_place(tokens, i, w->n_tokens)) places[n++] = (uint32_t)i;
-    sort_places(tokens, places, n, 0);
-    if (fwrite(places, sizeof *places, n, w->runs) != n) return fail_to_write();
+    size_t n = sort_chunk(w, tokens, from, to, places, ends, n_buckets, shift);
+    if (fwrite(places, sizeof *places, n, w->runs) != n) status = fail_to_write();
     *counts++ = n;
     w->n_places += n;
     if (progress) progress((int64_t)to, (int64_t)(2 * w->n_tokens));
   }
+  free(ends);
+  if (status != DS_OK) return status;
   return fflush(w->runs) == 0 ? DS_OK : fail_to_write();
 }
 
@@ -244,7 +405,7 @@ static int32_t merge_runs(ds_datastore_writer *w, const int32_t *tokens, const s
     if (counts[i]) heap[n_runs++] = (run){next, next + counts[i]};
     next += counts[i];
   }
-  int32_t status = merge(w, tokens, heap, n_runs, progress);
+  int32_t status = merge_pieces(w, tokens, heap, n_runs, progress);
   munmap(map, size);
   return status;
 }

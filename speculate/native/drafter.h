@@ -1,7 +1,8 @@
 /* What the decode loop needs of a drafter that is not a model: it proposes a chain of tokens from text alone.
  *
  * Drafts     are chosen, not sampled: a function of the calls since `begin`, so that equal seeds give equal
- *            tokens. The loop verifies them as such, losslessly, whatever they are.
+ *            tokens; of one that learns from earlier generations, since it was made. The loop verifies
+ *            them as such, losslessly, whatever they are.
  * Errors     A callback returns a count or DS_OK, or a negative ds_status and says why with ds_set_error.
  * Threads    One call at a time. A drafter serves one decoder at a time.
  */
@@ -16,8 +17,8 @@ extern "C" {
 
 typedef struct ds_drafter ds_drafter;
 struct ds_drafter {
-  /* Forget all tokens; those of the generation to come will be at most n_tokens, prompt included. All memory
-   * is taken here. */
+  /* Another generation, of at most n_tokens, prompt included. Its tokens follow none of those before; what was
+   * learnt from them may stay. All memory is taken here. */
   int32_t (*begin)(ds_drafter *drafter, int32_t n_tokens);
   /* These tokens follow the ones appended before and stand. */
   int32_t (*append)(ds_drafter *drafter, const int32_t *tokens, int32_t n_tokens);
@@ -50,9 +51,29 @@ enum { DS_RECYCLING_WIDTH = 8 };
  * bytes a token. NULL on failure. */
 DS_API ds_drafter *ds_recycling_drafter_create(int32_t vocab);
 
+/* SuffixDecoding (arXiv 2411.04975): the most frequent way to go on, in this generation's text or in the outputs
+ * of earlier ones, where it ends as the text does. What follows the first addition after `begin`, and the last
+ * token of that, is output; `begin` keeps the output before it. Earlier outputs take max_bytes at most,
+ * taken here; where they fill up, the oldest go. The text of the generation takes 136 bytes a token.
+ * NULL on failure. */
+DS_API ds_drafter *ds_history_drafter_create(int64_t max_bytes);
+
+typedef struct ds_history_size {
+  int64_t n_outputs, n_tokens; /* kept; ends included */
+  int64_t n_bytes;             /* taken for them, whether in use or not */
+} ds_history_size;
+
+/* Of a drafter made by ds_history_drafter_create. */
+DS_API int32_t ds_history_kept(const ds_drafter *drafter, ds_history_size *size);
+
 /* Of a drafter made by ds_recycling_drafter_create: the tokens that may follow, likeliest first, into
  * candidates [DS_RECYCLING_WIDTH]; how many, the rest are -1. */
 DS_API int32_t ds_recycling_candidates(const ds_drafter *drafter, int32_t token, int32_t *candidates);
+
+/* drafters [1 .. DS_MAX_LEVELS] as one, borrowed: of their proposals the one of which most is expected to stand,
+ * of equals the first's. What is expected follows from how its drafter fared in this generation with tokens of
+ * such support. NULL on failure. */
+DS_API ds_drafter *ds_hybrid_drafter_create(ds_drafter *const *drafters, int32_t n_drafters);
 
 #ifdef __cplusplus
 }

@@ -125,11 +125,11 @@ DS_API int32_t ds_verify_kseq(int32_t n_drafts, int32_t vocab, const double *p, 
 
 /* ---- Drafting from the text itself --------------------------------------------------------------------- */
 
-/* An index of the committed tokens that finds where the last few occurred before. It holds 120 bytes a token,
+/* An index of the committed tokens that finds where the last few occurred before. It holds 136 bytes a token,
  * up to twice that just after it grew. Appending is amortized O(1), drafting O((n_tail + 1) * max_match). */
 typedef struct ds_suffix ds_suffix;
 
-enum { DS_SUFFIX_MAX_MATCH = 64, DS_SUFFIX_MAX_TOKENS = 1 << 28 };
+enum { DS_SUFFIX_MAX_MATCH = 64, DS_SUFFIX_MAX_TOKENS = 1 << 28, DS_SUFFIX_MAX_NEXT = 64 };
 
 DS_API ds_suffix *ds_suffix_create(void); /* NULL if memory ran out */
 DS_API void ds_suffix_free(ds_suffix *suffix);
@@ -147,6 +147,12 @@ DS_API int32_t ds_suffix_reserve(ds_suffix *suffix, int32_t n_tokens);
 DS_API int32_t ds_suffix_draft(const ds_suffix *suffix, const int32_t *tail, int32_t n_tail,
                                int32_t min_match, int32_t max_match, int32_t max_draft, int32_t *draft,
                                int32_t *match_length);
+
+/* What followed context [1 <= n_context < DS_SUFFIX_MAX_MATCH] in the committed tokens, and how often: the
+ * most frequent first, of equals the latest. Up to `room` of them, at most DS_SUFFIX_MAX_NEXT; returns how
+ * many. O(n_context + kinds of token that follow). */
+DS_API int32_t ds_suffix_next(const ds_suffix *suffix, const int32_t *context, int32_t n_context,
+                              int32_t room, int32_t *tokens, int32_t *counts);
 
 #ifdef __cplusplus
 }

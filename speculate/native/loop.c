@@ -234,12 +234,17 @@ static int32_t advance(ds_decoder *d, level *l, int32_t length, int32_t room, in
   return emitted;
 }
 
-/* What needs no model. Tokens that the levels above only propose are not learnt from. */
-static int32_t propose_text(ds_decoder *d, level *l, int32_t length, int32_t count) {
-  int32_t support[DS_MAX_DRAFT];
+/* Tell a drafter what stands. Tokens that the levels above only propose are not learnt from. */
+static int32_t tell(ds_decoder *d, level *l) {
   int32_t status = l->drafter->append(l->drafter, d->ids + l->kept, d->committed - l->kept);
+  if (status >= 0) l->kept = d->committed;
+  return status;
+}
+
+/* What needs no model. */
+static int32_t propose_text(ds_decoder *d, level *l, int32_t length, int32_t count) {
+  int32_t support[DS_MAX_DRAFT], status = tell(d, l);
   if (status < 0) return status;
-  l->kept = d->committed;
   int32_t drafted =
       l->drafter->draft(l->drafter, d->ids + l->kept, length - l->kept, count, d->ids + length, support);
   if (drafted <= 0) return drafted;
@@ -301,5 +306,9 @@ int32_t ds_decoder_step(ds_decoder *d, int32_t *tokens, int32_t room) {
   d->first = 0;
   d->committed += count;
   d->left = is_eos(d, tokens[count - 1]) ? 0 : d->left - count;
+  if (d->left == 0 && d->levels[0].drafter) { /* it may want all of this generation for the next */
+    int32_t status = tell(d, &d->levels[0]);
+    if (status < 0) return status;
+  }
   return count;
 }

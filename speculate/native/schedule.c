@@ -49,7 +49,7 @@ static double frequency(double accepted, double tried, double prior) {
   return (accepted + PRIOR_DRAFTS * prior) / (tried + PRIOR_DRAFTS);
 }
 
-static double trust_in(const ds_trust *trust, uint8_t bucket) {
+double ds_trust_in(const ds_trust *trust, uint8_t bucket) {
   return frequency(trust->accepted[bucket], trust->tried[bucket], PRIOR[bucket]);
 }
 
@@ -69,9 +69,14 @@ static uint8_t bucket_of(double value, const double limits[DS_BUCKETS - 1]) {
   return b;
 }
 
-uint8_t ds_bucket_of_match(int32_t length) {
-  static const double limits[DS_BUCKETS - 1] = {3, 5, 9, 17};
-  return bucket_of(length, limits);
+static const double MATCHES[DS_BUCKETS - 1] = {3, 5, 9, 17};
+
+uint8_t ds_bucket_of_match(int32_t length) { return bucket_of(length, MATCHES); }
+
+int32_t ds_match_of_trust(double trust) {
+  int b = 0;
+  while (b < DS_BUCKETS - 1 && trust >= (PRIOR[b] + PRIOR[b + 1]) / 2) ++b;
+  return b ? (int32_t)MATCHES[b - 1] : 1;
 }
 
 typedef struct {
@@ -104,6 +109,15 @@ uint8_t ds_bucket_of_law(const float *logits, int32_t vocab) {
   return bucket_of((double)l.first - (double)l.second, limits);
 }
 
+double ds_expected_length(const ds_trust *trust, const uint8_t *buckets, int32_t n_draft) {
+  double reach = 1, expected = 0;
+  for (int32_t i = 0; i < n_draft; ++i) {
+    reach *= ds_trust_in(trust, buckets[i]);
+    expected += reach;
+  }
+  return expected;
+}
+
 void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, int32_t n_draft, int32_t n_accepted) {
   for (int32_t i = 0; i < n_draft && i <= n_accepted; ++i) {
     uint8_t b = buckets[i];
@@ -126,7 +140,7 @@ bool ds_pays_to_go_on(const ds_pace *above, const ds_pace *own, const ds_trust *
                       int32_t n_draft, int32_t room) {
   if (n_draft == 0 && explores(trust)) return true;
   double reach = 1, next = trust_in_next(trust), gain = 0;
-  for (int32_t i = 0; i < n_draft; ++i) reach *= trust_in(trust, buckets[i]);
+  for (int32_t i = 0; i < n_draft; ++i) reach *= ds_trust_in(trust, buckets[i]);
   for (int32_t n = 1; n <= room; ++n) {
     reach *= next;
     gain += rate(above) * reach;
@@ -142,7 +156,7 @@ int32_t ds_length_that_pays(const ds_pace *above, const ds_trust *trust, const u
   double reach = 1, gain = 0, most = 0;
   int32_t best = 0;
   for (int32_t h = 1; h <= n_draft; ++h) {
-    reach *= trust_in(trust, buckets[h - 1]);
+    reach *= ds_trust_in(trust, buckets[h - 1]);
     gain += rate(above) * reach;
     double profit = gain - (ds_pace_of_call(above, h + 1) - ds_pace_of_call(above, 1));
     if (profit > most || (h == 1 && explores(trust))) {

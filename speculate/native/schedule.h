@@ -52,6 +52,15 @@ void ds_trust_reset(ds_trust *trust);
 uint8_t ds_bucket_of_law(const float *logits, int32_t vocab);
 uint8_t ds_bucket_of_match(int32_t length);
 
+/* The least length with which a draft of this trust shares a bucket, before anything is learnt. */
+int32_t ds_match_of_trust(double trust);
+
+/* How often a token in this bucket is accepted, where all before it are. */
+double ds_trust_in(const ds_trust *trust, uint8_t bucket);
+
+/* How many tokens of a draft with these buckets [n_draft] may be expected to be accepted. */
+double ds_expected_length(const ds_trust *trust, const uint8_t *buckets, int32_t n_draft);
+
 /* Of a proposal with these buckets [n_draft], the first n_accepted were accepted. */
 void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, int32_t n_draft, int32_t n_accepted);
 

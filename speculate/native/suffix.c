@@ -16,8 +16,13 @@
  *     clone is short then so was that state, so its most recent place is right to copy; and the clone is on
  *     the path, so the present append makes that the one before.
  * Two places, because the most recent one of a suffix of the text is the end of the text itself.
+ *
+ * How often. Short states count their places in the same walk. The places of a state that go on with a token
+ * are those of the state that the edge leads to, so an edge's frequency is there to be read; and as counts only
+ * grow, a state knows its most frequent edge by comparing the one that the text takes with the one that led
+ * before. A clone has the edges of the state that it is split from, and so its favourite.
  */
-#include "draftsmith.h"
+#include "suffix.h"
 #include "error.h"
 
 #include <stddef.h>
@@ -30,7 +35,9 @@ typedef struct {
   int32_t length; /* of the longest substring */
   int32_t link;
   int32_t recent, before; /* the two most recent places it ends at, counted in tokens; NONE if never */
+  int32_t count;          /* of the places */
   int32_t first_edge;
+  int32_t favourite; /* the edge that most places take, of equals the latest; NONE if none goes on */
 } state;
 
 typedef struct {
@@ -38,6 +45,8 @@ typedef struct {
   int32_t next_of_state; /* cloning copies a state's edges */
   int32_t next_in_bucket;
 } edge;
+
+static const state EMPTY_STATE = {0, ROOT, NONE, NONE, 0, NONE, NONE};
 
 struct ds_suffix {
   int32_t *tokens;
@@ -83,14 +92,21 @@ static int32_t grow_array(void **array, size_t count, size_t size) {
   return DS_OK;
 }
 
-/* Make room for `wanted` tokens. On failure the handle is as it was: grown arrays hold what they held. */
-static int32_t reserve(ds_suffix *s, int64_t wanted) {
-  if (wanted <= s->capacity) return DS_OK;
-  if (wanted > DS_SUFFIX_MAX_TOKENS)
-    return ds_fail(DS_ERROR_MEMORY, "a suffix index holds at most %d tokens", DS_SUFFIX_MAX_TOKENS);
-  size_t capacity = 64;
-  while (capacity < (size_t)wanted) capacity *= 2;
-  size_t n_buckets = 4 * capacity;
+static size_t buckets_for(size_t capacity) {
+  size_t n = 256;
+  while (n < 3 * capacity) n *= 2;
+  return n;
+}
+
+size_t ds_suffix_bytes(int32_t capacity) {
+  size_t n = (size_t)capacity;
+  return sizeof(ds_suffix) + n * (sizeof(int32_t) + 2 * sizeof(state) + 3 * sizeof(edge)) +
+         buckets_for(n) * sizeof(int32_t);
+}
+
+/* Make room for `capacity` tokens. On failure the handle is as it was: grown arrays hold what they held. */
+static int32_t resize(ds_suffix *s, size_t capacity) {
+  size_t n_buckets = buckets_for(capacity);
   int32_t *buckets = malloc(n_buckets * sizeof *buckets);
   if (!buckets) return ds_fail(DS_ERROR_MEMORY, "no memory for a suffix index of %zu tokens", capacity);
   int32_t status = grow_array((void **)&s->tokens, capacity, sizeof *s->tokens);
@@ -113,18 +129,40 @@ static int32_t reserve(ds_suffix *s, int64_t wanted) {
   return DS_OK;
 }
 
+static int32_t check_room(int64_t wanted) {
+  if (wanted <= DS_SUFFIX_MAX_TOKENS) return DS_OK;
+  return ds_fail(DS_ERROR_MEMORY, "a suffix index holds at most %d tokens", DS_SUFFIX_MAX_TOKENS);
+}
+
+/* By doubling, so that appending is amortized O(1). */
+static int32_t grow(ds_suffix *s, int64_t wanted) {
+  if (wanted <= s->capacity) return DS_OK;
+  int32_t status = check_room(wanted);
+  if (status != DS_OK) return status;
+  size_t capacity = 64;
+  while (capacity < (size_t)wanted) capacity *= 2;
+  return resize(s, capacity);
+}
+
+void ds_suffix_clear(ds_suffix *s) {
+  s->n_tokens = s->n_edges = s->last = s->window = s->window_length = 0;
+  memset(s->buckets, 0xff, ((size_t)s->bucket_mask + 1) * sizeof *s->buckets); /* all NONE */
+  s->states[ROOT] = EMPTY_STATE;
+  s->states[ROOT].link = NONE;
+  s->n_states = 1;
+}
+
 ds_suffix *ds_suffix_create(void) {
   ds_suffix *s = calloc(1, sizeof *s);
   if (!s) {
     ds_fail(DS_ERROR_MEMORY, "no memory for a suffix index");
     return NULL;
   }
-  if (reserve(s, 1) != DS_OK) {
+  if (grow(s, 1) != DS_OK) {
     ds_suffix_free(s);
     return NULL;
   }
-  s->states[ROOT] = (state){0, NONE, NONE, NONE, NONE};
-  s->n_states = 1;
+  ds_suffix_clear(s);
   return s;
 }
 
@@ -140,7 +178,9 @@ void ds_suffix_free(ds_suffix *s) {
 /* ---- Appending ----------------------------------------------------------------------------------------- */
 
 static int32_t add_state(ds_suffix *s, int32_t length, int32_t link) {
-  s->states[s->n_states] = (state){length, link, NONE, NONE, NONE};
+  s->states[s->n_states] = EMPTY_STATE;
+  s->states[s->n_states].length = length;
+  s->states[s->n_states].link = link;
   return s->n_states++;
 }
 
@@ -149,8 +189,11 @@ static int32_t add_state(ds_suffix *s, int32_t length, int32_t link) {
 static int32_t split(ds_suffix *s, int32_t q, int32_t length, int32_t p, int32_t token) {
   int32_t clone = add_state(s, length, s->states[q].link);
   s->states[clone].recent = s->states[q].recent;
-  for (int32_t i = s->states[q].first_edge; i != NONE; i = s->edges[i].next_of_state)
+  s->states[clone].count = s->states[q].count;
+  for (int32_t i = s->states[q].first_edge; i != NONE; i = s->edges[i].next_of_state) {
     add_edge(s, clone, s->edges[i].token, s->edges[i].to);
+    if (i == s->states[q].favourite) s->states[clone].favourite = s->n_edges - 1;
+  }
   s->states[q].link = clone;
   for (; p != NONE; p = s->states[p].link) {
     edge *e = find_edge(s, p, token);
@@ -166,6 +209,15 @@ static int32_t shorten(const ds_suffix *s, int32_t v, int32_t wanted) {
   return v;
 }
 
+static int32_t count_of(const ds_suffix *s, const edge *e) { return s->states[e->to].count; }
+
+/* The text has just taken edge `e` of `v`. */
+static void prefer(ds_suffix *s, int32_t v, const edge *e) {
+  int32_t *favourite = &s->states[v].favourite;
+  if (*favourite == NONE || count_of(s, e) >= count_of(s, &s->edges[*favourite]))
+    *favourite = (int32_t)(e - s->edges);
+}
+
 static void append_token(ds_suffix *s, int32_t token) {
   s->tokens[s->n_tokens++] = token;
   int32_t p = s->last, link = ROOT;
@@ -179,13 +231,16 @@ static void append_token(ds_suffix *s, int32_t token) {
   s->states[whole].link = link;
   s->last = whole;
 
-  if (s->window_length == DS_SUFFIX_MAX_MATCH) s->window = shorten(s, s->window, --s->window_length);
-  s->window = find_edge(s, s->window, token)->to;
+  if (s->window_length == DS_SUFFIX_MAX_MATCH) --s->window_length;
+  int32_t before = shorten(s, s->window, s->window_length); /* the appended token follows it and its links */
+  s->window = find_edge(s, before, token)->to;
   ++s->window_length;
   for (int32_t v = s->window; v != ROOT; v = s->states[v].link) {
     s->states[v].before = s->states[v].recent;
     s->states[v].recent = s->n_tokens;
+    ++s->states[v].count;
   }
+  for (int32_t v = before; v != ROOT; v = s->states[v].link) prefer(s, v, find_edge(s, v, token));
 }
 
 int32_t ds_suffix_append(ds_suffix *s, const int32_t *tokens, int32_t n_tokens) {
@@ -193,7 +248,7 @@ int32_t ds_suffix_append(ds_suffix *s, const int32_t *tokens, int32_t n_tokens) 
     return ds_fail(DS_ERROR_ARGUMENT, "append wants a handle and %d tokens", n_tokens);
   for (int32_t i = 0; i < n_tokens; ++i)
     if (tokens[i] < 0) return ds_fail(DS_ERROR_ARGUMENT, "token %d is %d, not a token id", i, tokens[i]);
-  int32_t status = reserve(s, (int64_t)s->n_tokens + n_tokens);
+  int32_t status = grow(s, (int64_t)s->n_tokens + n_tokens);
   if (status != DS_OK) return status;
   for (int32_t i = 0; i < n_tokens; ++i) append_token(s, tokens[i]);
   return DS_OK;
@@ -202,7 +257,80 @@ int32_t ds_suffix_append(ds_suffix *s, const int32_t *tokens, int32_t n_tokens) 
 int32_t ds_suffix_reserve(ds_suffix *s, int32_t n_tokens) {
   if (!s || n_tokens < 0)
     return ds_fail(DS_ERROR_ARGUMENT, "reserve wants a handle and room for %d tokens", n_tokens);
-  return reserve(s, n_tokens);
+  if (n_tokens <= s->capacity) return DS_OK;
+  int32_t status = check_room(n_tokens);
+  return status == DS_OK ? resize(s, (size_t)n_tokens) : status;
+}
+
+const int32_t *ds_suffix_tokens(const ds_suffix *s, int32_t *n_tokens) {
+  *n_tokens = s->n_tokens;
+  return s->tokens;
+}
+
+/* ---- Matching ------------------------------------------------------------------------------------------ */
+
+ds_match ds_suffix_match_end(const ds_suffix *s) { return (ds_match){s->window, s->window_length}; }
+
+ds_match ds_suffix_match_less(const ds_suffix *s, ds_match m) {
+  int32_t link = m.state == ROOT ? ROOT : s->states[m.state].link;
+  return (ds_match){link, s->states[link].length};
+}
+
+static ds_match extend(const ds_suffix *s, ds_match m, int32_t token, int32_t max_match) {
+  const edge *e;
+  while (!(e = find_edge(s, m.state, token)) && m.state != ROOT) m = ds_suffix_match_less(s, m);
+  if (!e) return (ds_match){ROOT, 0};
+  if (m.length < max_match) return (ds_match){e->to, m.length + 1};
+  return (ds_match){shorten(s, e->to, m.length), m.length};
+}
+
+ds_match ds_suffix_match_next(const ds_suffix *s, ds_match m, int32_t token) {
+  return extend(s, m, token, DS_SUFFIX_MAX_MATCH);
+}
+
+int32_t ds_suffix_follow(const ds_suffix *s, ds_match *m, double *share) {
+  if (m->length == DS_SUFFIX_MAX_MATCH) m->state = shorten(s, m->state, --m->length);
+  const state *v = &s->states[m->state];
+  if (v->favourite == NONE) return NONE;
+  const edge *e = &s->edges[v->favourite];
+  int32_t going_on = v->count - (v->recent == s->n_tokens); /* all but the end of the text */
+  *share = (double)count_of(s, e) / going_on;
+  *m = (ds_match){e->to, m->length + 1};
+  return e->token;
+}
+
+int32_t ds_suffix_next(const ds_suffix *s, const int32_t *context, int32_t n_context, int32_t room,
+                       int32_t *tokens, int32_t *counts) {
+  if (!s || n_context < 1 || n_context >= DS_SUFFIX_MAX_MATCH || !context || room < 0 ||
+      (room > 0 && (!tokens || !counts)))
+    return ds_fail(DS_ERROR_ARGUMENT, "a handle, 1 to %d tokens of context (%d) and room for %d are wanted",
+                   DS_SUFFIX_MAX_MATCH - 1, n_context, room);
+  int32_t v = ROOT, n = 0;
+  for (int32_t i = 0; i < n_context; ++i) {
+    const edge *e = find_edge(s, v, context[i]);
+    if (!e) return 0;
+    v = e->to;
+  }
+  int32_t recent[DS_SUFFIX_MAX_NEXT];
+  if (room > DS_SUFFIX_MAX_NEXT) room = DS_SUFFIX_MAX_NEXT;
+  for (int32_t i = s->states[v].first_edge; i != NONE; i = s->edges[i].next_of_state) {
+    const state *to = &s->states[s->edges[i].to];
+    int32_t place = n;
+    while (place > 0 && (to->count > counts[place - 1] ||
+                         (to->count == counts[place - 1] && to->recent > recent[place - 1])))
+      --place;
+    if (place == room) continue;
+    if (n < room) ++n;
+    for (int32_t k = n - 1; k > place; --k) {
+      tokens[k] = tokens[k - 1];
+      counts[k] = counts[k - 1];
+      recent[k] = recent[k - 1];
+    }
+    tokens[place] = s->edges[i].token;
+    counts[place] = to->count;
+    recent[place] = to->recent;
+  }
+  return n;
 }
 
 /* ---- Drafting ------------------------------------------------------------------------------------------ */
@@ -226,29 +354,14 @@ typedef struct {
 /* The best match that ends within the committed tokens. */
 static match match_committed(const text *t, int32_t max_match) {
   const ds_suffix *s = t->index;
-  int32_t length = s->window_length < max_match ? s->window_length : max_match;
-  int32_t v = shorten(s, s->window, length);
+  ds_match m = {s->window, s->window_length < max_match ? s->window_length : max_match};
+  m.state = shorten(s, m.state, m.length);
   if (t->n_tail == 0) { /* the most recent place is the end of the text: look for one before it */
-    while (v != ROOT && s->states[v].before == NONE) {
-      v = s->states[v].link;
-      length = s->states[v].length;
-    }
-    return (match){length, s->states[v].before};
+    while (m.state != ROOT && s->states[m.state].before == NONE) m = ds_suffix_match_less(s, m);
+    return (match){m.length, s->states[m.state].before};
   }
-  for (int32_t i = 0; i < t->n_tail; ++i) {
-    edge *e;
-    while (!(e = find_edge(s, v, t->tail[i])) && v != ROOT) {
-      v = s->states[v].link;
-      length = s->states[v].length;
-    }
-    if (!e) continue; /* at the root, where length is 0 */
-    v = e->to;
-    if (length < max_match)
-      ++length;
-    else
-      v = shorten(s, v, length);
-  }
-  return (match){length, s->states[v].recent};
+  for (int32_t i = 0; i < t->n_tail; ++i) m = extend(s, m, t->tail[i], max_match);
+  return (match){m.length, s->states[m.state].recent};
 }
 
 /* The best match that ends within the tail, if it is no worse than `best`; it is the more recent one. */

@@ -3,6 +3,7 @@
 #include "drafter.h"
 #include "exercise.h"
 #include "failing.h"
+#include "ngrams.h"
 
 #include <math.h>
 
@@ -76,6 +77,56 @@ static void exercise_recycling(void) {
   }
   REFUSED(ds_recycling_candidates(NULL, 1, candidates), "a drafter");
   CHECK(!ds_recycling_drafter_create(0) && strstr(ds_error_message(), "vocab is 0"));
+}
+
+enum { HISTORY_BYTES = 400000 };
+
+static void exercise_history(void) {
+  ds_history_size size;
+  for (int trial = 0; trial < 3; ++trial) {
+    ds_drafter *drafter = ds_history_drafter_create(HISTORY_BYTES);
+    CHECK(drafter);
+    for (int round = 0; round < 30; ++round) generate(drafter);
+    CHECK(ds_history_kept(drafter, &size) == DS_OK && size.n_bytes <= HISTORY_BYTES);
+    CHECK(size.n_outputs > 1 && size.n_outputs < 29 && size.n_tokens > size.n_outputs);
+    REFUSED(drafter->begin(drafter, -1), "-1 tokens");
+    CHECK(drafter->begin(drafter, INT32_MAX) == DS_ERROR_MEMORY);
+    int32_t bad = -1;
+    REFUSED(drafter->append(drafter, &bad, 1), "token 0 is -1");
+    generate(drafter);
+    REFUSED(ds_history_kept(drafter, NULL), "room");
+    ds_drafter_close(drafter);
+  }
+  REFUSED(ds_history_kept(NULL, &size), "a drafter");
+  CHECK(!ds_history_drafter_create(1) && strstr(ds_error_message(), "1 bytes"));
+}
+
+static int32_t refuse_to_begin(ds_drafter *drafter, int32_t n_tokens) {
+  (void)drafter;
+  return n_tokens == 7 ? DS_ERROR_ARGUMENT : DS_OK;
+}
+
+static void exercise_hybrid(void) {
+  ds_drafter *parts[3] = {ds_suffix_drafter_create(NULL, 0), ds_recycling_drafter_create(VOCAB),
+                          ds_history_drafter_create(HISTORY_BYTES)};
+  for (int32_t n = 1; n <= 3; ++n) {
+    ds_drafter *drafter = ds_hybrid_drafter_create(parts, n);
+    CHECK(drafter);
+    for (int round = 0; round < 5; ++round) generate(drafter);
+    CHECK(drafter->begin(drafter, -1) < 0);
+    ds_drafter_close(drafter);
+  }
+  ds_drafter failing = {refuse_to_begin, parts[0]->append, NULL, parts[0]->draft, parts[0]->close};
+  ds_drafter *both[2] = {&failing, parts[1]};
+  ds_drafter *drafter = ds_hybrid_drafter_create(both, 2);
+  CHECK(drafter && drafter->begin(drafter, 7) == DS_ERROR_ARGUMENT);
+  ds_drafter_close(drafter);
+  both[1] = NULL;
+  CHECK(!ds_hybrid_drafter_create(both, 2) && strstr(ds_error_message(), "a hybrid of 2"));
+  failing.draft = NULL;
+  CHECK(!ds_hybrid_drafter_create(both, 1) && !ds_hybrid_drafter_create(NULL, 1));
+  CHECK(!ds_hybrid_drafter_create(parts, 0) && !ds_hybrid_drafter_create(parts, 99));
+  for (int32_t i = 0; i < 3; ++i) ds_drafter_close(parts[i]);
 }
 
 static const uint8_t NO_TOKENIZER[DS_TOKENIZER_BYTES];
@@ -160,6 +211,63 @@ static void exercise_datastore(void) {
   ds_datastore_free(datastore);
 }
 
+static const uint8_t NO_MODEL[DS_MODEL_BYTES];
+
+/* A table of VOCAB tokens with `width` in a row, cut to `size` bytes, in `scratch`. */
+static void write_ngrams(uint32_t width, size_t size) {
+  char whole[4096] = "DSNGRAM1";
+  uint32_t numbers[4] = {1, VOCAB, width, 0};
+  size_t at = 8, count = (VOCAB + 1) * (width < 9 ? width : 9);
+  memcpy(whole + at, numbers, sizeof numbers);
+  at += sizeof numbers + DS_MODEL_BYTES;
+  for (size_t i = 0; i < count; ++i, at += 4) memcpy(whole + at, &(int32_t){(int32_t)(i * 5 % VOCAB)}, 4);
+  for (size_t i = 0; i < count; ++i, at += 4) memcpy(whole + at, &(float){(float)uniform()}, 4);
+  FILE *file = fopen(scratch, "wb");
+  CHECK(file && fwrite(whole, 1, size < at ? size : at, file) > 0 && fclose(file) == 0);
+}
+
+static void exercise_ngrams(void) {
+  int32_t tokens[9];
+  float probabilities[9];
+  write_ngrams(3, SIZE_MAX);
+  ds_ngrams *ngrams = ds_ngrams_open(scratch, VOCAB, NO_MODEL);
+  CHECK(ngrams && ds_ngrams_next(ngrams, -1, 9, tokens, probabilities) == 3);
+  CHECK(ds_ngrams_next(ngrams, VOCAB - 1, 2, tokens, probabilities) == 2);
+  CHECK(ds_ngrams_next(ngrams, 0, 0, NULL, NULL) == 0);
+  REFUSED(ds_ngrams_next(ngrams, VOCAB, 2, tokens, probabilities), "token 7");
+  REFUSED(ds_ngrams_next(ngrams, -2, 2, tokens, probabilities), "token -2");
+  REFUSED(ds_ngrams_next(ngrams, 0, 2, tokens, NULL), "room");
+  REFUSED(ds_ngrams_next(NULL, 0, 2, tokens, probabilities), "a table");
+  ds_drafter *drafter = ds_bigram_drafter_create(ngrams);
+  CHECK(drafter && drafter->begin(drafter, 3) == DS_OK);
+  CHECK(drafter->draft(drafter, NULL, 0, 4, tokens, tokens + 4) == 4); /* before any token */
+  for (int round = 0; round < 3; ++round) generate(drafter);
+  tokens[0] = VOCAB;
+  REFUSED(drafter->draft(drafter, tokens, 1, 1, tokens + 1, tokens + 2), "token 7");
+  ds_drafter_close(drafter);
+  ds_ngrams_free(ngrams);
+  ds_ngrams_free(NULL);
+  CHECK(!ds_bigram_drafter_create(NULL));
+  CHECK(!ds_ngrams_open(NULL, VOCAB, NO_MODEL) && !ds_ngrams_open(scratch, 0, NO_MODEL));
+  CHECK(!ds_ngrams_open(scratch, VOCAB, NULL) && strstr(ds_error_message(), "a path"));
+  CHECK(!ds_ngrams_open("", VOCAB, NO_MODEL) && strstr(ds_error_message(), "cannot be opened"));
+  for (size_t size = 1; size < 200; ++size) {
+    write_ngrams(3, size);
+    CHECK(!ds_ngrams_open(scratch, VOCAB, NO_MODEL));
+  }
+  for (uint32_t width = 0; width < 1000000000; width = 2 * width + 1000) {
+    write_ngrams(width, SIZE_MAX);
+    CHECK(!ds_ngrams_open(scratch, VOCAB, NO_MODEL));
+  }
+  for (int32_t after = 0; after < 3; ++after) {
+    write_ngrams(3, SIZE_MAX);
+    spared = after;
+    ngrams = ds_ngrams_open(scratch, VOCAB, NO_MODEL);
+    spared = INT32_MAX;
+    CHECK(!ngrams && strstr(ds_error_message(), "no memory"));
+  }
+}
+
 /* Whichever allocation fails, writing says so. */
 static void exercise_writing_without_memory(void) {
   int32_t failures = 0;
@@ -200,6 +308,8 @@ static ds_drafter *create_suffix(void) {
 
 static ds_drafter *create_recycling(void) { return ds_recycling_drafter_create(VOCAB); }
 
+static ds_drafter *create_history(void) { return ds_history_drafter_create(HISTORY_BYTES); }
+
 static ds_datastore *opened;
 
 static ds_drafter *create_rest(void) { return ds_datastore_drafter_create(opened); }
@@ -209,10 +319,14 @@ int main(int n_words, char **words) {
   scratch = words[1];
   exercise_suffix_drafter();
   exercise_recycling();
+  exercise_history();
+  exercise_hybrid();
+  exercise_ngrams();
   exercise_datastore();
   exercise_writing_without_memory();
   exercise_memory(create_suffix, 6);
   exercise_memory(create_recycling, 1);
+  exercise_memory(create_history, 12);
   CHECK((opened = ds_datastore_open(scratch, VOCAB, NO_TOKENIZER)));
   exercise_memory(create_rest, 1);
   ds_datastore_free(opened);

@@ -1,4 +1,5 @@
-/* What the decode loop needs of a drafter that is not a model: it proposes a chain of tokens from text alone.
+/* What the decode loop needs of a drafter that is not a model: it proposes tokens from text alone, a chain of them
+ * or a tree.
  *
  * Drafts     are chosen, not sampled: a function of the calls since `begin`, so that equal seeds give equal
  *            tokens. The loop verifies them as such, losslessly, whatever they are.
@@ -22,7 +23,8 @@ struct ds_drafter {
   /* These tokens follow the ones appended before and stand. */
   int32_t (*append)(ds_drafter *drafter, const int32_t *tokens, int32_t n_tokens);
   /* The level above read tokens [n_rows], and these are its logits after each, [n_rows, vocab]; drafts
-   * are among them, whether they stand or not. NULL: does not care. */
+   * are among them, whether they stand or not, and of a tree one need not follow the one before. NULL: does
+   * not care. */
   int32_t (*observe)(ds_drafter *drafter, const int32_t *tokens, int32_t n_rows, const float *logits,
                      int32_t vocab);
   /* Propose up to max_draft tokens to follow the appended ones and tail [n_tail], which may yet be rejected.
@@ -30,6 +32,12 @@ struct ds_drafter {
   int32_t (*draft)(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_draft,
                    int32_t *draft, int32_t *support);
   void (*close)(ds_drafter *drafter);
+  /* Propose a tree of up to max_nodes tokens, none behind max_depth others, to follow the same text. Returns
+   * how many. parents[i] < i is the node that node i follows, or -1: the text. chances[i], in (0, 1]: how
+   * likely node i is right, given that its parent is. The loop may take the first few only, so the likeliest
+   * come first. NULL: proposes chains only. */
+  int32_t (*draft_tree)(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_nodes,
+                        int32_t max_depth, int32_t *tokens, int32_t *parents, double *chances);
 };
 
 DS_API void ds_drafter_close(ds_drafter *drafter); /* nothing for NULL */

@@ -131,7 +131,8 @@ ds_drafter *ds_recycling_drafter_create(int32_t vocab) {
     ds_fail(DS_ERROR_MEMORY, "no memory for the candidates after %d tokens", vocab);
     return NULL;
   }
-  r->drafter = (ds_drafter){begin, append, observe, draft, close_drafter};
+  r->drafter = (ds_drafter){
+      .begin = begin, .append = append, .observe = observe, .draft = draft, .close = close_drafter};
   r->vocab = vocab;
   begin(&r->drafter, 0);
   return &r->drafter;

@@ -64,7 +64,7 @@ ds_drafter *ds_suffix_drafter_create(const int32_t *references, int32_t n_refere
     ds_fail(DS_ERROR_MEMORY, "no memory for a drafter with %d tokens of references", n_references);
     return NULL;
   }
-  s->drafter = (ds_drafter){begin, append, NULL, draft, close};
+  s->drafter = (ds_drafter){.begin = begin, .append = append, .draft = draft, .close = close};
   s->index = NULL;
   s->n_references = n_references;
   if (n_references) memcpy(s->references, references, size);

@@ -16,6 +16,7 @@ from .datastore import Datastore
 from .errors import BundleError
 
 SUFFIX = "suffix"
+MERGE = "+"  # between the names of drafters whose proposals are merged
 
 # Each may only be the first level of a ladder.
 DRAFTERS = {
@@ -37,6 +38,7 @@ class Drafter:
             check(lib.DS_ERROR_ARGUMENT)
         self.handle = ffi.gc(handle, lib.ds_drafter_close)
         self._reads = reads  # lent to the drafter, so it is kept alive
+        self.proposes_trees = self.handle.draft_tree != ffi.NULL
 
     def begin(self, num_tokens: int) -> None:
         """Forget all tokens; at most so many will come."""
@@ -59,6 +61,25 @@ class Drafter:
         count = check(self.handle.draft(self.handle, pending, len(tail), max_draft, tokens, support))
         return ffi.unpack(tokens, count), ffi.unpack(support, count)
 
+    def draft_tree(
+        self, tail: Sequence[int], max_nodes: int, max_depth: int
+    ) -> tuple[list[int], list[int], list[float]]:
+        """(tokens of a tree, the node that each follows or -1, how likely each is right if that is), the nodes in
+        the order in which they are worth a row; of a drafter that `proposes_trees`."""
+        tokens, parents = ffi.new("int32_t[]", max_nodes), ffi.new("int32_t[]", max_nodes)
+        chances, pending = ffi.new("double[]", max_nodes), ffi.new("int32_t[]", tail)
+        count = check(
+            self.handle.draft_tree(
+                self.handle, pending, len(tail), max_nodes, max_depth, tokens, parents, chances
+            )
+        )
+        return ffi.unpack(tokens, count), ffi.unpack(parents, count), ffi.unpack(chances, count)
+
+
+def is_drafter(name: str) -> bool:
+    """Whether a level of a ladder is no model: a drafter, or several merged such as "suffix+recycling"."""
+    return all(member in DRAFTERS for member in name.split(MERGE))
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -68,7 +89,11 @@ class Sources:
     datastore: Datastore | None = None
 
     def open(self, name: str, vocab_size: int) -> Drafter:
-        """The drafter of a ladder's level. vocab_size: the target's."""
+        """The drafter of a ladder's level, or several merged. vocab_size: the target's."""
+        if MERGE in name:
+            members = [self.open(member, vocab_size) for member in name.split(MERGE)]
+            handles = ffi.new("ds_drafter *[]", [member.handle for member in members])
+            return Drafter(lib.ds_merged_drafter_create(handles, len(members)), members)
         if name == "recycling":
             return Drafter(lib.ds_recycling_drafter_create(vocab_size))
         if name == "rest" and self.datastore:
@@ -76,19 +101,20 @@ class Sources:
         tokens = list(chain.from_iterable((*text, lib.DS_END_OF_REFERENCE) for text in self.references))
         return Drafter(lib.ds_suffix_drafter_create(ffi.new("int32_t[]", tokens), len(tokens)))
 
-    def check(self, names: Sequence[str]) -> None:
+    def check(self, ladder: Sequence[str]) -> None:
         """Refuse what the drafters of a ladder lack, and what none of them would read."""
+        names = [member for name in ladder for member in name.split(MERGE)]
         if "llma" in names and not self.references:
             raise BundleError(
-                f"ladder {list(names)}: llma drafts from references and there are none: pass references=[...]"
+                f"ladder {list(ladder)}: llma drafts from references and there are none: pass references=[...]"
             )
         if "rest" in names and not self.datastore:
             raise BundleError(
-                f"ladder {list(names)}: rest drafts from a datastore and none is open: give the datastore "
+                f"ladder {list(ladder)}: rest drafts from a datastore and none is open: give the datastore "
                 "that `draftsmith datastore` wrote when the bundle is loaded"
             )
         if self.references and not {SUFFIX, "llma"} & set(names):
             raise BundleError(
-                f"references are given, but no level of the ladder {list(names)} reads them: "
+                f"references are given, but no level of the ladder {list(ladder)} reads them: "
                 'begin it with "llma" or "suffix"'
             )

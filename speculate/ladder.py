@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Literal
 
 from .binding import lib
-from .drafters import DRAFTERS, Drafter, Sources
+from .drafters import DRAFTERS, MERGE, Drafter, Sources, is_drafter
 from .engine import Engine
 from .errors import BundleError
 from .loop import Decoder, Level
@@ -21,7 +21,8 @@ Speculate = Literal["auto", "none"] | Iterable[str]
 @dataclass(frozen=True)
 class Rung:
     name: str
-    num_speculative_tokens: int  # proposed to the level above per call
+    num_speculative_tokens: int  # proposed to the level above per call; of a tree, its nodes
+    tree: bool = False  # whether a drafter that can proposes trees
 
 
 def choose_ladder(
@@ -74,7 +75,11 @@ def check_names(names: list[str], engines: Iterable[str]) -> None:
             raise BundleError(
                 f"ladder {names} names the target, which always comes last by itself: leave it out"
             )
-        if name not in known:
+        if MERGE in str(name) and all(member in DRAFTERS for member in str(name).split(MERGE)):
+            members = str(name).split(MERGE)
+            if len(set(members)) < len(members):
+                raise BundleError(f"ladder {names}: {name} merges a drafter with itself")
+        elif name not in known:
             near = get_close_matches(str(name), known, n=1, cutoff=0.0)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise BundleError(
@@ -82,7 +87,7 @@ def check_names(names: list[str], engines: Iterable[str]) -> None:
             )
         if name in names[:i]:
             raise BundleError(f"ladder {names} names {name!r} twice")
-        if name in DRAFTERS and i > 0:
+        if is_drafter(name) and i > 0:
             raise BundleError(f"ladder {names}: {name} needs no drafter, so it comes first")
 
 
@@ -100,9 +105,9 @@ def build_ladder(
     target = open_engine(TARGET)
 
     def level(rung: Rung) -> Level:
-        if rung.name in DRAFTERS:
+        if is_drafter(rung.name):
             drafter = open_drafter(rung.name, target.vocab_size)
-            return Level(rung.name, None, rung.num_speculative_tokens, drafter=drafter)
+            return Level(rung.name, None, rung.num_speculative_tokens, drafter=drafter, tree=rung.tree)
         return Level(rung.name, open_engine(rung.name), rung.num_speculative_tokens, known.get(rung.name))
 
     return Decoder([*map(level, rungs), Level(TARGET, target, costs=known.get(TARGET))])

@@ -60,7 +60,9 @@ class FakeEngine:
             mask = np.arange(start + len(token_ids)) <= start + np.arange(len(token_ids))[:, None]
             position_ids = start + np.arange(len(token_ids))
         for i, sees in enumerate(mask):
-            assert sees[start + i] and not sees[start + i + 1 :].any(), "a row sees itself and what is before it"
+            assert sees[start + i] and not sees[start + i + 1 :].any(), (
+                "a row sees itself and what is before it"
+            )
             assert position_ids[i] == sees.sum() - 1, "a position is the number of tokens before it"
         return np.stack(
             [

@@ -54,13 +54,19 @@ DS_API ds_drafter *ds_suffix_drafter_create(const int32_t *references, int32_t n
 enum { DS_RECYCLING_WIDTH = 8 };
 
 /* Token Recycling (arXiv 2408.08696): after each of `vocab` tokens the likeliest that the level above
- * last saw follow it, rejected drafts included; a draft follows the first of them from token to token. 32
- * bytes a token. NULL on failure. */
+ * last saw follow it, rejected drafts included. A chain follows the first of them from token to token; a tree
+ * takes each by how often the token of its rank was right of late. 32 bytes a token. NULL on failure. */
 DS_API ds_drafter *ds_recycling_drafter_create(int32_t vocab);
 
 /* Of a drafter made by ds_recycling_drafter_create: the tokens that may follow, likeliest first, into
  * candidates [DS_RECYCLING_WIDTH]; how many, the rest are -1. */
 DS_API int32_t ds_recycling_candidates(const ds_drafter *drafter, int32_t token, int32_t *candidates);
+
+enum { DS_MAX_MERGED = 8 };
+
+/* Several drafters as one, each borrowed: as a tree, the likeliest nodes of all that they propose; as a chain,
+ * whichever proposal promises the most. NULL on failure. */
+DS_API ds_drafter *ds_merged_drafter_create(ds_drafter *const *members, int32_t n_members);
 
 #ifdef __cplusplus
 }

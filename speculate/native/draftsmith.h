@@ -125,7 +125,7 @@ DS_API int32_t ds_verify_kseq(int32_t n_drafts, int32_t vocab, const double *p, 
 
 /* ---- Drafting from the text itself --------------------------------------------------------------------- */
 
-/* An index of the committed tokens that finds where the last few occurred before. It holds 120 bytes a token,
+/* An index of the committed tokens that finds where the last few occurred before. It holds 128 bytes a token,
  * up to twice that just after it grew. Appending is amortized O(1), drafting O((n_tail + 1) * max_match). */
 typedef struct ds_suffix ds_suffix;
 
@@ -147,6 +147,13 @@ DS_API int32_t ds_suffix_reserve(ds_suffix *suffix, int32_t n_tokens);
 DS_API int32_t ds_suffix_draft(const ds_suffix *suffix, const int32_t *tail, int32_t n_tail,
                                int32_t min_match, int32_t max_match, int32_t max_draft, int32_t *draft,
                                int32_t *match_length);
+
+/* The same as a tree of up to max_nodes tokens (drafter.h), none behind max_depth others: all that followed the
+ * matches of at least min_match tokens that end within the committed ones, by how often each did. Returns the number
+ * of nodes. */
+DS_API int32_t ds_suffix_draft_tree(const ds_suffix *suffix, const int32_t *tail, int32_t n_tail,
+                                    int32_t min_match, int32_t max_match, int32_t max_nodes,
+                                    int32_t max_depth, int32_t *tokens, int32_t *parents, double *chances);
 
 #ifdef __cplusplus
 }

@@ -105,6 +105,8 @@ uint8_t ds_bucket_of_law(const float *logits, int32_t vocab) {
   return bucket_of((double)l.first - (double)l.second, limits);
 }
 
+double ds_chance_of_match(int32_t length) { return PRIOR[ds_bucket_of_match(length)]; }
+
 uint8_t ds_bucket_of_chance(double chance) {
   static const double limits[DS_GRADES - 1] = {0.03, 0.1, 0.3, 0.6};
   return DS_GRADES + bucket_of(chance, limits);

@@ -55,6 +55,9 @@ uint8_t ds_bucket_of_law(const float *logits, int32_t vocab);
 uint8_t ds_bucket_of_match(int32_t length);
 uint8_t ds_bucket_of_chance(double chance);
 
+/* The chance that a link is right that rests on so many tokens, before anything is learnt. */
+double ds_chance_of_match(int32_t length);
+
 /* Of a proposal with these buckets, the nodes path[0 .. n_accepted) were accepted. */
 void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, const ds_tree *tree, const int32_t *path,
                     int32_t n_accepted);

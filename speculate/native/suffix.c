@@ -10,15 +10,18 @@
  * with a substring at most that long are ever asked: the short states. `window` is the state of the last
  * min(n, DS_SUFFIX_MAX_MATCH) tokens; the short states on the path are `window` and its links, at most
  * DS_SUFFIX_MAX_MATCH of them and three or four on ordinary text. Every append enters its place into those,
- * so a short state always knows its two most recent places:
+ * so a short state always knows its two most recent places, and how many there are:
  *   - No state becomes short: its shortest substring only grows, when a clone takes the shorter ones.
  *   - A clone has the places of the state that it is split from until the present append adds one. If the
  *     clone is short then so was that state, so its most recent place is right to copy; and the clone is on
  *     the path, so the present append makes that the one before.
  * Two places, because the most recent one of a suffix of the text is the end of the text itself.
  */
+#include "drafter.h"
 #include "draftsmith.h"
 #include "error.h"
+#include "growth.h"
+#include "schedule.h"
 
 #include <stddef.h>
 #include <stdlib.h>
@@ -31,6 +34,7 @@ typedef struct {
   int32_t link;
   int32_t recent, before; /* the two most recent places it ends at, counted in tokens; NONE if never */
   int32_t first_edge;
+  int32_t count; /* of the places it ends at */
 } state;
 
 typedef struct {
@@ -123,7 +127,7 @@ ds_suffix *ds_suffix_create(void) {
     ds_suffix_free(s);
     return NULL;
   }
-  s->states[ROOT] = (state){0, NONE, NONE, NONE, NONE};
+  s->states[ROOT] = (state){0, NONE, NONE, NONE, NONE, 0};
   s->n_states = 1;
   return s;
 }
@@ -140,7 +144,7 @@ void ds_suffix_free(ds_suffix *s) {
 /* ---- Appending ----------------------------------------------------------------------------------------- */
 
 static int32_t add_state(ds_suffix *s, int32_t length, int32_t link) {
-  s->states[s->n_states] = (state){length, link, NONE, NONE, NONE};
+  s->states[s->n_states] = (state){length, link, NONE, NONE, NONE, 0};
   return s->n_states++;
 }
 
@@ -149,6 +153,7 @@ static int32_t add_state(ds_suffix *s, int32_t length, int32_t link) {
 static int32_t split(ds_suffix *s, int32_t q, int32_t length, int32_t p, int32_t token) {
   int32_t clone = add_state(s, length, s->states[q].link);
   s->states[clone].recent = s->states[q].recent;
+  s->states[clone].count = s->states[q].count;
   for (int32_t i = s->states[q].first_edge; i != NONE; i = s->edges[i].next_of_state)
     add_edge(s, clone, s->edges[i].token, s->edges[i].to);
   s->states[q].link = clone;
@@ -185,6 +190,7 @@ static void append_token(ds_suffix *s, int32_t token) {
   for (int32_t v = s->window; v != ROOT; v = s->states[v].link) {
     s->states[v].before = s->states[v].recent;
     s->states[v].recent = s->n_tokens;
+    s->states[v].count += 1;
   }
 }
 
@@ -223,18 +229,12 @@ typedef struct {
   int32_t length, end; /* the last `length` tokens of the text also end at `end`, before its own end */
 } match;
 
-/* The best match that ends within the committed tokens. */
-static match match_committed(const text *t, int32_t max_match) {
+/* The state of the longest end of the text that occurs within the committed tokens, and its length; without a tail
+ * that is the end of those themselves. */
+static int32_t find_state(const text *t, int32_t max_match, int32_t *matched) {
   const ds_suffix *s = t->index;
   int32_t length = s->window_length < max_match ? s->window_length : max_match;
   int32_t v = shorten(s, s->window, length);
-  if (t->n_tail == 0) { /* the most recent place is the end of the text: look for one before it */
-    while (v != ROOT && s->states[v].before == NONE) {
-      v = s->states[v].link;
-      length = s->states[v].length;
-    }
-    return (match){length, s->states[v].before};
-  }
   for (int32_t i = 0; i < t->n_tail; ++i) {
     edge *e;
     while (!(e = find_edge(s, v, t->tail[i])) && v != ROOT) {
@@ -248,7 +248,20 @@ static match match_committed(const text *t, int32_t max_match) {
     else
       v = shorten(s, v, length);
   }
-  return (match){length, s->states[v].recent};
+  *matched = length;
+  return v;
+}
+
+/* The best match that ends within the committed tokens. */
+static match match_committed(const text *t, int32_t max_match) {
+  const ds_suffix *s = t->index;
+  int32_t length, v = find_state(t, max_match, &length);
+  if (t->n_tail) return (match){length, s->states[v].recent};
+  while (v != ROOT && s->states[v].before == NONE) { /* the most recent place is the end of the text itself */
+    v = s->states[v].link;
+    length = s->states[v].length;
+  }
+  return (match){length, s->states[v].before};
 }
 
 /* The best match that ends within the tail, if it is no worse than `best`; it is the more recent one. */
@@ -263,10 +276,9 @@ static match match_tail(const text *t, int32_t max_match, match best) {
   return best;
 }
 
-int32_t ds_suffix_draft(const ds_suffix *s, const int32_t *tail, int32_t n_tail, int32_t min_match,
-                        int32_t max_match, int32_t max_draft, int32_t *draft, int32_t *match_length) {
-  if (!s || !match_length || n_tail < 0 || (n_tail > 0 && !tail) || max_draft < 0 ||
-      (max_draft > 0 && !draft))
+static int32_t check_draft(const ds_suffix *s, const int32_t *tail, int32_t n_tail, int32_t min_match,
+                           int32_t max_match, int32_t max_draft, const void *draft, const void *also) {
+  if (!s || n_tail < 0 || (n_tail > 0 && !tail) || max_draft < 0 || (max_draft > 0 && !draft) || !also)
     return ds_fail(DS_ERROR_ARGUMENT, "a handle, %d tail tokens and room for %d drafted ones are wanted",
                    n_tail, max_draft);
   if (!(1 <= min_match && min_match <= max_match && max_match <= DS_SUFFIX_MAX_MATCH))
@@ -274,6 +286,13 @@ int32_t ds_suffix_draft(const ds_suffix *s, const int32_t *tail, int32_t n_tail,
                    DS_SUFFIX_MAX_MATCH);
   if (n_tail > DS_SUFFIX_MAX_TOKENS)
     return ds_fail(DS_ERROR_ARGUMENT, "a tail of %d tokens is longer than %d", n_tail, DS_SUFFIX_MAX_TOKENS);
+  return DS_OK;
+}
+
+int32_t ds_suffix_draft(const ds_suffix *s, const int32_t *tail, int32_t n_tail, int32_t min_match,
+                        int32_t max_match, int32_t max_draft, int32_t *draft, int32_t *match_length) {
+  int32_t status = check_draft(s, tail, n_tail, min_match, max_match, max_draft, draft, match_length);
+  if (status != DS_OK) return status;
   text t = {s, tail, n_tail, s->n_tokens + n_tail};
   match best = match_tail(&t, max_match, match_committed(&t, max_match));
   *match_length = best.length >= min_match ? best.length : 0;
@@ -283,4 +302,57 @@ int32_t ds_suffix_draft(const ds_suffix *s, const int32_t *tail, int32_t n_tail,
     draft[i] = source < t.length ? token_at(&t, source) : draft[source - t.length];
   }
   return max_draft;
+}
+
+enum {
+  MOST_EDGES = 64 /* of a state that are looked at: a pair of common words has thousands in a large text */
+};
+
+/* What follows a state, and what follows its suffixes where that says nothing: how sure a match is goes to its own
+ * continuations by their counts, the latest counted twice, and the rest to those of the next shorter match (as in
+ * prediction by partial matching). `v` holds a match of `length` tokens; marks are edges. */
+static void offer_followers(const ds_suffix *s, ds_growth *g, int32_t node, int32_t v, int32_t length,
+                            int32_t min_match) {
+  double left = 1;
+  for (; v != ROOT && length >= min_match; v = s->states[v].link, length = s->states[v].length) {
+    int32_t total = 1, latest = NONE, n_edges = 0;
+    for (int32_t i = s->states[v].first_edge; i != NONE && n_edges < MOST_EDGES;
+         i = s->edges[i].next_of_state) {
+      ++n_edges;
+      const state *to = &s->states[s->edges[i].to];
+      total += to->count;
+      if (latest == NONE || to->recent > s->states[s->edges[latest].to].recent) latest = i;
+    }
+    if (latest == NONE) continue;
+    double sure = ds_chance_of_match(length);
+    for (int32_t i = s->states[v].first_edge; n_edges-- > 0; i = s->edges[i].next_of_state)
+      if (s->edges[i].token != DS_END_OF_REFERENCE)
+        ds_growth_offer(g, node, s->edges[i].token,
+                        left * sure * (s->states[s->edges[i].to].count + (i == latest)) / total, i);
+    left *= 1 - sure;
+  }
+}
+
+int32_t ds_suffix_draft_tree(const ds_suffix *s, const int32_t *tail, int32_t n_tail, int32_t min_match,
+                             int32_t max_match, int32_t max_nodes, int32_t max_depth, int32_t *tokens,
+                             int32_t *parents, double *chances) {
+  int32_t status = check_draft(s, tail, n_tail, min_match, max_match, max_nodes, tokens, parents);
+  if (status == DS_OK && max_nodes > 0 && !chances)
+    status = ds_fail(DS_ERROR_ARGUMENT, "no room for chances");
+  if (status != DS_OK) return status;
+  text t = {s, tail, n_tail, s->n_tokens + n_tail};
+  int32_t lengths[DS_MAX_DRAFT + 1],
+      states[DS_MAX_DRAFT + 1]; /* of the match behind each node; first: the text */
+  states[0] = find_state(&t, max_match, &lengths[0]);
+  ds_growth growth;
+  ds_growth_begin(&growth, max_nodes, max_depth, tokens, parents, chances);
+  for (int32_t node = -1;;) {
+    offer_followers(s, &growth, node, states[node + 1], lengths[node + 1], min_match);
+    if ((node = ds_growth_take(&growth)) < 0) return growth.n_nodes;
+    const edge *taken = &s->edges[growth.marks[node]];
+    int32_t parent = parents[node] + 1;
+    int32_t length = 1 + (taken->from == states[parent] ? lengths[parent] : s->states[taken->from].length);
+    lengths[node + 1] = length < max_match ? length : max_match;
+    states[node + 1] = shorten(s, taken->to, lengths[node + 1]);
+  }
 }

@@ -36,7 +36,9 @@ HINTS = {
     "trust_remote_code": "code that comes with a checkpoint is never run",
 }
 
-FREE_DRAFTERS = ("suffix", "recycling")  # no models, so every recipe has them; one may begin a ladder
+FREE_CHAINS = ("suffix", "recycling")  # no models, so every recipe has them; one may begin a ladder
+FREE_TREES = ("suffix-tree", "recycling-tree", "suffix+recycling")  # the same, proposing trees
+FREE_DRAFTERS = (*FREE_CHAINS, *FREE_TREES)
 CALLED_DRAFTERS = ("llma", "rest")  # these draft from what a generation is given: references, a datastore
 TARGET = "target"
 RESERVED = (*FREE_DRAFTERS, *CALLED_DRAFTERS, TARGET, "none", "auto")

@@ -16,7 +16,7 @@ from .compare import settle
 from .machine import describe_machine
 from .processor import num_threads
 from .progress import Progress, no_progress
-from .recipe import FREE_DRAFTERS, Speculate
+from .recipe import FREE_CHAINS, FREE_DRAFTERS, FREE_TREES, Speculate
 from .replay import CallCosts, Plan, Recording, best_plan, predict
 from .rounds import Rounds, decode_in_turn
 from .traces import record
@@ -25,6 +25,7 @@ PROMPT_TOKENS = 64  # of each calibration window, as the prompt to tune on
 NEW_TOKENS = 64
 COST_SWEEPS = 4  # before the recordings, and again after them
 FREE_LENGTHS = (2, 4, 8, 16)
+TREE_SIZES = (8, 16, 31)  # with the token before it a call of the rows that are timed
 ENGINE_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 LEAST_GAIN = 1.02  # predicted, over plain decoding: less is not worth a drafter
 CHECK_PROMPTS, CHECK_REPEATS = 4, 3
@@ -159,7 +160,8 @@ def _list_ladders(drafters: Sequence[str], costs: CallCosts) -> list[tuple[str, 
 
 
 def _length_options(spec: Speculate, drafters: Sequence[str]) -> dict[str, Sequence[int]]:
-    options: dict[str, Sequence[int]] = dict.fromkeys(FREE_DRAFTERS, FREE_LENGTHS)
+    options: dict[str, Sequence[int]] = dict.fromkeys(FREE_CHAINS, FREE_LENGTHS)
+    options.update(dict.fromkeys(FREE_TREES, TREE_SIZES))
     options.update((name, ENGINE_LENGTHS) for name in drafters)
     match spec.num_speculative_tokens:
         case "auto":

@@ -16,7 +16,8 @@ from .datastore import Datastore
 from .errors import BundleError
 
 SUFFIX = "suffix"
-MERGE = "+"  # between the names of drafters whose proposals are merged
+TREE = "-tree"  # behind the name of a drafter that is to propose trees
+MERGE = "+"  # between the names of drafters whose proposals are merged into one tree
 
 # Each may only be the first level of a ladder.
 DRAFTERS = {
@@ -76,9 +77,18 @@ class Drafter:
         return ffi.unpack(tokens, count), ffi.unpack(parents, count), ffi.unpack(chances, count)
 
 
+def list_members(name: str) -> list[str]:
+    """The drafters behind a level of a ladder: of "suffix+recycling" both, of "suffix-tree" that one."""
+    return name.split(MERGE) if MERGE in name else [name.removesuffix(TREE)]
+
+
 def is_drafter(name: str) -> bool:
-    """Whether a level of a ladder is no model: a drafter, or several merged such as "suffix+recycling"."""
-    return all(member in DRAFTERS for member in name.split(MERGE))
+    """Whether a level of a ladder is no model."""
+    return all(member in DRAFTERS for member in list_members(name))
+
+
+def wants_tree(name: str) -> bool:
+    return MERGE in name or name.endswith(TREE)
 
 
 @dataclass(frozen=True)
@@ -89,11 +99,16 @@ class Sources:
     datastore: Datastore | None = None
 
     def open(self, name: str, vocab_size: int) -> Drafter:
-        """The drafter of a ladder's level, or several merged. vocab_size: the target's."""
-        if MERGE in name:
-            members = [self.open(member, vocab_size) for member in name.split(MERGE)]
-            handles = ffi.new("ds_drafter *[]", [member.handle for member in members])
-            return Drafter(lib.ds_merged_drafter_create(handles, len(members)), members)
+        """The drafter of a ladder's level, or several as one. vocab_size: the target's."""
+        members = [self._open_one(member, vocab_size) for member in list_members(name)]
+        if MERGE not in name:
+            if wants_tree(name) and not members[0].proposes_trees:
+                raise BundleError(f"{name}: {name.removesuffix(TREE)} proposes chains only: name it so")
+            return members[0]
+        handles = ffi.new("ds_drafter *[]", [member.handle for member in members])
+        return Drafter(lib.ds_merged_drafter_create(handles, len(members)), members)
+
+    def _open_one(self, name: str, vocab_size: int) -> Drafter:
         if name == "recycling":
             return Drafter(lib.ds_recycling_drafter_create(vocab_size))
         if name == "rest" and self.datastore:
@@ -103,7 +118,7 @@ class Sources:
 
     def check(self, ladder: Sequence[str]) -> None:
         """Refuse what the drafters of a ladder lack, and what none of them would read."""
-        names = [member for name in ladder for member in name.split(MERGE)]
+        names = [member for name in ladder for member in list_members(name)]
         if "llma" in names and not self.references:
             raise BundleError(
                 f"ladder {list(ladder)}: llma drafts from references and there are none: pass references=[...]"

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Literal
 
 from .binding import lib
-from .drafters import DRAFTERS, MERGE, Drafter, Sources, is_drafter
+from .drafters import DRAFTERS, Drafter, Sources, is_drafter, list_members, wants_tree
 from .engine import Engine
 from .errors import BundleError
 from .loop import Decoder, Level
@@ -22,7 +22,6 @@ Speculate = Literal["auto", "none"] | Iterable[str]
 class Rung:
     name: str
     num_speculative_tokens: int  # proposed to the level above per call; of a tree, its nodes
-    tree: bool = False  # whether a drafter that can proposes trees
 
 
 def choose_ladder(
@@ -75,16 +74,14 @@ def check_names(names: list[str], engines: Iterable[str]) -> None:
             raise BundleError(
                 f"ladder {names} names the target, which always comes last by itself: leave it out"
             )
-        if MERGE in str(name) and all(member in DRAFTERS for member in str(name).split(MERGE)):
-            members = str(name).split(MERGE)
-            if len(set(members)) < len(members):
-                raise BundleError(f"ladder {names}: {name} merges a drafter with itself")
-        elif name not in known:
+        if not isinstance(name, str) or not (name in known or is_drafter(name)):
             near = get_close_matches(str(name), known, n=1, cutoff=0.0)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise BundleError(
                 f"ladder {names}: this bundle has no drafter {name!r}, only {', '.join(known)}{hint}"
             )
+        if len(set(list_members(name))) < len(list_members(name)):
+            raise BundleError(f"ladder {names}: {name} merges a drafter with itself")
         if name in names[:i]:
             raise BundleError(f"ladder {names} names {name!r} twice")
         if is_drafter(name) and i > 0:
@@ -107,7 +104,8 @@ def build_ladder(
     def level(rung: Rung) -> Level:
         if is_drafter(rung.name):
             drafter = open_drafter(rung.name, target.vocab_size)
-            return Level(rung.name, None, rung.num_speculative_tokens, drafter=drafter, tree=rung.tree)
+            length, tree = rung.num_speculative_tokens, wants_tree(rung.name)
+            return Level(rung.name, None, length, drafter=drafter, tree=tree)
         return Level(rung.name, open_engine(rung.name), rung.num_speculative_tokens, known.get(rung.name))
 
     return Decoder([*map(level, rungs), Level(TARGET, target, costs=known.get(TARGET))])

@@ -72,7 +72,7 @@ def random_trees(rng, vocab, num_nodes=None):
 
 def run(engines, ladder, prompt, count, sampling=GREEDY, costs=None, grow=None, verify=ffi.NULL, eos=()):
     """(blocks of tokens, decoder) of a ladder whose first level is `grow`'s trees."""
-    rungs = [Rung(name, length, tree=True) for name, length in ladder]
+    rungs = [Rung(name, length) for name, length in ladder]
     decoder = build_ladder(
         rungs, engines.__getitem__, costs, (lambda *_: Gardener(grow)) if grow else Sources().open
     )
@@ -101,7 +101,9 @@ def test_whatever_tree_is_proposed_the_output_is_the_targets(seed, keeps):
     engines = engines_of(vocab, seed, keeps)
     for trial in range(10):
         prompt = rng.integers(vocab, size=int(rng.integers(1, 12))).tolist()
-        ladder = [[("suffix", int(rng.choice([1, 5, 20, 64])))], [("suffix", 12), ("int8", 4)]][trial % 2]
+        ladder = [[("suffix-tree", int(rng.choice([1, 5, 20, 64])))], [("suffix-tree", 12), ("int8", 4)]][
+            trial % 2
+        ]
         costs = random_costs(rng, engines) if trial % 3 == 0 else None
         for sampling in (GREEDY, Sampling(1.0, seed=seed, rule="exact")):
             plain = decode(engines, [], prompt, 50, sampling).tokens
@@ -118,7 +120,7 @@ def test_whatever_tree_is_proposed_the_output_is_the_targets(seed, keeps):
 def test_the_cache_holds_the_path_that_stands():
     rng, engines = np.random.default_rng(1), engines_of(3, 1)
     decoder = build_ladder(
-        [Rung("suffix", 20, tree=True)], engines.__getitem__, None, lambda *_: Gardener(random_trees(rng, 3))
+        [Rung("suffix-tree", 20)], engines.__getitem__, None, lambda *_: Gardener(random_trees(rng, 3))
     )
     prompt = [0, 1, 2]
     decoder.begin(prompt, 60, GREEDY)
@@ -137,7 +139,7 @@ def test_a_tree_covers_more_of_what_may_follow_than_its_first_path():
         count = min(2**max_depth - 1, 15) * 2
         return [0, 1] * (count // 2), [(i - 2) // 2 for i in range(count)]
 
-    blocks, _ = run(engines, [("suffix", 30)], [0, 1], 41, grow=grow)
+    blocks, _ = run(engines, [("suffix-tree", 30)], [0, 1], 41, grow=grow)
     assert [len(block) for block in blocks] == [1, *[5] * 8]
 
 
@@ -145,7 +147,7 @@ def test_trees_shrink_where_the_cache_ends():
     engines = engines_of(4, 2, max_seq_len=60)
     rng = np.random.default_rng(0)
     plain = decode(engines, [], [1, 2], 58).tokens
-    blocks, _ = run(engines, [("suffix", 30)], [1, 2], 58, grow=random_trees(rng, 4))
+    blocks, _ = run(engines, [("suffix-tree", 30)], [1, 2], 58, grow=random_trees(rng, 4))
     assert [token for block in blocks for token in block] == plain
 
 
@@ -275,7 +277,7 @@ def test_the_law_of_a_loop_over_trees_is_exact(rule, shape, vocab):
     law = Counter()
     for branch in Branches():
         blocks, _ = run(
-            {"target": target}, [("suffix", 8)], prompt, length, Sampling(1.0, rule=rule), grow=fitting(shape),
+            {"target": target}, [("suffix-tree", 8)], prompt, length, Sampling(1.0, rule=rule), grow=fitting(shape),
             verify=branch.verify,
         )  # fmt: skip
         law[tuple(token for block in blocks for token in block)] += branch.weight
@@ -291,7 +293,7 @@ def test_a_level_above_verifies_what_trees_gave_the_one_below(rule):
     counts = Counter()
     for seed in range(total):
         blocks, _ = run(
-            engines, [("suffix", 8), ("int8", 3)], prompt, length, Sampling(1.0, seed=seed, rule=rule),
+            engines, [("suffix-tree", 8), ("int8", 3)], prompt, length, Sampling(1.0, seed=seed, rule=rule),
             grow=fitting("two-levels"),
         )  # fmt: skip
         counts[tuple(token for block in blocks for token in block)] += 1
@@ -307,7 +309,7 @@ def test_the_shipped_rules_sample_the_targets_law_over_random_trees(rule, top_k)
     target, rng, counts = FakeEngine(vocab, 7, scale=1), np.random.default_rng(0), Counter()
     for seed in range(total):
         blocks, _ = run(
-            {"target": target}, [("suffix", 10)], prompt, length, Sampling(1.0, top_k, seed=seed, rule=rule),
+            {"target": target}, [("suffix-tree", 10)], prompt, length, Sampling(1.0, top_k, seed=seed, rule=rule),
             grow=random_trees(rng, vocab),
         )  # fmt: skip
         counts[tuple(token for block in blocks for token in block)] += 1
@@ -337,7 +339,7 @@ def bundle(tmp_path_factory):
     return load(write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle"), threads=1)
 
 
-@pytest.mark.parametrize("ladder", [[("suffix", 31)], [("suffix", 12), ("int8", 4)]], ids=str)
+@pytest.mark.parametrize("ladder", [[("suffix-tree", 31)], [("suffix-tree", 12), ("int8", 4)]], ids=str)
 def test_real_graphs_say_the_same_over_random_trees(bundle, ladder):
     """Trees that hold the right path among much else, so that paths of all kinds are kept and rolled back."""
     rng, prompt = np.random.default_rng(3), list(range(5, 90, 3))
@@ -356,7 +358,7 @@ def test_real_graphs_say_the_same_over_random_trees(bundle, ladder):
                 tokens[i] = text[at + depths[i]]
         return tokens, parents
 
-    rungs = [Rung(name, length, tree=True) for name, length in ladder]
+    rungs = [Rung(name, length) for name, length in ladder]
     decoder = build_ladder(rungs, bundle.engine, None, lambda *_: Gardener(grow))
     decoder.begin(prompt, 60, GREEDY)
     assert [token for block in iter(decoder.step, []) for token in block] == plain
@@ -378,4 +380,4 @@ def test_real_graphs_say_the_same_over_random_trees(bundle, ladder):
 )
 def test_a_tree_that_breaks_its_word_is_an_error(tokens, parents, words):
     with pytest.raises(BundleError, match=words):
-        run({"target": FakeEngine(4, 2)}, [("suffix", 8)], [1], 6, grow=lambda *_: (tokens, parents))
+        run({"target": FakeEngine(4, 2)}, [("suffix-tree", 8)], [1], 6, grow=lambda *_: (tokens, parents))

@@ -25,12 +25,8 @@ static ds_offer *find_room(ds_growth *g, double reach) {
 void ds_growth_offer(ds_growth *g, int32_t parent, int32_t token, double chance, int32_t mark) {
   int32_t depth = parent < 0 ? 0 : g->depths[parent] + 1;
   if (depth >= g->max_depth || !(chance > 0)) return;
-  ds_offer offer = {parent, token, mark, chance, chance * (parent < 0 ? 1 : g->reach[parent])};
-  for (int32_t i = 0; i < g->n_offers; ++i)
-    if (g->offers[i].parent == parent && g->offers[i].token == token) {
-      if (g->offers[i].chance < chance) g->offers[i] = offer;
-      return;
-    }
+  double reach = parent < 0 ? 1 : g->reach[parent];
+  ds_offer offer = {parent, token, mark, chance, chance * reach};
   ds_offer *room = find_room(g, offer.reach);
   if (room) *room = offer;
 }

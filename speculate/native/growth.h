@@ -24,8 +24,7 @@ typedef struct {
 void ds_growth_begin(ds_growth *growth, int32_t max_nodes, int32_t max_depth, int32_t *tokens,
                      int32_t *parents, double *chances);
 
-/* `token` may follow node `parent`, or the text if that is -1. Of equal offers the likelier one counts. `mark` is
- * the caller's. */
+/* `token` may follow node `parent`, or the text if that is -1; once at most. `mark` is the caller's. */
 void ds_growth_offer(ds_growth *growth, int32_t parent, int32_t token, double chance, int32_t mark);
 
 /* The node that joins, with its mark in `marks`; -1: none is left, or the tree is full. Of equally likely offers the

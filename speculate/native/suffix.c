@@ -305,30 +305,44 @@ int32_t ds_suffix_draft(const ds_suffix *s, const int32_t *tail, int32_t n_tail,
 }
 
 enum {
-  MOST_EDGES = 64 /* of a state that are looked at: a pair of common words has thousands in a large text */
+  MOST_EDGES = 64, /* of a state that are looked at: a pair of common words has thousands in a large text */
+  MOST_FOLLOWERS = 256,
 };
+
+typedef struct {
+  int32_t n, edges[MOST_FOLLOWERS]; /* the first edge by which each was found: that of the longest match */
+  double chances[MOST_FOLLOWERS];
+} followers;
+
+static void add_follower(const ds_suffix *s, followers *f, int32_t e, double chance) {
+  int32_t i = 0;
+  while (i < f->n && s->edges[f->edges[i]].token != s->edges[e].token) ++i;
+  if (i == MOST_FOLLOWERS) return;
+  if (i == f->n) {
+    f->edges[f->n++] = e;
+    f->chances[i] = 0;
+  }
+  f->chances[i] += chance;
+}
 
 /* What follows a state, and what follows its suffixes where that says nothing: how sure a match is goes to its own
  * continuations by their counts, the latest counted twice, and the rest to those of the next shorter match (as in
- * prediction by partial matching). `v` holds a match of `length` tokens; marks are edges. */
-static void offer_followers(const ds_suffix *s, ds_growth *g, int32_t node, int32_t v, int32_t length,
-                            int32_t min_match) {
+ * prediction by partial matching). `v` holds a match of `length` tokens. */
+static void find_followers(const ds_suffix *s, int32_t v, int32_t length, int32_t min_match, followers *f) {
   double left = 1;
+  f->n = 0;
   for (; v != ROOT && length >= min_match; v = s->states[v].link, length = s->states[v].length) {
     int32_t total = 1, latest = NONE, n_edges = 0;
-    for (int32_t i = s->states[v].first_edge; i != NONE && n_edges < MOST_EDGES;
-         i = s->edges[i].next_of_state) {
-      ++n_edges;
+    for (int32_t i = s->states[v].first_edge; i != NONE && n_edges < MOST_EDGES; ++n_edges) {
       const state *to = &s->states[s->edges[i].to];
       total += to->count;
       if (latest == NONE || to->recent > s->states[s->edges[latest].to].recent) latest = i;
+      i = s->edges[i].next_of_state;
     }
     if (latest == NONE) continue;
     double sure = ds_chance_of_match(length);
-    for (int32_t i = s->states[v].first_edge; n_edges-- > 0; i = s->edges[i].next_of_state)
-      if (s->edges[i].token != DS_END_OF_REFERENCE)
-        ds_growth_offer(g, node, s->edges[i].token,
-                        left * sure * (s->states[s->edges[i].to].count + (i == latest)) / total, i);
+    for (int32_t i = s->states[v].first_edge; n_edges > 0; --n_edges, i = s->edges[i].next_of_state)
+      add_follower(s, f, i, left * sure * (s->states[s->edges[i].to].count + (i == latest)) / total);
     left *= 1 - sure;
   }
 }
@@ -344,10 +358,14 @@ int32_t ds_suffix_draft_tree(const ds_suffix *s, const int32_t *tail, int32_t n_
   int32_t lengths[DS_MAX_DRAFT + 1],
       states[DS_MAX_DRAFT + 1]; /* of the match behind each node; first: the text */
   states[0] = find_state(&t, max_match, &lengths[0]);
+  followers next;
   ds_growth growth;
   ds_growth_begin(&growth, max_nodes, max_depth, tokens, parents, chances);
   for (int32_t node = -1;;) {
-    offer_followers(s, &growth, node, states[node + 1], lengths[node + 1], min_match);
+    find_followers(s, states[node + 1], lengths[node + 1], min_match, &next);
+    for (int32_t i = 0; i < next.n; ++i)
+      if (s->edges[next.edges[i]].token != DS_END_OF_REFERENCE)
+        ds_growth_offer(&growth, node, s->edges[next.edges[i]].token, next.chances[i], next.edges[i]);
     if ((node = ds_growth_take(&growth)) < 0) return growth.n_nodes;
     const edge *taken = &s->edges[growth.marks[node]];
     int32_t parent = parents[node] + 1;

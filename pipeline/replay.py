@@ -7,9 +7,9 @@ does not pay, are those of real decoding, since it is the same code; the calls t
 their measured cost. What a drafter says after it has left the target's text is not on the tape: there it says
 something that nobody accepts, as sure of it as it was at that position of the text.
 
-Of the target the tape has the likeliest few tokens at each position, since drafters learn from what it does not say
-too. A node of a tree that is off the text is answered as the same token was last answered on it: nobody follows that
-path, but what a drafter learns from it is of the right kind.
+Of the target the tape has the likeliest few tokens at each position, since drafters learn from what it does
+not say too. A node of a tree that is off the text is answered as the same token was last answered on it: nobody
+follows that path, but what a drafter learns from it is of the right kind.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,6 @@ import numpy as np
 from ..speculate.drafters import is_drafter
 from ..speculate.ladder import TARGET, Rung, build_ladder
 from ..speculate.settings import Sampling
-
 
 LIKELY = 8  # tokens that are kept of what the target found likely at a position
 TREE_ROOM = 64  # slots behind the text for the nodes of a tree

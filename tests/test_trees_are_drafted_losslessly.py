@@ -1,4 +1,5 @@
-"""Drafted trees, through the shipped loop: greedy output is the target's bit for bit, sampled output has its law."""
+"""Drafted trees, through the shipped loop: greedy output is the target's bit for bit, sampled output has its
+law."""
 
 import math
 from collections import Counter
@@ -40,7 +41,8 @@ class Gardener:
         self.grow, self.trees = grow, []
         self.calls = none | {
             "draft_tree": ffi.callback(
-                "int32_t(ds_drafter *, const int32_t *, int32_t, int32_t, int32_t, int32_t *, int32_t *, double *)",
+                "int32_t(ds_drafter *, const int32_t *, int32_t, int32_t, int32_t, int32_t *, int32_t *, "
+                "double *)",
                 self._grow,
             )
         }
@@ -162,8 +164,8 @@ SHAPES = {
 
 
 def list_verdicts(rule, p, tokens, parents):
-    """All outcomes (probability, path, next token) of a rule for a tree that was chosen: siblings are tried in
-    turn, and those that are rejected are taken out of the law; an oracle in plain numpy."""
+    """All outcomes (probability, path, next token) of a rule for a tree that was chosen: siblings are tried
+    in turn, and those that are rejected are taken out of the law; an oracle in plain numpy."""
     children = {
         node: [i for i, parent in enumerate(parents) if parent == node] for node in range(-1, len(tokens))
     }
@@ -277,8 +279,8 @@ def test_the_law_of_a_loop_over_trees_is_exact(rule, shape, vocab):
     law = Counter()
     for branch in Branches():
         blocks, _ = run(
-            {"target": target}, [("suffix-tree", 8)], prompt, length, Sampling(1.0, rule=rule), grow=fitting(shape),
-            verify=branch.verify,
+            {"target": target}, [("suffix-tree", 8)], prompt, length, Sampling(1.0, rule=rule),
+            grow=fitting(shape), verify=branch.verify,
         )  # fmt: skip
         law[tuple(token for block in blocks for token in block)] += branch.weight
     assert math.isclose(sum(law.values()), 1, abs_tol=1e-12)
@@ -287,7 +289,7 @@ def test_the_law_of_a_loop_over_trees_is_exact(rule, shape, vocab):
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_a_level_above_verifies_what_trees_gave_the_one_below(rule):
-    """int8 verifies trees; its proposals must be exact samples of its law, with the laws of the accepted path."""
+    """int8 verifies trees; its proposals must be exact samples of its law, with laws of the accepted path."""
     vocab, total, prompt, length = 3, 2000, [0, 1], 4
     engines = {"target": FakeEngine(vocab, 5, scale=1), "int8": FakeEngine(vocab, 5, noise=0.8, scale=1)}
     counts = Counter()
@@ -309,8 +311,8 @@ def test_the_shipped_rules_sample_the_targets_law_over_random_trees(rule, top_k)
     target, rng, counts = FakeEngine(vocab, 7, scale=1), np.random.default_rng(0), Counter()
     for seed in range(total):
         blocks, _ = run(
-            {"target": target}, [("suffix-tree", 10)], prompt, length, Sampling(1.0, top_k, seed=seed, rule=rule),
-            grow=random_trees(rng, vocab),
+            {"target": target}, [("suffix-tree", 10)], prompt, length,
+            Sampling(1.0, top_k, seed=seed, rule=rule), grow=random_trees(rng, vocab),
         )  # fmt: skip
         counts[tuple(token for block in blocks for token in block)] += 1
     law = {(): 1.0}

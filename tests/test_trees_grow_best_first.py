@@ -1,5 +1,6 @@
-"""The trees of drafters that are no models: the likeliest paths first, by chances that can be counted by hand."""
+"""The trees of drafters that are no models: the likeliest paths first, by chances counted by hand."""
 
+import itertools
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -21,7 +22,7 @@ def paths_of(tokens, parents):
 
 
 def check_best_first(tree, chances_after, max_nodes, max_depth):
-    """chances_after(path): token -> its chance. The nodes are the likeliest paths that there are, in order."""
+    """chances_after(path): token -> its chance. The nodes are the likeliest paths there are, in order."""
     tokens, parents, chances = tree
     paths = paths_of(tokens, parents)
     assert len({tuple(path) for path in paths}) == len(paths) <= max_nodes
@@ -30,7 +31,7 @@ def check_best_first(tree, chances_after, max_nodes, max_depth):
         assert len(path) <= max_depth
         assert chance == pytest.approx(min(1, chances_after(path[:-1])[path[-1]]), abs=1e-12)
         reach.append(chance * (reach[parent] if parent >= 0 else 1))
-    assert all(later <= earlier + NEVER for earlier, later in zip(reach, reach[1:], strict=False))
+    assert all(later <= earlier + NEVER for earlier, later in itertools.pairwise(reach))
     known = {tuple(path) for path in paths}
     left_out = [
         whole * chance

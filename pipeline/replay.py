@@ -8,8 +8,8 @@ their measured cost. What a drafter says after it has left the target's text is 
 something that nobody accepts, as sure of it as it was at that position of the text.
 
 Of the target the tape has the likeliest few tokens at each position, since drafters learn from what it does
-not say too. A node of a tree that is off the text is answered as the same token was last answered on it: nobody
-follows that path, but what a drafter learns from it is of the right kind.
+not say too. A node of a tree that is off the text is answered as the same token was last answered on it:
+nobody follows that path, but what a drafter learns from it is of the right kind.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

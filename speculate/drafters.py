@@ -65,8 +65,8 @@ class Drafter:
     def draft_tree(
         self, tail: Sequence[int], max_nodes: int, max_depth: int
     ) -> tuple[list[int], list[int], list[float]]:
-        """(tokens of a tree, the node that each follows or -1, how likely each is right if that is), the nodes
-        in the order in which they are worth a row; of a drafter that `proposes_trees`."""
+        """(tokens of a tree, the node that each follows or -1, how likely each is right if that is), the
+        nodes in the order in which they are worth a row; of a drafter that `proposes_trees`."""
         tokens, parents = ffi.new("int32_t[]", max_nodes), ffi.new("int32_t[]", max_nodes)
         chances, pending = ffi.new("double[]", max_nodes), ffi.new("int32_t[]", tail)
         count = check(

@@ -5,13 +5,14 @@ import pytest
 from decoding import random_costs
 from draftsmith.speculate.binding import ffi
 from draftsmith.speculate.datastore import Datastore, write_datastore
-from draftsmith.speculate.drafters import DRAFTERS, Drafter, Sources
+from draftsmith.speculate.drafters import DRAFTERS, Drafter, Sources, list_members
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.ladder import Rung, build_ladder
 from draftsmith.speculate.settings import Sampling
 from fake_engine import FakeEngine, open_bundle, write_bundle
 
 GREEDY = Sampling()
+LEVELS = [*DRAFTERS, "suffix-tree", "llma-tree", "recycling-tree", "suffix+recycling", "rest+recycling"]
 WARM = Sampling(temperature=1.0, seed=5, rule="exact")
 
 
@@ -30,7 +31,7 @@ def some_sources(tmp_path, texts) -> Sources:
     return Sources(references=texts, datastore=Datastore(tmp_path / "texts.rest", 1000))
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("seed", range(4))
 def test_output_is_the_targets_whatever_the_ladder_and_its_costs(tmp_path, name, seed):
     rng = np.random.default_rng(seed)
@@ -65,7 +66,7 @@ def bundle(tmp_path_factory):
     return load(folder, threads=1, datastore=folder / "own.rest")
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", LEVELS)
 def test_real_graphs_say_the_same_with_and_without(bundle, name):
     for prompt in ([7], list(range(5, 90, 3)), [1, 2, 3] * 9):
         plain = bundle.generate(prompt, max_new_tokens=60, speculate="none", ignore_eos=True).token_ids
@@ -75,7 +76,9 @@ def test_real_graphs_say_the_same_with_and_without(bundle, name):
                 max_new_tokens=60,
                 speculate=ladder,
                 ignore_eos=True,
-                references=[plain[20:50], "a reference as text"] if name in ("suffix", "llma") else (),
+                references=[plain[20:50], "a reference as text"]
+                if {"suffix", "llma"} & set(list_members(name))
+                else (),
             )
             assert out.token_ids == plain
             assert list(out.stats.draft_ms) == ladder
@@ -176,6 +179,11 @@ def test_a_drafter_from_outside_is_one_struct():
     for ladder in (["suffix"], ["suffix", "int8"]):
         tokens, drafts, _ = run(engines, ladder, [3] * len(ladder), Own(), [1], 60)
         assert tokens == plain and drafts.drafted > 0
+
+
+def test_a_tree_is_asked_of_who_can_grow_one(bundle):
+    with pytest.raises(BundleError, match="rest proposes chains only"):
+        bundle.generate([1], 4, speculate=["rest-tree"])
 
 
 @pytest.mark.parametrize(

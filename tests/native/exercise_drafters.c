@@ -8,6 +8,23 @@
 
 enum { VOCAB = 7 };
 
+/* Blocks of the exact size, so that writing past them is seen. */
+static void check_tree(ds_drafter *drafter, const int32_t *tail, int32_t n_tail) {
+  int32_t most = below(40), depth = 1 + below(9), depths[40];
+  int32_t *tokens = malloc((size_t)most * sizeof *tokens), *parents = malloc((size_t)most * sizeof *parents);
+  double *chances = malloc((size_t)most * sizeof *chances);
+  int32_t n = drafter->draft_tree(drafter, tail, n_tail, most, depth, tokens, parents, chances);
+  CHECK(n >= 0 && n <= most);
+  for (int32_t i = 0; i < n; ++i) {
+    CHECK(tokens[i] >= 0 && tokens[i] < VOCAB && parents[i] >= -1 && parents[i] < i);
+    depths[i] = parents[i] < 0 ? 1 : depths[parents[i]] + 1;
+    CHECK(depths[i] <= depth && chances[i] > 0 && chances[i] <= 1 + 1e-12);
+  }
+  free(tokens);
+  free(parents);
+  free(chances);
+}
+
 /* One generation: tokens come in bunches, drafts are asked for behind tails, logits are shown. */
 static void generate(ds_drafter *drafter) {
   int32_t tokens[64], tail[16], draft[20], support[20], total = 400;
@@ -26,6 +43,7 @@ static void generate(ds_drafter *drafter) {
     int32_t count = drafter->draft(drafter, tail, n_tail, wanted, draft, support);
     CHECK(count >= 0 && count <= wanted);
     for (int32_t i = 0; i < count; ++i) CHECK(draft[i] >= 0 && draft[i] < VOCAB && support[i] > 0);
+    if (drafter->draft_tree) check_tree(drafter, tail, n_tail);
   }
 }
 
@@ -76,6 +94,26 @@ static void exercise_recycling(void) {
   }
   REFUSED(ds_recycling_candidates(NULL, 1, candidates), "a drafter");
   CHECK(!ds_recycling_drafter_create(0) && strstr(ds_error_message(), "vocab is 0"));
+}
+
+static void exercise_merged(void) {
+  ds_drafter *members[DS_MAX_MERGED + 1] = {ds_suffix_drafter_create(NULL, 0),
+                                            ds_recycling_drafter_create(VOCAB)};
+  ds_drafter *merged = ds_merged_drafter_create(members, 2);
+  CHECK(merged);
+  for (int round = 0; round < 10; ++round) generate(merged);
+  int32_t tokens[1] = {VOCAB}, parents[1];
+  double chances[1];
+  CHECK(merged->begin(merged, INT32_MAX) < 0 && strstr(ds_error_message(), "tokens behind"));
+  generate(merged);
+  REFUSED(merged->append(merged, tokens, 1), "token 7 is outside");
+  REFUSED(merged->draft_tree(merged, tokens, 1, 1, 1, tokens, parents, chances), "token 7 is outside");
+  ds_drafter_close(merged);
+  CHECK(!ds_merged_drafter_create(members, 0) && strstr(ds_error_message(), "0 drafters"));
+  CHECK(!ds_merged_drafter_create(members, DS_MAX_MERGED + 1) && strstr(ds_error_message(), "9 drafters"));
+  CHECK(!ds_merged_drafter_create(members, 3) && strstr(ds_error_message(), "drafter 2"));
+  ds_drafter_close(members[0]);
+  ds_drafter_close(members[1]);
 }
 
 static const uint8_t NO_TOKENIZER[DS_TOKENIZER_BYTES];
@@ -209,6 +247,7 @@ int main(int n_words, char **words) {
   scratch = words[1];
   exercise_suffix_drafter();
   exercise_recycling();
+  exercise_merged();
   exercise_datastore();
   exercise_writing_without_memory();
   exercise_memory(create_suffix, 6);

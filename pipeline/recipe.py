@@ -42,6 +42,7 @@ TABLE, STORE = "bigram", "rest"  # these draft from what the recipe asks for
 TARGET = "target"
 RESERVED = (*FREE_DRAFTERS, *CALLED_DRAFTERS, TABLE, STORE, TARGET, "none", "auto")
 JOINT = "+"  # between the drafters of a hybrid
+TREE = "-tree"  # behind a level that proposes trees
 
 
 def _none_if_none(value: object) -> object:
@@ -307,7 +308,7 @@ class Recipe(Section):
             if len(set(ladder)) < len(ladder):
                 raise ValueError("speculate.ladder: a level is named twice")
             for name in ladder[1:]:
-                if name in free or JOINT in name:
+                if name in free or JOINT in name or name.endswith(TREE):
                     raise ValueError(f"speculate.ladder: {name} verifies nothing, so it can only come first")
         if isinstance(lengths, dict):
             _check_levels("speculate.num_speculative_tokens", lengths, levels, free)
@@ -324,9 +325,9 @@ class Recipe(Section):
 
 def _check_levels(key: str, names: Any, levels: list[str], free: list[str]) -> None:
     for name in names:
-        parts = name.split(JOINT)
+        parts = name.removesuffix(TREE).split(JOINT)
         for part in parts:
-            _check_level(key, part, levels if len(parts) == 1 else free)
+            _check_level(key, part, levels if name == part else free)
         if len(set(parts)) < len(parts):
             raise ValueError(f"{key}: {name} names a drafter twice")
 

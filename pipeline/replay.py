@@ -6,6 +6,10 @@ over a tape: engines that look up what they said. Draft lengths, with the schedu
 does not pay, are those of real decoding, since it is the same code; the calls that it makes are added up by
 their measured cost. What a drafter says after it has left the target's text is not on the tape: there it says
 something that nobody accepts, as sure of it as it was at that position of the text.
+
+Of the target the tape has the likeliest few tokens at each position, since drafters learn from what it does
+not say too. A node of a tree that is off the text is answered as the same token was last answered on it:
+nobody follows that path, but what a drafter learns from it is of the right kind.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +23,9 @@ from ..speculate.drafters import Drafter, Sources, is_drafter
 from ..speculate.ladder import TARGET, Rung, build_ladder
 from ..speculate.settings import Sampling
 
+LIKELY = 8  # tokens that are kept of what the target found likely at a position
+TREE_ROOM = 64  # slots behind the text for the nodes of a tree
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -28,6 +35,7 @@ class Recording:
     tokens: np.ndarray  # int [T]
     choices: Mapping[str, np.ndarray]  # drafter -> int [T], given the prompt and the target's tokens before
     leads: Mapping[str, np.ndarray] = field(default_factory=dict)  # first logit over second, float [T]
+    likely: np.ndarray | None = None  # int [T, LIKELY]: the target's likeliest tokens, the first is `tokens`
 
     def agreement(self, drafter: str) -> float:
         return float(np.mean(self.choices[drafter] == self.tokens))
@@ -84,35 +92,50 @@ class TapeEngine:
         self,
         text: np.ndarray,
         num_prompt: int,
-        choices: np.ndarray,
+        choices: np.ndarray,  # int [T], or [T, n] with the likeliest first
         leads: np.ndarray,
         elsewhere: int,
         vocab: int,
     ) -> None:
-        self.vocab_size, self.max_seq_len = vocab, len(text) + 1
+        self.vocab_size, self.max_seq_len = vocab, len(text) + 1 + TREE_ROOM
         self._elsewhere = elsewhere  # and up: what it says off the text, at each place something new
         self.calls = self.rows = 0
         self.log: list[tuple[int, int]] = []
         self._text, self._num_prompt = text, num_prompt
-        self._choices, self._leads = choices, leads
-        self._agrees = 0  # slots, from the first, that hold the text
+        self._choices, self._leads = choices.reshape(len(choices), -1), leads
+        self._agrees = np.zeros(self.max_seq_len, bool)  # by slot: its path is the text
+        self._said: dict[int, int] = {}  # token -> the place where it was last answered on the text
 
     def reserve(self, num_slots: int) -> None:
-        self._agrees = 0
+        self._agrees[:] = False
+        self._said.clear()
+
+    def keep(self, start, slots) -> None:
+        self._agrees[start : start + len(slots)] = self._agrees[slots]
 
     def forward(self, token_ids, start, position_ids=None, mask=None, num_logits=None) -> np.ndarray:
         count = len(token_ids)
         self.log.append((count, start))
-        same = np.asarray(token_ids) == self._text[start : start + count]
-        right = count if same.all() else int(np.argmin(same))
-        self._agrees = start + right if self._agrees >= start else self._agrees
+        depths = start + np.arange(count) if position_ids is None else position_ids
+        for row, (token, depth) in enumerate(zip(token_ids, depths, strict=True)):
+            slot = start + row
+            parent = slot - 1 if mask is None else max(np.flatnonzero(mask[row, :slot]), default=-1)
+            self._agrees[slot] = token == self._text[depth] and (parent < 0 or self._agrees[parent])
         wanted = count if num_logits is None else num_logits
-        logits = np.zeros((wanted, self.vocab_size), np.float32)
-        for row in range(wanted):
-            slot = start + count - wanted + row
-            place = min(max(slot + 1 - self._num_prompt, 0), len(self._choices) - 1)
-            token = self._choices[place] if slot < self._agrees else self._elsewhere + place
-            logits[row, token] = max(float(self._leads[place]), 1e-3)
+        several = self._choices.shape[1] > 1
+        logits = np.full((wanted, self.vocab_size), -1.0 if several else 0.0, np.float32)
+        for row in range(count - wanted, count):
+            agrees, token = self._agrees[start + row], int(token_ids[row])
+            place = min(max(int(depths[row]) + 1 - self._num_prompt, 0), len(self._choices) - 1)
+            if agrees:
+                self._said[token] = place
+            choices = self._choices[place]
+            if not agrees:
+                learnt = several and token in self._said
+                choices = self._choices[self._said[token]] if learnt else [self._elsewhere + place]
+            for rank, choice in reversed(list(enumerate(choices))):
+                lead = max(float(self._leads[place]), 1e-3)
+                logits[row - count, choice] = -1e-3 * rank if rank else lead
         return logits
 
 
@@ -177,13 +200,15 @@ def replay(
     """Decode one recording again. Without costs, drafts are as long as `lengths` says. sources: what drafters
     read; of earlier generations they know nothing."""
     count, num_prompt = len(recording.tokens), len(recording.prompt)
-    said = [np.asarray(recording.prompt), recording.tokens, *recording.choices.values()]
+    likely = recording.tokens[:, None] if recording.likely is None else recording.likely
+    said = [np.asarray(recording.prompt), recording.tokens, *recording.choices.values(), likely.ravel()]
     known, places = np.unique(np.concatenate(said), return_inverse=True)
     off = len(known) + 1  # behind them, and a token that nobody says
     vocab = off + (1 + len(recording.choices)) * count
     text = places[: num_prompt + count]
     sure = np.full(count, 1.0)
-    engines = {TARGET: TapeEngine(text, num_prompt, text[num_prompt:], sure, off, vocab)}
+    likely = places[-likely.size :].reshape(likely.shape)
+    engines = {TARGET: TapeEngine(text, num_prompt, likely, sure, off, vocab)}
     for index, name in enumerate(recording.choices, 1):
         choices = places[num_prompt + index * count : num_prompt + (index + 1) * count]
         leads = recording.leads.get(name, sure)

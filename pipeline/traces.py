@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..speculate.bundle import Bundle
-from .replay import Recording
+from .replay import LIKELY, Recording
 
 
 def record(bundle: Bundle, prompt: Sequence[int], drafters: Sequence[str], max_new_tokens: int) -> Recording:
@@ -15,9 +15,11 @@ def record(bundle: Bundle, prompt: Sequence[int], drafters: Sequence[str], max_n
     prompt = list(prompt)
     output = bundle.generate(prompt, max_new_tokens=max_new_tokens, speculate="none", ignore_eos=True)
     choices, leads = {}, {}
+    rows = bundle.logits([*prompt, *output.token_ids[:-1]])[len(prompt) - 1 :]
+    likely = np.argsort(-rows, axis=-1, kind="stable")[:, :LIKELY]
     for name in drafters:
         choices[name], leads[name] = _read_along(bundle, name, prompt, output.token_ids)
-    return Recording(prompt, np.asarray(output.token_ids), choices, leads)
+    return Recording(prompt, np.asarray(output.token_ids), choices, leads, likely)
 
 
 def measure_agreement(

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ..speculate.bundle import Bundle, load
-from ..speculate.drafters import JOINT, SUFFIX, Sources, is_drafter
+from ..speculate.drafters import JOINT, SUFFIX, TREE, Sources, is_drafter, wants_tree
 from ..speculate.manifest import Plan as BundlePlan
 from .call_costs import CostMeter
 from .compare import settle
@@ -26,6 +26,7 @@ PROMPT_TOKENS = 64  # of each calibration window, as the prompt to tune on
 NEW_TOKENS = 64
 COST_SWEEPS = 4  # before the recordings, and again after them
 FREE_LENGTHS = (2, 4, 8, 16)
+TREE_SIZES = (8, 16, 31)  # with the token before it a call of the rows that are timed
 ENGINE_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 LEAST_GAIN = 1.02  # predicted, over plain decoding: less is not worth a drafter
 CHECK_PROMPTS, CHECK_REPEATS = 4, 3
@@ -157,26 +158,30 @@ def _list_free_drafters(bundle: Bundle) -> list[str]:
     kinds = ["history", "recycling"]
     kinds += ["bigram"] if bundle.ngrams else []
     kinds = (["rest"] if bundle.datastore else []) + kinds
-    hybrids = [kinds[i:] for i in range(len(kinds) - 1)]
-    return [SUFFIX, *kinds, *map(JOINT.join, hybrids)]
+    hybrids = [JOINT.join(kinds[i:]) for i in range(len(kinds) - 1)]
+    return [SUFFIX, *kinds, *hybrids, *(name + TREE for name in (SUFFIX, "recycling", *hybrids))]
 
 
 def _list_ladders(free: Sequence[str], drafters: Sequence[str], costs: CallCosts) -> list[tuple[str, ...]]:
-    """Each drafter alone, each on top of a cheaper one, and all of these with one below that is no model."""
+    """Each drafter alone, each on top of a cheaper one, and all of these with one below that is no model; trees
+    for the target alone, since few of their tokens are left when a drafter has verified them."""
     pairs = [
         (inner, outer)
         for inner, outer in permutations(drafters, 2)
         if costs.of(inner, 1) < costs.of(outer, 1)
     ]
     ladders: list[tuple[str, ...]] = [(), *((name,) for name in drafters), *pairs]
-    return [*ladders[1:], *((name, *ladder) for name in free for ladder in ladders)]
+    below = ((name, *ladder) for name in free for ladder in ladders if not (ladder and wants_tree(name)))
+    return [*ladders[1:], *below]
 
 
 def _length_options(
     spec: Speculate, free: Sequence[str], drafters: Sequence[str]
 ) -> dict[str, Sequence[int]]:
     named = [name for name in spec.ladder if is_drafter(name)] if isinstance(spec.ladder, list) else []
-    options: dict[str, Sequence[int]] = dict.fromkeys([*free, *named], FREE_LENGTHS)
+    options: dict[str, Sequence[int]] = {
+        name: TREE_SIZES if wants_tree(name) else FREE_LENGTHS for name in [*free, *named]
+    }
     options.update((name, ENGINE_LENGTHS) for name in drafters)
     match spec.num_speculative_tokens:
         case "auto":

@@ -28,12 +28,17 @@ DRAFTERS = {
     "rest": "what most places of a datastore say that go on as the text does (arXiv 2311.08252)",
 }
 
-JOINT = "+"
+JOINT = "+"  # between drafters that are one level
+TREE = "-tree"  # behind a level that is to propose trees
 
 
 def split_level(name: str) -> list[str]:
-    """The drafters of a ladder's level: "history+recycling" is a hybrid of two."""
-    return name.split(JOINT)
+    """The drafters of a ladder's level: "history+recycling" is a hybrid of two, "suffix-tree" has one."""
+    return name.removesuffix(TREE).split(JOINT)
+
+
+def wants_tree(name: str) -> bool:
+    return name.endswith(TREE)
 
 
 def is_drafter(name: object) -> bool:
@@ -42,7 +47,7 @@ def is_drafter(name: object) -> bool:
 
 
 def check_parts(name: str) -> None:
-    """Refuse a hybrid with a part that is unknown or doubled."""
+    """Refuse a hybrid or a tree with a part that is unknown or doubled."""
     parts = split_level(name)
     for part in parts:
         if part not in DRAFTERS:
@@ -64,6 +69,7 @@ class Drafter:
             check(lib.DS_ERROR_ARGUMENT)
         self.handle = ffi.gc(handle, lib.ds_drafter_close)
         self._reads = reads  # lent to the drafter, so it is kept alive
+        self.proposes_trees = self.handle.draft_tree != ffi.NULL
 
     def begin(self, num_tokens: int) -> None:
         """Forget all tokens; at most so many will come."""
@@ -86,6 +92,20 @@ class Drafter:
         count = check(self.handle.draft(self.handle, pending, len(tail), max_draft, tokens, support))
         return ffi.unpack(tokens, count), ffi.unpack(support, count)
 
+    def draft_tree(
+        self, tail: Sequence[int], max_nodes: int, max_depth: int
+    ) -> tuple[list[int], list[int], list[float]]:
+        """(tokens of a tree, the node that each follows or -1, how likely each is right if that is), the
+        nodes in the order in which they are worth a row; of a drafter that `proposes_trees`."""
+        tokens, parents = ffi.new("int32_t[]", max_nodes), ffi.new("int32_t[]", max_nodes)
+        chances, pending = ffi.new("double[]", max_nodes), ffi.new("int32_t[]", tail)
+        count = check(
+            self.handle.draft_tree(
+                self.handle, pending, len(tail), max_nodes, max_depth, tokens, parents, chances
+            )
+        )
+        return ffi.unpack(tokens, count), ffi.unpack(parents, count), ffi.unpack(chances, count)
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -97,9 +117,11 @@ class Sources:
     lasting: dict[str, Drafter] = field(default_factory=dict)  # those that learn from earlier generations
 
     def open(self, name: str, vocab_size: int) -> Drafter:
-        """The drafter of a ladder's level. vocab_size: the target's."""
+        """The drafter of a ladder's level, or several as one. vocab_size: the target's."""
         parts = [self.open_one(part, vocab_size) for part in split_level(name)]
         if len(parts) == 1:
+            if wants_tree(name) and not parts[0].proposes_trees:
+                raise BundleError(f"{name}: {name.removesuffix(TREE)} proposes chains only: name it so")
             return parts[0]
         handles = ffi.new("ds_drafter *[]", [part.handle for part in parts])
         return Drafter(lib.ds_hybrid_drafter_create(handles, len(parts)), parts)

@@ -32,8 +32,11 @@ class Decision:
 class Engine(Protocol):
     """A causal model with a static key-value cache.
 
-    Slot i of the cache belongs to token i of the sequence. Nothing is ever erased: a call that starts at a
-    smaller slot overwrites what a rejected draft left there, and no token sees a slot behind its own.
+    Slot i of the cache belongs to token i of the sequence, or to a node of a tree behind it. Nothing is ever
+    erased: a call that starts at a smaller slot overwrites what a rejected draft left there, and no token
+    sees a slot behind its own. An engine may have a method `keep(start, slots)`: slot start + i takes what
+    slots[i] holds, for int32 slots that rise from `start`. Without it, the path of a tree that stands is
+    read again.
     """
 
     vocab_size: int

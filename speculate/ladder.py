@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Literal
 
 from .binding import lib
-from .drafters import DRAFTERS, JOINT, Drafter, Sources, check_parts, is_drafter
+from .drafters import DRAFTERS, JOINT, Drafter, Sources, check_parts, is_drafter, wants_tree
 from .engine import Engine
 from .errors import BundleError
 from .loop import Decoder, Level
@@ -21,7 +21,7 @@ Speculate = Literal["auto", "none"] | Iterable[str]
 @dataclass(frozen=True)
 class Rung:
     name: str
-    num_speculative_tokens: int  # proposed to the level above per call
+    num_speculative_tokens: int  # proposed to the level above per call; of a tree, its nodes
 
 
 def choose_ladder(
@@ -74,7 +74,7 @@ def check_names(names: list[str], engines: Iterable[str]) -> None:
             raise BundleError(
                 f"ladder {names} names the target, which always comes last by itself: leave it out"
             )
-        if JOINT in str(name):
+        if is_drafter(name) or JOINT in str(name):
             check_parts(name)
         elif name not in known:
             near = get_close_matches(str(name), known, n=1, cutoff=0.0)
@@ -104,7 +104,8 @@ def build_ladder(
     def level(rung: Rung) -> Level:
         if is_drafter(rung.name):
             drafter = open_drafter(rung.name, target.vocab_size)
-            return Level(rung.name, None, rung.num_speculative_tokens, drafter=drafter)
+            length, tree = rung.num_speculative_tokens, wants_tree(rung.name)
+            return Level(rung.name, None, length, drafter=drafter, tree=tree)
         return Level(rung.name, open_engine(rung.name), rung.num_speculative_tokens, known.get(rung.name))
 
     return Decoder([*map(level, rungs), Level(TARGET, target, costs=known.get(TARGET))])

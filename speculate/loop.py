@@ -27,6 +27,7 @@ class Level:
         None  # [r]: milliseconds of a call with r + 1 rows; None: lengths are fixed
     )
     drafter: Drafter | None = None
+    tree: bool = False  # whether the drafter proposes trees, if it knows how to
 
 
 class EngineCalls:
@@ -50,6 +51,10 @@ class EngineCalls:
         if isinstance(engine, DeviceEngine):
             signature = "int32_t(ds_engine *, const ds_decision *, int32_t *, int32_t *)"
             self._callbacks["decide"] = ffi.callback(signature, self._decide, **failing)
+        if hasattr(engine, "keep"):
+            self._callbacks["keep"] = ffi.callback(
+                "int32_t(ds_engine *, int32_t, const int32_t *, int32_t)", self._keep_slots, **failing
+            )
         sizes = {"vocab": engine.vocab_size, "max_seq_len": engine.max_seq_len}
         self.handle = ffi.new("ds_engine *", sizes | self._callbacks)
         by_address[_address(self.handle)] = engine
@@ -59,6 +64,10 @@ class EngineCalls:
 
     def _reserve(self, handle: Any, num_slots: int) -> int:
         self.engine.reserve(num_slots)
+        return lib.DS_OK
+
+    def _keep_slots(self, handle: Any, start: int, slots: Any, num_slots: int) -> int:
+        self.engine.keep(start, _read(slots, np.int32, num_slots))
         return lib.DS_OK
 
     def _forward(
@@ -130,6 +139,7 @@ class Decoder:
                     "n_costs": 0 if level.costs is None else len(level.costs),
                     "costs": cost,
                     "drafter": level.drafter.handle if level.drafter else ffi.NULL,
+                    "tree": level.tree,
                 }
                 for level, cost in zip(self.levels, costs, strict=True)
             ],

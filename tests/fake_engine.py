@@ -48,7 +48,6 @@ class FakeEngine:
         self._slots[:] = -1
 
     def forward(self, token_ids, start, position_ids=None, mask=None, num_logits=None) -> np.ndarray:
-        assert position_ids is None and mask is None
         assert len(token_ids) > 0 and (num_logits is None or 0 < num_logits <= len(token_ids))
         assert start + len(token_ids) <= len(self._slots)
         assert np.all((token_ids >= 0) & (token_ids < self.vocab_size))
@@ -57,9 +56,25 @@ class FakeEngine:
         self.rows += len(token_ids)
         self._slots[start : start + len(token_ids)] = token_ids
         first = 0 if num_logits is None else len(token_ids) - num_logits
+        if mask is None:
+            assert position_ids is None
+            mask = np.arange(start + len(token_ids)) <= start + np.arange(len(token_ids))[:, None]
+            position_ids = start + np.arange(len(token_ids))
+        for i, sees in enumerate(mask):
+            assert sees[start + i] and not sees[start + i + 1 :].any(), (
+                "a row sees itself and what is before it"
+            )
+            assert position_ids[i] == sees.sum() - 1, "a position is the number of tokens before it"
         return np.stack(
-            [self.logits_after(self._slots[: start + i + 1]) for i in range(first, len(token_ids))]
+            [
+                self.logits_after(self._slots[: start + len(token_ids)][mask[i]])
+                for i in range(first, len(token_ids))
+            ]
         )
+
+    def keep(self, start, slots) -> None:
+        assert np.all(np.diff(slots) > 0) and slots[0] >= start
+        self._slots[start : start + len(slots)] = self._slots[slots]
 
     def logits_after(self, tokens) -> np.ndarray:
         """float32 [V]: the logits after a sequence of tokens."""

@@ -7,7 +7,7 @@ import pytest
 from decoding import random_costs
 from draftsmith.speculate.binding import ffi
 from draftsmith.speculate.datastore import Datastore, write_datastore
-from draftsmith.speculate.drafters import DRAFTERS, Drafter, Sources
+from draftsmith.speculate.drafters import DRAFTERS, Drafter, Sources, split_level
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.ladder import Rung, build_ladder
 from draftsmith.speculate.ngrams import Ngrams, write_table
@@ -40,10 +40,14 @@ def some_sources(tmp_path, texts, vocab: int) -> Sources:
     )
 
 
-HYBRIDS = ["suffix+recycling", "history+recycling+bigram", "rest+llma+history"]
+LEVELS = [
+    *DRAFTERS,
+    *("suffix+recycling", "history+recycling+bigram", "rest+llma+history"),
+    *("suffix-tree", "llma-tree", "recycling-tree", "suffix+recycling-tree", "rest+history+bigram-tree"),
+]
 
 
-@pytest.mark.parametrize("name", [*DRAFTERS, *HYBRIDS])
+@pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("seed", range(4))
 def test_output_is_the_targets_whatever_the_ladder_and_its_costs(tmp_path, name, seed):
     rng = np.random.default_rng(seed)
@@ -84,9 +88,9 @@ def bundle(tmp_path_factory):
     return load(folder, threads=1, datastore=folder / "own.rest")
 
 
-@pytest.mark.parametrize("name", [*DRAFTERS, *HYBRIDS])
+@pytest.mark.parametrize("name", LEVELS)
 def test_real_graphs_say_the_same_with_and_without(bundle, name):
-    parts = set(name.split("+"))
+    parts = set(split_level(name))
     for prompt in ([7], list(range(5, 90, 3)), [1, 2, 3] * 9):
         plain = bundle.generate(prompt, max_new_tokens=60, speculate="none", ignore_eos=True).token_ids
         for ladder in ([name], [name, "int8"]):
@@ -196,6 +200,11 @@ def test_a_drafter_from_outside_is_one_struct():
     for ladder in (["suffix"], ["suffix", "int8"]):
         tokens, drafts, _ = run(engines, ladder, [3] * len(ladder), Own(), [1], 60)
         assert tokens == plain and drafts.drafted > 0
+
+
+def test_a_tree_is_asked_of_who_can_grow_one(bundle):
+    with pytest.raises(BundleError, match="rest proposes chains only"):
+        bundle.generate([1], 4, speculate=["rest-tree"])
 
 
 @pytest.mark.parametrize(

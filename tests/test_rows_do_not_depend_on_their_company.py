@@ -10,7 +10,10 @@ import pytest
 from conftest import VARIANTS
 from draftsmith.export.portable import export_onnx
 from draftsmith.model.store import Checkpoint
+from draftsmith.speculate.binding import check, ffi
+from draftsmith.speculate.ladder import Rung, build_ladder
 from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime
+from draftsmith.speculate.settings import Sampling
 from graph_session import entry_of
 from quantized import cast_checkpoint, quantize_checkpoint
 
@@ -104,6 +107,44 @@ def test_every_node_of_a_random_tree_gives_the_bits_of_its_path(folder):
         for node in rng.choice(count, min(count, 4), replace=False):
             alone = reader.read(np.concatenate((prompt, nodes[paths[node]])))
             assert np.array_equal(logits[node], alone[-1])
+
+
+@every
+def test_a_path_that_moved_together_gives_the_bits_of_a_chain(folder):
+    engine, rng = open_engine(folder, threads=2), np.random.default_rng(2)
+    reader, prompt = Reader(engine), draw_ids(engine, 21)
+    nodes = draw_ids(engine, 20, 3)
+    parents = [max(-1, node - 1 - int(rng.integers(0, 3))) for node in range(20)]
+    path = [19]
+    while parents[path[0]] >= 0:
+        path.insert(0, parents[path[0]])
+    assert path[0] > 0 or path != list(range(len(path))), "slots must move for this to show anything"
+    seen = np.zeros((20, 41), bool)
+    seen[:, :21] = True
+    depths = np.zeros(20, int)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            seen[node], depths[node] = seen[parent], depths[parent] + 1
+        seen[node, 21 + node] = True
+    reader.read_in_chunks(prompt, [21])
+    engine.forward(nodes, 21, 21 + depths, seen)
+    slots = ffi.new("int32_t[]", [21 + node for node in path])
+    check(engine.handle.keep(engine.handle, 21, slots, len(path)))
+    after = draw_ids(engine, 5, 4)
+    moved = engine.forward(after, 21 + len(path)).copy()
+    assert np.array_equal(moved, reader.read(np.concatenate((prompt, nodes[path], after)))[-5:])
+
+
+@every
+def test_decoding_over_trees_says_what_the_target_alone_says(folder):
+    engine = open_engine(folder, threads=2)
+    said, accepted = [], 0
+    for name in (None, "recycling-tree", "suffix-tree", "suffix+recycling-tree"):
+        decoder = build_ladder([Rung(name, MAX_ROWS - 1)] if name else [], lambda _: engine)
+        decoder.begin(draw_ids(engine, 12).tolist(), 80, Sampling())
+        said.append([token for block in iter(decoder.step, []) for token in block])
+        accepted += decoder.counters(0).accepted if name else 0
+    assert all(tokens == said[0] for tokens in said) and accepted > 20
 
 
 @every

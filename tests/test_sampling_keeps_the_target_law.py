@@ -14,10 +14,11 @@ from decoding import decode
 from draftsmith.speculate.binding import ffi
 from draftsmith.speculate.ladder import Rung
 from draftsmith.speculate.settings import Sampling
-from draftsmith.speculate.verify import RULES
+from draftsmith.speculate.verify import RULES, TREE_RULES
 from fake_engine import FakeEngine
 
-RULE_NAMES = {number: name for name, number in RULES.items()}
+# The loop asks the rules for trees, which on a chain are those for chains.
+RULE_NAMES = {TREE_RULES["rrs"]: "token", TREE_RULES["traversal"]: "block", RULES["exact"]: "exact"}
 
 
 def list_verdicts(rule, p, q, draft):
@@ -75,13 +76,15 @@ class Branches:
                 return
             self.script[-1] += 1
 
-    def _verify(self, rule, num_draft, vocab, p, q, draft, uniforms, num_accepted, next_token):
+    def _verify(self, rule, num_draft, vocab, p, q, draft, parents, uniforms, path, num_accepted, next_token):
+        assert list(parents[0:num_draft]) == list(range(-1, num_draft - 1))
         p = read_laws(p, num_draft + 1, vocab)
         q = None if q == ffi.NULL else read_laws(q, num_draft, vocab)
         outcomes = list(self.list_outcomes(RULE_NAMES[rule], p, q, list(draft[0:num_draft])))
         if self.at == len(self.script):
             self.script.append(0)
         probability, num_accepted[0], next_token[0] = outcomes[self.script[self.at]]
+        path[0 : num_accepted[0]] = list(range(num_accepted[0]))
         self.widths.append(len(outcomes))
         self.at += 1
         self.weight *= probability

@@ -251,7 +251,7 @@ ds_drafter *ds_datastore_drafter_create(const ds_datastore *datastore) {
     ds_fail(DS_ERROR_MEMORY, "no memory for a datastore's drafter");
     return NULL;
   }
-  s->drafter = (ds_drafter){begin, append, NULL, draft, close_drafter};
+  s->drafter = (ds_drafter){.begin = begin, .append = append, .draft = draft, .close = close_drafter};
   s->datastore = datastore;
   return &s->drafter;
 }

@@ -37,6 +37,9 @@ static int32_t check_levels(const ds_level *levels, int32_t n_levels) {
       return ds_fail(DS_ERROR_ARGUMENT, "level %d has an engine and a drafter; one of them is wanted", i);
     if (l->drafter && (!l->drafter->begin || !l->drafter->append || !l->drafter->draft))
       return ds_fail(DS_ERROR_ARGUMENT, "the drafter of level %d has no functions", i);
+    if (l->tree && l->engine)
+      return ds_fail(DS_ERROR_ARGUMENT,
+                     "level %d proposes trees but has an engine; only drafters without one do", i);
     if (is_target ? l->n_draft != 0 : l->n_draft < 1 || l->n_draft > DS_MAX_DRAFT)
       return ds_fail(DS_ERROR_ARGUMENT, "level %d drafts %d tokens; 1 to %d are wanted, of the target 0", i,
                      l->n_draft, DS_MAX_DRAFT);
@@ -70,6 +73,7 @@ ds_decoder *ds_decoder_create(const ds_level *levels, int32_t n_levels) {
     l->inner = i > 0 ? l - 1 : NULL;
     l->above = i + 1 < n_levels ? l + 1 : NULL;
     l->n_draft = levels[i].n_draft;
+    l->tree = levels[i].tree && l->drafter->draft_tree;
     l->stream = (uint64_t)i + 1;
     if (!levels[i].costs) continue;
     size_t size = (size_t)levels[i].n_costs * sizeof(double);
@@ -94,8 +98,12 @@ static void release(ds_decoder *d) {
   free(d->ids);
   free(d->eos);
   free(d->scratch);
+  free(d->positions);
+  free(d->mask);
   d->ids = d->eos = NULL;
   d->scratch = NULL;
+  d->positions = NULL;
+  d->mask = NULL;
 }
 
 void ds_decoder_free(ds_decoder *d) {
@@ -137,30 +145,46 @@ static int32_t check_room(const ds_decoder *d, int32_t n_prompt, int32_t max_new
   return DS_OK;
 }
 
-/* All that a generation of `slots` tokens needs. */
-static int32_t allocate(ds_decoder *d, int32_t slots, int32_t n_eos) {
+/* Slots of a level for a sequence of n_tokens: a verifier of trees has room for one behind it, as far as its cache
+ * goes. */
+static int32_t count_slots(const level *l, int32_t n_tokens) {
+  int32_t most = l->engine->max_seq_len,
+          wanted = n_tokens + (l->inner && l->inner->tree ? l->inner->n_draft : 0);
+  return wanted < most ? wanted : most;
+}
+
+/* All that a generation of n_tokens needs. */
+static int32_t allocate(ds_decoder *d, int32_t n_tokens, int32_t n_eos) {
   int complete = 1;
-  d->ids = malloc((size_t)slots * sizeof *d->ids);
+  d->n_slots = n_tokens;
+  if (d->levels[0].tree) d->n_slots = count_slots(&d->levels[1], n_tokens);
+  d->ids = malloc((size_t)d->n_slots * sizeof *d->ids);
   d->eos = malloc((size_t)(n_eos ? n_eos : 1) * sizeof *d->eos);
   complete = d->ids && d->eos;
+  if (d->levels[0].tree && complete) {
+    d->positions = malloc(DS_MOST_ROWS * sizeof *d->positions);
+    d->mask = malloc((size_t)DS_MOST_ROWS * (size_t)d->n_slots);
+    complete = d->positions && d->mask;
+  }
   if (!ds_is_greedy(d)) complete = complete && (d->scratch = malloc(ds_laws_scratch_size(d->vocab)));
   for (int32_t i = 0; i < d->n_levels && complete; ++i) {
     level *l = &d->levels[i];
     /* A drafter has laws for its longest proposal; the target for its drafter's and the token after it. */
     int32_t rows = l->above ? l->n_draft : l->inner ? l->inner->n_draft + 1 : 1;
+    if (l->above && l->inner && l->inner->tree) rows += l->inner->n_draft;
     if (l->engine && !ds_is_greedy(d) && !d->on_device)
       complete = !!(l->laws = malloc((size_t)rows * (size_t)d->vocab * sizeof *l->laws));
   }
-  return complete ? DS_OK : ds_fail(DS_ERROR_MEMORY, "no memory to decode %d tokens", slots);
+  return complete ? DS_OK : ds_fail(DS_ERROR_MEMORY, "no memory to decode %d tokens", n_tokens);
 }
 
-/* Logits stay on the device where every engine can decide there, on one vocabulary, and nothing on the host wants
- * to see them: a schedule, a drafter that observes, a verdict of the caller's own. */
+/* Logits stay on the device where every engine can decide there, on one vocabulary and on chains, and nothing on
+ * the host wants to see them: a schedule, a drafter that observes, a verdict of the caller's own. */
 static int stays_on_device(const ds_decoder *d, const ds_sampling *sampling) {
   if (sampling->verify) return 0;
   for (int32_t i = 0; i < d->n_levels; ++i) {
     const level *l = &d->levels[i];
-    if (l->pace.costs) return 0;
+    if (l->pace.costs || l->tree) return 0;
     if (l->engine ? !l->engine->decide || l->engine->vocab != d->vocab : l->drafter->observe != NULL)
       return 0;
   }
@@ -189,14 +213,14 @@ int32_t ds_decoder_begin(ds_decoder *d, const ds_sampling *sampling, const int32
   release(d);
   d->sampling = *sampling;
   d->on_device = stays_on_device(d, sampling);
-  if (!d->sampling.verify) d->sampling.verify = ds_verify_chain;
+  if (!d->sampling.verify) d->sampling.verify = ds_verify_tree;
   /* Where nothing is verified, draw as that rule does, so that its output and plain sampling's agree. */
   if (d->n_levels == 1) d->sampling.rule = DS_RULE_EXACT;
   status = allocate(d, n_prompt + max_new_tokens, n_eos);
   for (int32_t i = 0; i < d->n_levels && status == DS_OK; ++i) {
     level *l = &d->levels[i];
     reset(l);
-    status = l->engine ? l->engine->reserve(l->engine, n_prompt + max_new_tokens)
+    status = l->engine ? l->engine->reserve(l->engine, count_slots(l, n_prompt + max_new_tokens))
                        : l->drafter->begin(l->drafter, n_prompt + max_new_tokens);
     if (status > 0) status = DS_OK;
   }

@@ -4,6 +4,7 @@
 
 #include "loop.h"
 #include "schedule.h"
+#include "tree.h"
 
 enum { DS_MOST_ROWS = DS_PREFILL_ROWS + DS_MAX_DRAFT /* of one call */ };
 
@@ -17,9 +18,12 @@ struct level {
   int owned;           /* whether the drafter was made here */
   level *inner, *above;
   int32_t n_draft;
+  int32_t tree; /* whether its drafter proposes trees */
   int32_t kept; /* without an engine: the tokens that the drafter was told */
   uint64_t stream, drawn;
-  double *laws; /* row i: the law of the i-th token of the proposal being built; NULL: none was sampled */
+  /* Row i: the law of the i-th token of the proposal being built; NULL: none was sampled. A tree that is verified
+   * for one of these tokens has its rows there and behind. */
+  double *laws;
   uint8_t buckets[DS_MAX_DRAFT]; /* of that proposal, for the schedule */
   ds_pace pace;
   ds_trust trust;
@@ -33,6 +37,10 @@ struct ds_decoder {
   ds_sampling sampling;
   int32_t *ids, *eos;
   int32_t committed, n_eos, left;
+  int32_t n_slots;    /* of ids: the sequence, and a tree behind it */
+  ds_tree tree;       /* the proposal under way: tokens behind those decided, of which ids has the values */
+  int64_t *positions; /* of a call that reads a tree, as is its mask; NULL where there is none */
+  uint8_t *mask;
   int begun, first;
   int on_device; /* whether logits and laws stay where the engines are */
   void *scratch;

@@ -1,4 +1,5 @@
-/* What the decode loop needs of a drafter that is not a model: it proposes a chain of tokens from text alone.
+/* What the decode loop needs of a drafter that is not a model: it proposes tokens from text alone, a chain of them
+ * or a tree.
  *
  * Drafts     are chosen, not sampled: a function of the calls since `begin`, so that equal seeds give equal
  *            tokens; of one that learns from earlier generations, since it was made. The loop verifies
@@ -23,7 +24,8 @@ struct ds_drafter {
   /* These tokens follow the ones appended before and stand. */
   int32_t (*append)(ds_drafter *drafter, const int32_t *tokens, int32_t n_tokens);
   /* The level above read tokens [n_rows], and these are its logits after each, [n_rows, vocab]; drafts
-   * are among them, whether they stand or not. NULL: does not care. */
+   * are among them, whether they stand or not, and of a tree one need not follow the one before. NULL: does
+   * not care. */
   int32_t (*observe)(ds_drafter *drafter, const int32_t *tokens, int32_t n_rows, const float *logits,
                      int32_t vocab);
   /* Propose up to max_draft tokens to follow the appended ones and tail [n_tail], which may yet be rejected.
@@ -31,6 +33,12 @@ struct ds_drafter {
   int32_t (*draft)(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_draft,
                    int32_t *draft, int32_t *support);
   void (*close)(ds_drafter *drafter);
+  /* Propose a tree of up to max_nodes tokens, none behind max_depth others, to follow the same text. Returns
+   * how many. parents[i] < i is the node that node i follows, or -1: the text. chances[i], in (0, 1]: how
+   * likely node i is right, given that its parent is. The loop may take the first few only, so the likeliest
+   * come first. NULL: proposes chains only. */
+  int32_t (*draft_tree)(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_nodes,
+                        int32_t max_depth, int32_t *tokens, int32_t *parents, double *chances);
 };
 
 DS_API void ds_drafter_close(ds_drafter *drafter); /* nothing for NULL */
@@ -47,8 +55,8 @@ DS_API ds_drafter *ds_suffix_drafter_create(const int32_t *references, int32_t n
 enum { DS_RECYCLING_WIDTH = 8 };
 
 /* Token Recycling (arXiv 2408.08696): after each of `vocab` tokens the likeliest that the level above
- * last saw follow it, rejected drafts included; a draft follows the first of them from token to token. 32
- * bytes a token. NULL on failure. */
+ * last saw follow it, rejected drafts included. A chain follows the first of them from token to token; a tree
+ * takes each by how often the token of its rank was right of late. 32 bytes a token. NULL on failure. */
 DS_API ds_drafter *ds_recycling_drafter_create(int32_t vocab);
 
 /* SuffixDecoding (arXiv 2411.04975): the most frequent way to go on, in this generation's text or in the outputs
@@ -70,9 +78,9 @@ DS_API int32_t ds_history_kept(const ds_drafter *drafter, ds_history_size *size)
  * candidates [DS_RECYCLING_WIDTH]; how many, the rest are -1. */
 DS_API int32_t ds_recycling_candidates(const ds_drafter *drafter, int32_t token, int32_t *candidates);
 
-/* drafters [1 .. DS_MAX_LEVELS] as one, borrowed: of their proposals the one of which most is expected to stand,
- * of equals the first's. What is expected follows from how its drafter fared in this generation with tokens of
- * such support. NULL on failure. */
+/* drafters [1 .. DS_MAX_LEVELS] as one, borrowed. As a chain: of their proposals the one of which most is expected
+ * to stand, of equals the first's; what is expected follows from how its drafter fared in this generation with
+ * tokens of such support. As a tree: the likeliest nodes of all that they propose. NULL on failure. */
 DS_API ds_drafter *ds_hybrid_drafter_create(ds_drafter *const *drafters, int32_t n_drafters);
 
 #ifdef __cplusplus

@@ -154,6 +154,13 @@ DS_API int32_t ds_suffix_draft(const ds_suffix *suffix, const int32_t *tail, int
 DS_API int32_t ds_suffix_next(const ds_suffix *suffix, const int32_t *context, int32_t n_context,
                               int32_t room, int32_t *tokens, int32_t *counts);
 
+/* As ds_suffix_draft, a tree of up to max_nodes tokens (drafter.h), none behind max_depth others: all that followed the
+ * matches of at least min_match tokens that end within the committed ones, by how often each did. Returns the number
+ * of nodes. */
+DS_API int32_t ds_suffix_draft_tree(const ds_suffix *suffix, const int32_t *tail, int32_t n_tail,
+                                    int32_t min_match, int32_t max_match, int32_t max_nodes,
+                                    int32_t max_depth, int32_t *tokens, int32_t *parents, double *chances);
+
 #ifdef __cplusplus
 }
 #endif

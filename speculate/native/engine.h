@@ -1,7 +1,8 @@
 /* What the decode loop needs of a model: one call that reads tokens into cache slots and gives their logits.
  *
- * Cache      Slot i belongs to token i of the sequence. Nothing is ever erased: a call that starts at a smaller
- *            slot overwrites what a rejected draft left there, and no token sees a slot behind its own.
+ * Cache      Slot i belongs to token i of the sequence, or to a node of a tree behind it. Nothing is ever erased: a
+ *            call that starts at a smaller slot overwrites what a rejected draft left there, and no token sees a
+ *            slot behind its own.
  * Errors     A callback returns DS_OK or a negative ds_status, as a rule DS_ERROR_ENGINE, and says why with
  *            ds_set_error. It stays with the generation: whatever was under way is over.
  * Threads    One call at a time, from the thread that asked the loop for tokens.
@@ -34,6 +35,9 @@ struct ds_engine {
   int32_t (*forward)(ds_engine *engine, int32_t n_rows, const int32_t *token_ids, int32_t start,
                      const int64_t *positions, const uint8_t *mask, int32_t n_logits, const float **logits);
   void (*close)(ds_engine *engine);
+  /* Slot start + i takes what slots[i] holds, for slots [n_slots] that rise from at least `start`: of a tree the
+   * path that stands. NULL: that path is read again where it is not in place. */
+  int32_t (*keep)(ds_engine *engine, int32_t start, const int32_t *slots, int32_t n_slots);
   /* NULL, or for an engine on a device: the verdict of ds_verify_chain on the logits after the last
    * n_draft + 1 tokens of its last call. Then forward may be called with `logits` NULL and leave them there. */
   int32_t (*decide)(ds_engine *engine, const ds_decision *decision, int32_t *n_accepted, int32_t *next_token);

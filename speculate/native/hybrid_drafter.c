@@ -1,4 +1,5 @@
-/* Several drafters as one: each proposes, and the proposal of which most is expected to stand is drafted.
+/* Several drafters as one. As a chain, the proposal of which most is expected to stand; as a tree, their proposals
+ * merged (SpecInfer, arXiv 2305.09781), of which the likeliest nodes are kept.
  *
  * How far a proposal is to be trusted is learnt for each drafter by itself, in the buckets of schedule.h: what
  * came to stand shows how much of each proposal was right, whether that one was drafted or not. So a lookup is
@@ -6,12 +7,22 @@
  */
 #include "drafter.h"
 #include "error.h"
+#include "growth.h"
 #include "loop.h"
 #include "schedule.h"
 
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+
+enum { TEXT = -1 };
+
+/* All that the drafters propose: a tree in which no two siblings are the same token. */
+typedef struct {
+  int32_t n_nodes;
+  int32_t tokens[DS_MAX_LEVELS * DS_MAX_DRAFT], parents[DS_MAX_LEVELS * DS_MAX_DRAFT];
+  double chances[DS_MAX_LEVELS * DS_MAX_DRAFT];
+} grove;
 
 typedef struct {
   ds_drafter *drafter;
@@ -23,9 +34,12 @@ typedef struct {
 
 typedef struct {
   ds_drafter drafter;
+  grove grove;
   int32_t n_members;
   member members[];
 } hybrid_drafter;
+
+/* ---- Each of them -------------------------------------------------------------------------------------- */
 
 static int32_t begin(ds_drafter *drafter, int32_t n_tokens) {
   hybrid_drafter *h = (hybrid_drafter *)drafter;
@@ -42,7 +56,11 @@ static int32_t begin(ds_drafter *drafter, int32_t n_tokens) {
 static void learn(member *m, const int32_t *tokens, int32_t n_tokens) {
   int32_t known = m->n_draft < n_tokens ? m->n_draft : n_tokens, right = 0;
   while (right < known && m->draft[right] == tokens[right]) ++right;
-  ds_trust_learn(&m->trust, m->buckets, known, right);
+  ds_tree chain;
+  ds_tree_make_chain(&chain, known);
+  int32_t path[DS_MAX_DRAFT];
+  for (int32_t i = 0; i < right; ++i) path[i] = i;
+  ds_trust_learn(&m->trust, m->buckets, &chain, path, right);
   m->n_draft = 0;
 }
 
@@ -67,6 +85,8 @@ static int32_t observe(ds_drafter *drafter, const int32_t *tokens, int32_t n_row
   return DS_OK;
 }
 
+/* ---- Chains -------------------------------------------------------------------------------------------- */
+
 static int32_t draft(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_draft,
                      int32_t *tokens, int32_t *support) {
   hybrid_drafter *h = (hybrid_drafter *)drafter;
@@ -90,9 +110,60 @@ static int32_t draft(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, i
     most = expected;
     drafted = n;
     memcpy(tokens, said, (size_t)n * sizeof *said);
-    for (int32_t i = 0; i < n; ++i) support[i] = ds_match_of_trust(ds_trust_in(&m->trust, buckets[i]));
+    for (int32_t i = 0; i < n; ++i) support[i] = ds_match_of_chance(ds_trust_in(&m->trust, buckets[i]));
   }
   return drafted;
+}
+
+/* ---- Trees --------------------------------------------------------------------------------------------- */
+
+static int32_t propose(ds_drafter *member, const int32_t *tail, int32_t n_tail, int32_t max_nodes,
+                       int32_t max_depth, int32_t *tokens, int32_t *parents, double *chances) {
+  if (member->draft_tree)
+    return member->draft_tree(member, tail, n_tail, max_nodes, max_depth, tokens, parents, chances);
+  int32_t support[DS_MAX_DRAFT], most = max_nodes < max_depth ? max_nodes : max_depth;
+  int32_t n = member->draft(member, tail, n_tail, most, tokens, support);
+  for (int32_t i = 0; i < n; ++i) {
+    parents[i] = i - 1;
+    chances[i] = ds_chance_of_match(support[i]);
+  }
+  return n;
+}
+
+/* The node that is `token` behind `parent`, with at least this chance. */
+static int32_t plant(grove *g, int32_t parent, int32_t token, double chance) {
+  for (int32_t i = parent + 1; i < g->n_nodes; ++i)
+    if (g->parents[i] == parent && g->tokens[i] == token) {
+      if (g->chances[i] < chance) g->chances[i] = chance;
+      return i;
+    }
+  g->tokens[g->n_nodes] = token;
+  g->parents[g->n_nodes] = parent;
+  g->chances[g->n_nodes] = chance;
+  return g->n_nodes++;
+}
+
+static int32_t draft_tree(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_nodes,
+                          int32_t max_depth, int32_t *tokens, int32_t *parents, double *chances) {
+  hybrid_drafter *m = (hybrid_drafter *)drafter;
+  grove *all = &m->grove;
+  all->n_nodes = 0;
+  if (max_nodes > DS_MAX_DRAFT) max_nodes = DS_MAX_DRAFT;
+  for (int32_t i = 0; i < m->n_members; ++i) {
+    int32_t said[DS_MAX_DRAFT], behind[DS_MAX_DRAFT], place[DS_MAX_DRAFT];
+    double sure[DS_MAX_DRAFT];
+    int32_t n = propose(m->members[i].drafter, tail, n_tail, max_nodes, max_depth, said, behind, sure);
+    if (n < 0) return n;
+    for (int32_t k = 0; k < n; ++k)
+      place[k] = plant(all, behind[k] < 0 ? TEXT : place[behind[k]], said[k], sure[k]);
+  }
+  ds_growth growth;
+  ds_growth_begin(&growth, max_nodes, max_depth, tokens, parents, chances);
+  for (int32_t node = TEXT, at = TEXT;; at = growth.marks[node]) {
+    for (int32_t k = at + 1; k < all->n_nodes; ++k)
+      if (all->parents[k] == at) ds_growth_offer(&growth, node, all->tokens[k], all->chances[k], k);
+    if ((node = ds_growth_take(&growth)) < 0) return growth.n_nodes;
+  }
 }
 
 static void close_drafter(ds_drafter *drafter) { free(drafter); }
@@ -111,7 +182,7 @@ ds_drafter *ds_hybrid_drafter_create(ds_drafter *const *drafters, int32_t n_draf
     ds_fail(DS_ERROR_MEMORY, "no memory for a hybrid of %d drafters", n_drafters);
     return NULL;
   }
-  h->drafter = (ds_drafter){begin, append, observe, draft, close_drafter};
+  h->drafter = (ds_drafter){begin, append, observe, draft, close_drafter, draft_tree};
   h->n_members = n_drafters;
   for (int32_t i = 0; i < n_drafters; ++i) h->members[i].drafter = drafters[i];
   return &h->drafter;

@@ -213,7 +213,7 @@ int32_t ds_joint_begin(ds_joint *j, const ds_joint_settings *settings, const int
   memcpy(j->ids, prompt, (size_t)n_prompt * sizeof *prompt);
   if (n_eos) memcpy(j->eos, eos, (size_t)n_eos * sizeof *eos);
   j->with = *settings;
-  if (!j->with.verify) j->with.verify = ds_verify_chain;
+  if (!j->with.verify) j->with.verify = ds_verify_tree;
   j->committed = n_prompt;
   j->left = max_new_tokens;
   j->n_eos = n_eos;
@@ -272,13 +272,13 @@ static int32_t propose(ds_joint *j, int32_t count) {
   member *m = &j->members[j->author];
   while (j->pending < count && !(j->pending && is_eos(j, j->ids[j->committed + j->pending - 1]))) {
     const float *logits;
-    int32_t accepted, i = j->pending, status = read_to(j, m, j->committed + i, 1, &logits);
+    int32_t none[1], accepted, i = j->pending, status = read_to(j, m, j->committed + i, 1, &logits);
     if (status != DS_OK) return status;
     memcpy(logits_row(j, i), logits, (size_t)j->vocab * sizeof *logits);
     double *law = law_row(j, j->proposed, i), uniforms[2];
     if ((status = write_own_law(j, logits, law)) != DS_OK) return status;
     draw_uniforms(j, PROPOSALS, 2, uniforms);
-    status = j->with.verify(DS_RULE_TOKEN, 0, j->vocab, law, NULL, NULL, uniforms, &accepted,
+    status = j->with.verify(DS_RULE_EXACT, 0, j->vocab, law, NULL, NULL, NULL, uniforms, none, &accepted,
                             &j->ids[j->committed + i]);
     if (status != DS_OK) return status;
     j->pending += 1;
@@ -327,8 +327,11 @@ static int32_t advance(ds_joint *j) {
 
   double uniforms[DS_JOINT_MAX_DRAFT + 2];
   draw_uniforms(j, VERDICTS, n + 2, uniforms);
-  status = j->with.verify(j->with.rule, n, j->vocab, j->laws, j->proposed, j->ids + j->committed, uniforms,
-                          &accepted, &next);
+  int32_t parents[DS_JOINT_MAX_DRAFT + 1], path[DS_JOINT_MAX_DRAFT + 1]; /* a chain is a tree too */
+  for (int32_t i = 0; i < n; ++i) parents[i] = i - 1;
+  status =
+      j->with.verify(j->with.rule == DS_RULE_TOKEN ? DS_RULE_RRS : DS_RULE_TRAVERSAL, n, j->vocab, j->laws,
+                     j->proposed, j->ids + j->committed, parents, uniforms, path, &accepted, &next);
   if (status < 0) return status;
   if (accepted < 0 || accepted > n || next < 0 || next >= j->vocab)
     return ds_fail(DS_ERROR_ARGUMENT, "verify accepts %d of %d and goes on with token %d", accepted, n, next);

@@ -36,7 +36,7 @@ typedef struct ds_joint_settings {
   double top_p;
   uint64_t seed;
   int32_t rule;               /* DS_RULE_TOKEN or DS_RULE_BLOCK */
-  ds_verify_function *verify; /* a verdict of the caller's own, or NULL: ds_verify_chain */
+  ds_verify_function *verify; /* a verdict of the caller's own, or NULL: ds_verify_tree */
   /* Tokens that each model proposes in its turn, 0 .. DS_JOINT_MAX_DRAFT. 0 of the first: what it would say
    * after a proposal that stands is given up, and the second proposes again. 0 of both: every token is a call
    * of each model, the ensemble as it is commonly run. */

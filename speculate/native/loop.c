@@ -17,6 +17,10 @@
  * them, over one another's. So nesting is cheap: an accepted draft is already where it belongs, and a verdict
  * is one token written at the place of the first rejected one.
  *
+ * A drafter without an engine may propose a tree. Its nodes lie in the array, and in the cache of the level that
+ * reads them, in their order; once there is a verdict, the path that stands moves together, and from there on all
+ * is as with a chain. Such a tree is chosen, not sampled, whatever its shape.
+ *
  * Uniforms are counter-based, each level with a stream of its own. Under DS_RULE_EXACT they are keyed by
  * position alone: then an output token is a function of the seed and the tokens before it, whatever was
  * drafted; and a drafter that draws with its verifier's uniform guesses its token far more often than with
@@ -41,7 +45,9 @@ static double now_ms(void) {
 
 /* ---- Reading ------------------------------------------------------------------------------------------- */
 
-static int32_t forward(ds_decoder *d, level *l, int32_t n_rows, int32_t n_logits, const float **logits) {
+/* `length`: where the proposal begins, if these rows reach it; its nodes then are the last rows. */
+static int32_t forward(ds_decoder *d, level *l, int32_t n_rows, int32_t length, int32_t n_logits,
+                       const float **logits) {
   const int32_t *ids = d->ids + l->kept;
   if (l->engine->vocab < d->vocab) {
     /* An id of the target's padding may be unknown to a drafter with less of it; any other will do there. */
@@ -49,8 +55,11 @@ static int32_t forward(ds_decoder *d, level *l, int32_t n_rows, int32_t n_logits
       d->shown[i] = ids[i] < l->engine->vocab ? ids[i] : l->engine->vocab - 1;
     ids = d->shown;
   }
+  bool branches = l->kept + n_rows > length && !d->tree.is_chain;
+  if (branches) ds_tree_lay_out(&d->tree, l->kept, length, d->positions, d->mask);
   if (logits) *logits = NULL;
-  int32_t status = l->engine->forward(l->engine, n_rows, ids, l->kept, NULL, NULL, n_logits, logits);
+  int32_t status = l->engine->forward(l->engine, n_rows, ids, l->kept, branches ? d->positions : NULL,
+                                      branches ? d->mask : NULL, n_logits, logits);
   if (status < 0) return status;
   if (logits && !*logits) return ds_fail(DS_ERROR_ENGINE, "an engine gave no logits");
   l->kept += n_rows;
@@ -59,20 +68,25 @@ static int32_t forward(ds_decoder *d, level *l, int32_t n_rows, int32_t n_logits
   return DS_OK;
 }
 
-/* Bring the cache up to token `end`; the logits after each of the last n_logits tokens, or NULL for those to stay
- * on the device. */
-static int32_t read_to(ds_decoder *d, level *l, int32_t end, int32_t n_logits, const float **logits) {
+/* Bring the cache up to the proposal behind the first `length` tokens; the logits before it and after each of its
+ * nodes, or NULL for those to stay on the device. */
+static int32_t read_proposal(ds_decoder *d, level *l, int32_t length, const float **logits) {
   double began = now_ms();
   int first = l->kept == 0;
-  int32_t status = DS_OK;
+  int32_t status = DS_OK, end = length + d->tree.n_nodes, n_logits = d->tree.n_nodes + 1;
   while (status == DS_OK && end - l->kept >= DS_PREFILL_ROWS + n_logits)
-    status = forward(d, l, DS_PREFILL_ROWS, 1, logits);
-  if (status == DS_OK) status = forward(d, l, end - l->kept, n_logits, logits);
+    status = forward(d, l, DS_PREFILL_ROWS, length, 1, logits);
+  if (status == DS_OK) status = forward(d, l, end - l->kept, length, n_logits, logits);
   *(first ? &l->stats.prefill_ms : &l->stats.forward_ms) += now_ms() - began;
   return status;
 }
 
 /* ---- Verdicts ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+  int32_t n_accepted, path[DS_MAX_DRAFT]; /* nodes of the proposal, one behind the other */
+  int32_t next;                           /* the token behind them */
+} verdict;
 
 /* Engines of one tokenizer may differ in how far they pad the vocabulary. Padding ids of a drafter are cut
  * off, ids that only the verifier has get no mass from the drafter. Both leave the verifier's law as it is. */
@@ -80,13 +94,21 @@ static int32_t shared_vocab(const ds_decoder *d, const level *l) {
   return l->engine->vocab < d->vocab ? l->engine->vocab : d->vocab;
 }
 
-static int32_t decide_greedily(const ds_decoder *d, const level *l, const float *logits, const int32_t *draft,
-                               int32_t count, int32_t *n_accepted, int32_t *next) {
-  for (int32_t i = 0;; ++i) {
-    *next = ds_argmax(logits + (size_t)i * (size_t)l->engine->vocab, shared_vocab(d, l));
-    if (*next < 0) return *next;
-    *n_accepted = i;
-    if (i == count || *next != draft[i]) return DS_OK;
+/* The first child of `node` that is `token`, or -1. */
+static int32_t find_child(const ds_decoder *d, int32_t length, int32_t node, int32_t token) {
+  for (int32_t i = node + 1; i < d->tree.n_nodes; ++i)
+    if (d->tree.parents[i] == node && d->ids[length + i] == token) return i;
+  return -1;
+}
+
+static int32_t decide_greedily(const ds_decoder *d, const level *l, const float *logits, int32_t length,
+                               verdict *v) {
+  v->n_accepted = 0;
+  for (int32_t node = -1;;) {
+    v->next = ds_argmax(logits + (size_t)(node + 1) * (size_t)l->engine->vocab, shared_vocab(d, l));
+    if (v->next < 0) return v->next;
+    if ((node = find_child(d, length, node, v->next)) < 0) return DS_OK;
+    v->path[v->n_accepted++] = node;
   }
 }
 
@@ -113,15 +135,35 @@ static uint64_t take_uniforms(const ds_decoder *d, level *l, int32_t position, i
   return l->stream;
 }
 
-static int32_t check_verdict(const ds_decoder *d, int32_t count, int32_t n_accepted, int32_t next) {
-  if (n_accepted >= 0 && n_accepted <= count && next >= 0 && next < d->vocab) return DS_OK;
-  return ds_fail(DS_ERROR_ARGUMENT, "verify accepts %d of %d and goes on with token %d", n_accepted, count,
-                 next);
+/* For the proposal behind the first `length` tokens. */
+static void draw_uniforms(ds_decoder *d, level *l, int32_t length) {
+  bool by_position = d->sampling.rule == DS_RULE_EXACT; /* one for each place that a token could take */
+  int32_t n = d->tree.n_nodes, count = by_position ? ds_tree_count_levels(&d->tree) + 1 : n + 2;
+  double at[DS_MAX_DRAFT + 1];
+  uint64_t counter, stream = take_uniforms(d, l, length, count, &counter);
+  ds_uniforms(d->sampling.seed, stream, counter, count, by_position ? at : d->uniforms);
+  if (!by_position) return;
+  d->uniforms[0] = at[0];
+  for (int32_t i = 0; i < n; ++i) d->uniforms[i + 1] = at[d->tree.depths[i] + 1];
+  d->uniforms[n + 1] = 0; /* not used */
 }
 
-static int32_t decide_on_device(ds_decoder *d, level *l, int32_t length, int32_t count, int32_t row,
-                                int32_t *n_accepted, int32_t *next) {
+/* An accepted path must be one, whoever gave the verdict. */
+static int32_t check_verdict(const ds_decoder *d, const verdict *v) {
+  int32_t n = d->tree.n_nodes, last = -1;
+  if (v->n_accepted < 0 || v->n_accepted > n || v->next < 0 || v->next >= d->vocab)
+    return ds_fail(DS_ERROR_ARGUMENT, "verify accepts %d of %d and goes on with token %d", v->n_accepted, n,
+                   v->next);
+  for (int32_t i = 0; i < v->n_accepted; last = v->path[i++])
+    if (v->path[i] <= last || v->path[i] >= n || d->tree.parents[v->path[i]] != last)
+      return ds_fail(DS_ERROR_ARGUMENT, "verify accepts node %d behind node %d", v->path[i], last);
+  return DS_OK;
+}
+
+/* A chain, by the engine itself. */
+static int32_t decide_on_device(ds_decoder *d, level *l, int32_t length, int32_t row, verdict *v) {
   const ds_sampling *s = &d->sampling;
+  int32_t count = d->tree.n_nodes;
   ds_decision decision = {.temperature = s->temperature,
                           .top_p = s->top_p,
                           .top_k = s->top_k,
@@ -132,26 +174,32 @@ static int32_t decide_on_device(ds_decoder *d, level *l, int32_t length, int32_t
                           .drafter = l->inner && !ds_is_greedy(d) ? l->inner->engine : NULL,
                           .row = row};
   if (!ds_is_greedy(d)) decision.stream = take_uniforms(d, l, length, count + 2, &decision.counter);
-  int32_t status = l->engine->decide(l->engine, &decision, n_accepted, next);
-  return status < 0 ? status : check_verdict(d, count, *n_accepted, *next);
+  int32_t status = l->engine->decide(l->engine, &decision, &v->n_accepted, &v->next);
+  for (int32_t i = 0; i < count; ++i) v->path[i] = i;
+  return status < 0 ? status : check_verdict(d, v);
 }
 
-/* Accept a prefix of the `count` tokens drafted behind the first `length` and choose the one after it. `row`
- * is the place of the first in the proposal that l is building: afterwards the laws from there on are those
- * of the accepted tokens and of the next one. */
-static int32_t decide(ds_decoder *d, level *l, const float *logits, int32_t length, int32_t count,
-                      int32_t row, int32_t *n_accepted, int32_t *next) {
-  const int32_t *draft = d->ids + length;
-  if (d->on_device) return decide_on_device(d, l, length, count, row, n_accepted, next);
-  if (ds_is_greedy(d)) return decide_greedily(d, l, logits, draft, count, n_accepted, next);
-  double *laws = l->laws + (size_t)row * (size_t)d->vocab;
-  int32_t status = write_laws(d, l, logits, count + 1, laws);
+/* Accept a path of the proposal behind the first `length` tokens and choose the token after it. `row` is the
+ * place of its first token in the proposal that l is building: afterwards the laws from there on are those of
+ * the accepted tokens and of the next one. */
+static int32_t decide(ds_decoder *d, level *l, const float *logits, int32_t length, int32_t row, verdict *v) {
+  if (d->on_device) return decide_on_device(d, l, length, row, v);
+  if (ds_is_greedy(d)) return decide_greedily(d, l, logits, length, v);
+  static const int32_t rules[] = {
+      [DS_RULE_TOKEN] = DS_RULE_RRS, [DS_RULE_BLOCK] = DS_RULE_TRAVERSAL, [DS_RULE_EXACT] = DS_RULE_EXACT};
+  size_t size = (size_t)d->vocab;
+  double *laws = l->laws + (size_t)row * size;
+  int32_t status = write_laws(d, l, logits, d->tree.n_nodes + 1, laws);
   if (status != DS_OK) return status;
-  uint64_t counter, stream = take_uniforms(d, l, length, count + 2, &counter);
-  ds_uniforms(d->sampling.seed, stream, counter, count + 2, d->uniforms);
-  status = d->sampling.verify(d->sampling.rule, count, d->vocab, laws, l->inner ? l->inner->laws : NULL,
-                              draft, d->uniforms, n_accepted, next);
-  return status < 0 ? status : check_verdict(d, count, *n_accepted, *next);
+  draw_uniforms(d, l, length);
+  status = d->sampling.verify(rules[d->sampling.rule], d->tree.n_nodes, d->vocab, laws,
+                              l->inner ? l->inner->laws : NULL, d->ids + length, d->tree.parents, d->uniforms,
+                              v->path, &v->n_accepted, &v->next);
+  if (status >= 0) status = check_verdict(d, v);
+  for (int32_t i = 0; status >= 0 && i < v->n_accepted; ++i)
+    if (v->path[i] != i)
+      memcpy(laws + (size_t)(i + 1) * size, laws + (size_t)(v->path[i] + 1) * size, size * sizeof *laws);
+  return status < 0 ? status : DS_OK;
 }
 
 static int is_eos(const ds_decoder *d, int32_t token) {
@@ -175,63 +223,109 @@ static void roll_back(level *l, int32_t length) {
     if (l->kept > length) l->kept = length;
 }
 
+/* The accepted tokens move together behind the first `length`, in the array and in the cache. */
+static int32_t keep_path(ds_decoder *d, level *l, int32_t length, const verdict *v) {
+  int32_t slots[DS_MAX_DRAFT], in_place = 0;
+  while (in_place < v->n_accepted && v->path[in_place] == in_place) ++in_place;
+  for (int32_t i = in_place; i < v->n_accepted; ++i) {
+    slots[i] = length + v->path[i];
+    d->ids[length + i] = d->ids[slots[i]];
+  }
+  if (in_place == v->n_accepted) return DS_OK;
+  if (l->engine->keep)
+    return l->engine->keep(l->engine, length + in_place, slots + in_place, v->n_accepted - in_place);
+  l->kept = length + in_place;
+  return DS_OK;
+}
+
 /* Whether l's drafts end where they stop to pay. */
 static int is_scheduled(const level *l) {
   return l->above && l->above->pace.costs && (!l->engine || l->pace.costs);
 }
 
-static void record_verdict(level *drafter, int32_t drafted, int32_t accepted) {
+static void record_verdict(const ds_tree *tree, level *drafter, const verdict *v) {
   ds_level_stats *s = &drafter->stats;
   s->asked += 1;
-  s->drafted += drafted;
-  s->accepted += accepted;
-  for (int32_t i = 0; i < drafted; ++i) {
+  s->drafted += tree->n_nodes;
+  s->accepted += v->n_accepted;
+  for (int32_t i = ds_tree_count_levels(tree) - 1; i >= 0; --i) {
     s->drafted_at[i] += 1;
-    s->accepted_at[i] += i < accepted;
+    s->accepted_at[i] += i < v->n_accepted;
   }
-  if (is_scheduled(drafter)) ds_trust_learn(&drafter->trust, drafter->buckets, drafted, accepted);
+  if (is_scheduled(drafter)) ds_trust_learn(&drafter->trust, drafter->buckets, tree, v->path, v->n_accepted);
 }
 
 static int32_t propose(ds_decoder *d, level *l, int32_t length, int32_t count);
 
 /* One round: draft, verify, write 1 .. room tokens behind the first `length`; returns how many. */
 static int32_t advance(ds_decoder *d, level *l, int32_t length, int32_t room, int32_t row) {
-  int32_t drafted = 0, accepted = 0, next = 0;
+  int32_t status = DS_OK;
   double clock = l->inner ? l->inner->clock : 0;
-  if (l->inner && room > 1) {
-    drafted = propose(d, l->inner, length, l->inner->n_draft < room ? l->inner->n_draft : room - 1);
-    if (drafted < 0) return drafted;
-  }
+  ds_tree_make_chain(&d->tree, 0);
+  if (l->inner && room > 1)
+    status = propose(d, l->inner, length, l->inner->n_draft < room ? l->inner->n_draft : room - 1);
   const float *logits = NULL;
-  int32_t status = read_to(d, l, length + drafted, drafted + 1, d->on_device ? NULL : &logits);
-  if (status != DS_OK) return status;
+  if (status >= 0) status = read_proposal(d, l, length, d->on_device ? NULL : &logits);
+  if (status < 0) return status;
 
+  const ds_tree *tree = &d->tree;
   double began = now_ms();
   if (l->inner && l->inner->drafter && l->inner->drafter->observe) {
-    status = l->inner->drafter->observe(l->inner->drafter, d->ids + length - 1, drafted + 1, logits,
+    status = l->inner->drafter->observe(l->inner->drafter, d->ids + length - 1, tree->n_nodes + 1, logits,
                                         l->engine->vocab);
     if (status < 0) return status;
     double spent = now_ms() - began;
     l->inner->stats.busy_ms += spent;
     began += spent;
   }
-  status = decide(d, l, logits, length, drafted, row, &accepted, &next);
-  if (status != DS_OK) return status;
+  verdict v;
+  status = decide(d, l, logits, length, row, &v);
+  if (status == DS_OK) status = keep_path(d, l, length, &v);
+  if (status < 0) return status;
   if (is_scheduled(l))
-    for (int32_t i = 0; i <= accepted; ++i)
+    for (int32_t i = 0; i <= v.n_accepted; ++i) {
+      int32_t before = i > 0 ? v.path[i - 1] + 1 : 0;
       l->buckets[row + i] =
-          ds_bucket_of_law(logits + (size_t)i * (size_t)l->engine->vocab, shared_vocab(d, l));
-  d->ids[length + accepted] = next;
-  roll_back(l, length + accepted);
-  int32_t emitted = cut_at_eos(d, length, accepted + 1);
+          ds_bucket_of_law(logits + (size_t)before * (size_t)l->engine->vocab, shared_vocab(d, l));
+    }
+  d->ids[length + v.n_accepted] = v.next;
+  roll_back(l, length + v.n_accepted);
+  int32_t emitted = cut_at_eos(d, length, v.n_accepted + 1);
   l->stats.rounds += 1;
-  l->stats.discarded += accepted + 1 - emitted;
-  if (l->inner && room > 1) record_verdict(l->inner, drafted, accepted);
-  double spent = ds_pace_of_call(&l->pace, drafted + 1) + (l->inner ? l->inner->clock - clock : 0);
+  l->stats.discarded += v.n_accepted + 1 - emitted;
+  if (l->inner && room > 1) record_verdict(tree, l->inner, &v);
+  double spent = ds_pace_of_call(&l->pace, tree->n_nodes + 1) + (l->inner ? l->inner->clock - clock : 0);
   l->clock += spent;
   ds_pace_add(&l->pace, spent, emitted);
   l->stats.decide_ms += now_ms() - began;
   return emitted;
+}
+
+/* A chain of up to `count` tokens from a drafter, into the array and d->tree, with what is known of each. */
+static int32_t draft_chain(ds_decoder *d, level *l, int32_t length, int32_t count) {
+  int32_t support[DS_MAX_DRAFT];
+  int32_t drafted =
+      l->drafter->draft(l->drafter, d->ids + l->kept, length - l->kept, count, d->ids + length, support);
+  if (drafted > count)
+    return ds_fail(DS_ERROR_ARGUMENT, "a drafter proposes %d tokens where %d were asked for", drafted, count);
+  for (int32_t i = 0; i < drafted; ++i) l->buckets[i] = ds_bucket_of_match(support[i]);
+  if (drafted >= 0) ds_tree_make_chain(&d->tree, drafted);
+  return drafted;
+}
+
+/* The same of a tree with no more than `count` levels. */
+static int32_t draft_tree(ds_decoder *d, level *l, int32_t length, int32_t count) {
+  double chances[DS_MAX_DRAFT];
+  int32_t most = d->n_slots - length < l->n_draft ? d->n_slots - length : l->n_draft;
+  int32_t drafted = l->drafter->draft_tree(l->drafter, d->ids + l->kept, length - l->kept, most, count,
+                                           d->ids + length, d->tree.parents, chances);
+  if (drafted > most)
+    return ds_fail(DS_ERROR_ARGUMENT, "a drafter proposes a tree of %d nodes where %d were asked for",
+                   drafted, most);
+  for (int32_t i = 0; i < drafted; ++i) l->buckets[i] = ds_bucket_of_chance(chances[i]);
+  if (drafted < 0) return drafted;
+  int32_t status = ds_tree_measure(&d->tree, drafted, count);
+  return status == DS_OK ? drafted : status;
 }
 
 /* Tell a drafter what stands. Tokens that the levels above only propose are not learnt from. */
@@ -243,23 +337,19 @@ static int32_t tell(ds_decoder *d, level *l) {
 
 /* What needs no model. */
 static int32_t propose_text(ds_decoder *d, level *l, int32_t length, int32_t count) {
-  int32_t support[DS_MAX_DRAFT], status = tell(d, l);
+  int32_t status = tell(d, l);
   if (status < 0) return status;
-  int32_t drafted =
-      l->drafter->draft(l->drafter, d->ids + l->kept, length - l->kept, count, d->ids + length, support);
+  int32_t drafted = (l->tree ? draft_tree : draft_chain)(d, l, length, count);
   if (drafted <= 0) return drafted;
-  if (drafted > count)
-    return ds_fail(DS_ERROR_ARGUMENT, "a drafter proposes %d tokens where %d were asked for", drafted, count);
   for (int32_t i = 0; i < drafted; ++i)
     if (d->ids[length + i] < 0 || d->ids[length + i] >= d->vocab)
       return ds_fail(DS_ERROR_ARGUMENT, "a drafter proposes token %d, outside the vocabulary of %d",
                      d->ids[length + i], d->vocab);
-  drafted = cut_at_eos(d, length, drafted);
-  if (!is_scheduled(l)) return drafted;
-  for (int32_t i = 0; i < drafted; ++i) l->buckets[i] = ds_bucket_of_match(support[i]);
-  drafted = ds_length_that_pays(&l->above->pace, &l->trust, l->buckets, drafted);
-  ds_trust_note(&l->trust, drafted);
-  return drafted;
+  if (d->tree.is_chain) ds_tree_cut(&d->tree, cut_at_eos(d, length, drafted));
+  if (!is_scheduled(l)) return DS_OK;
+  ds_tree_cut(&d->tree, ds_length_that_pays(&l->above->pace, &l->trust, l->buckets, &d->tree));
+  ds_trust_note(&l->trust, d->tree.n_nodes);
+  return DS_OK;
 }
 
 static int32_t propose_tokens(ds_decoder *d, level *l, int32_t length, int32_t count) {
@@ -271,19 +361,20 @@ static int32_t propose_tokens(ds_decoder *d, level *l, int32_t length, int32_t c
     have += written;
     if (is_eos(d, d->ids[length + have - 1])) break;
   }
-  if (!scheduled) return have;
+  ds_tree_make_chain(&d->tree, have);
+  if (!scheduled) return DS_OK;
   if (ds_is_greedy(d) || d->sampling.rule == DS_RULE_EXACT)
-    have = ds_length_that_pays(&l->above->pace, &l->trust, l->buckets, have);
-  ds_trust_note(&l->trust, have);
-  return have;
+    ds_tree_cut(&d->tree, ds_length_that_pays(&l->above->pace, &l->trust, l->buckets, &d->tree));
+  ds_trust_note(&l->trust, d->tree.n_nodes);
+  return DS_OK;
 }
 
-/* Draft at most `count` tokens to follow the first `length` ones, and write them there. */
+/* Draft d->tree, at most `count` tokens deep, to follow the first `length` ones, and write them there. */
 static int32_t propose(ds_decoder *d, level *l, int32_t length, int32_t count) {
   double began = now_ms();
-  int32_t drafted = l->engine ? propose_tokens(d, l, length, count) : propose_text(d, l, length, count);
+  int32_t status = l->engine ? propose_tokens(d, l, length, count) : propose_text(d, l, length, count);
   l->stats.busy_ms += now_ms() - began;
-  return drafted;
+  return status;
 }
 
 /* The first round reads the prompt and drafts nothing, so the first token is not kept waiting for the drafters

@@ -31,23 +31,26 @@ typedef struct ds_level {
   const double *costs; /* [r]: milliseconds of an engine's call with r + 1 rows, positive; or NULL */
   ds_drafter
       *drafter; /* of a level without an engine; NULL there: prompt lookup over the generation's text */
+  int32_t tree; /* whether that drafter proposes trees, of n_draft nodes at most, if it knows how to */
 } ds_level;
 
 /* Drafts are n_draft long where costs are NULL: those of the drafter (where that is an engine: others
  * have none) or of the level above it. Else a draft ends as soon as one more row does not pay (schedule.h). */
 
-/* As ds_verify_chain, whose arguments these are. */
-typedef int32_t ds_verify_function(int32_t rule, int32_t n_draft, int32_t vocab, const double *p,
-                                   const double *q, const int32_t *draft, const double *uniforms,
-                                   int32_t *n_accepted, int32_t *next_token);
+/* As ds_verify_tree, whose arguments these are: a chain is a tree too, on which DS_RULE_TOKEN is DS_RULE_RRS
+ * and DS_RULE_BLOCK is DS_RULE_TRAVERSAL. Of a proposal that was sampled, q has a row for each node alone. */
+typedef int32_t ds_verify_function(int32_t rule, int32_t n_nodes, int32_t vocab, const double *p,
+                                   const double *q, const int32_t *tokens, const int32_t *parents,
+                                   const double *uniforms, int32_t *accepted, int32_t *n_accepted,
+                                   int32_t *next_token);
 
 typedef struct ds_sampling {
   double temperature; /* 0: greedy, the rest is checked but not used */
   int32_t top_k;      /* 0: off */
   double top_p;       /* 1: off */
   uint64_t seed;
-  int32_t rule;               /* enum ds_rule */
-  ds_verify_function *verify; /* a verdict of the caller's own, or NULL: ds_verify_chain */
+  int32_t rule;               /* DS_RULE_TOKEN, DS_RULE_BLOCK or DS_RULE_EXACT */
+  ds_verify_function *verify; /* a verdict of the caller's own, or NULL: ds_verify_tree */
 } ds_sampling;
 
 /* What one level did since begin. Times are wall milliseconds. */
@@ -57,7 +60,7 @@ typedef struct ds_level_stats {
   int64_t discarded;   /* tokens that it decided behind an end-of-text token */
   int64_t asked;       /* rounds of the level above in which it could draft */
   int64_t drafted, accepted;
-  int64_t drafted_at[DS_MAX_DRAFT], accepted_at[DS_MAX_DRAFT]; /* [i]: rounds with a draft at position i */
+  int64_t drafted_at[DS_MAX_DRAFT], accepted_at[DS_MAX_DRAFT]; /* [i]: rounds with drafts behind i others */
   double busy_ms;                                              /* drafting, the levels below included */
   double prefill_ms;                                           /* the first call and the chunks before it */
   double forward_ms;                                           /* all later calls */

@@ -1,6 +1,7 @@
 /* An engine on ONNX Runtime. Past and present of each cache tensor are the same memory, which turns each update
  * of the cache into a write of the new slots alone. */
 #include "error.h"
+#include "kernels.h"
 #include "onnx.h"
 #include "operators.h"
 
@@ -395,6 +396,17 @@ static int32_t forward(ds_engine *base, int32_t n_rows, const int32_t *token_ids
   return DS_OK;
 }
 
+/* The parts of the cache lie one after another, each like the next: heads of one large part. */
+static int32_t keep(ds_engine *base, int32_t start, const int32_t *slots, int32_t n_slots) {
+  onnx_engine *engine = (onnx_engine *)base;
+  if (!engine) return ds_fail(DS_ERROR_ARGUMENT, "the engine is NULL");
+  ds_heads heads = {.n_heads = 2 * engine->n_layers * engine->n_kv_heads,
+                    .n_kv_heads = 2 * engine->n_layers * engine->n_kv_heads,
+                    .head_dim = engine->head_dim,
+                    .max_slots = engine->n_slots};
+  return ds_keep_path(&heads, n_slots, slots, start, engine->cache);
+}
+
 static void release_values(onnx_engine *engine, OrtValue **values, size_t n) {
   for (size_t i = 0; values && i < n; ++i)
     if (values[i]) engine->onnx->api->ReleaseValue(values[i]);
@@ -433,8 +445,11 @@ ds_engine *ds_onnx_open(ds_onnx *onnx, const char *graph, int32_t max_seq_len, i
   }
   engine->onnx = onnx;
   ++onnx->n_users;
-  engine->base =
-      (ds_engine){.max_seq_len = max_seq_len, .reserve = reserve, .forward = forward, .close = close_engine};
+  engine->base = (ds_engine){.max_seq_len = max_seq_len,
+                             .reserve = reserve,
+                             .forward = forward,
+                             .close = close_engine,
+                             .keep = keep};
   if (open_graph(engine, graph, n_ort_threads) == DS_OK) return &engine->base;
   close_engine(&engine->base);
   return NULL;

@@ -12,7 +12,8 @@ enum {
   IDLE_ROUNDS = 16,  /* between explorations */
 };
 
-static const double PRIOR[DS_BUCKETS] = {0.4, 0.55, 0.7, 0.85, 0.95};
+/* The first guess for a link of a chain, and for a node whose drafter gives it a chance in the bucket. */
+static const double PRIOR[DS_BUCKETS] = {0.4, 0.55, 0.7, 0.85, 0.95, 0.015, 0.06, 0.2, 0.45, 0.8};
 
 /* ---- Time ---------------------------------------------------------------------------------------------- */
 
@@ -60,22 +61,24 @@ static double trust_in_next(const ds_trust *trust) {
     accepted += trust->accepted[b];
     tried += trust->tried[b];
   }
-  return frequency(accepted, tried, PRIOR[DS_BUCKETS / 2]);
+  return frequency(accepted, tried, PRIOR[DS_GRADES / 2]);
 }
 
-static uint8_t bucket_of(double value, const double limits[DS_BUCKETS - 1]) {
+static uint8_t bucket_of(double value, const double limits[DS_GRADES - 1]) {
   uint8_t b = 0;
-  while (b < DS_BUCKETS - 1 && value >= limits[b]) ++b;
+  while (b < DS_GRADES - 1 && value >= limits[b]) ++b;
   return b;
 }
 
-static const double MATCHES[DS_BUCKETS - 1] = {3, 5, 9, 17};
+static const double MATCHES[DS_GRADES - 1] = {3, 5, 9, 17};
 
 uint8_t ds_bucket_of_match(int32_t length) { return bucket_of(length, MATCHES); }
 
-int32_t ds_match_of_trust(double trust) {
+double ds_chance_of_match(int32_t length) { return PRIOR[ds_bucket_of_match(length)]; }
+
+int32_t ds_match_of_chance(double chance) {
   int b = 0;
-  while (b < DS_BUCKETS - 1 && trust >= (PRIOR[b] + PRIOR[b + 1]) / 2) ++b;
+  while (b < DS_GRADES - 1 && chance >= (PRIOR[b] + PRIOR[b + 1]) / 2) ++b;
   return b ? (int32_t)MATCHES[b - 1] : 1;
 }
 
@@ -104,9 +107,14 @@ DS_WIDE static leaders find_leaders(const float *row, int32_t n) {
 }
 
 uint8_t ds_bucket_of_law(const float *logits, int32_t vocab) {
-  static const double limits[DS_BUCKETS - 1] = {0.5, 1, 2, 4};
+  static const double limits[DS_GRADES - 1] = {0.5, 1, 2, 4};
   leaders l = find_leaders(logits, vocab);
   return bucket_of((double)l.first - (double)l.second, limits);
+}
+
+uint8_t ds_bucket_of_chance(double chance) {
+  static const double limits[DS_GRADES - 1] = {0.03, 0.1, 0.3, 0.6};
+  return DS_GRADES + bucket_of(chance, limits);
 }
 
 double ds_expected_length(const ds_trust *trust, const uint8_t *buckets, int32_t n_draft) {
@@ -118,15 +126,18 @@ double ds_expected_length(const ds_trust *trust, const uint8_t *buckets, int32_t
   return expected;
 }
 
-void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, int32_t n_draft, int32_t n_accepted) {
-  for (int32_t i = 0; i < n_draft && i <= n_accepted; ++i) {
+void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, const ds_tree *tree, const int32_t *path,
+                    int32_t n_accepted) {
+  for (int32_t i = 0; i < tree->n_nodes; ++i) {
+    int32_t depth = tree->depths[i];
+    if (depth > n_accepted || (depth > 0 && path[depth - 1] != tree->parents[i])) continue;
     uint8_t b = buckets[i];
     if (trust->tried[b] >= TRUST_DRAFTS) {
       trust->tried[b] /= 2;
       trust->accepted[b] /= 2;
     }
     trust->tried[b] += 1;
-    trust->accepted[b] += i < n_accepted;
+    trust->accepted[b] += depth < n_accepted && path[depth] == i;
   }
 }
 
@@ -152,16 +163,17 @@ bool ds_pays_to_go_on(const ds_pace *above, const ds_pace *own, const ds_trust *
 }
 
 int32_t ds_length_that_pays(const ds_pace *above, const ds_trust *trust, const uint8_t *buckets,
-                            int32_t n_draft) {
-  double reach = 1, gain = 0, most = 0;
+                            const ds_tree *tree) {
+  double reach[DS_MAX_DRAFT], gain = 0, most = 0;
   int32_t best = 0;
-  for (int32_t h = 1; h <= n_draft; ++h) {
-    reach *= ds_trust_in(trust, buckets[h - 1]);
-    gain += rate(above) * reach;
-    double profit = gain - (ds_pace_of_call(above, h + 1) - ds_pace_of_call(above, 1));
-    if (profit > most || (h == 1 && explores(trust))) {
+  for (int32_t i = 0; i < tree->n_nodes; ++i) {
+    int32_t parent = tree->parents[i];
+    reach[i] = (parent < 0 ? 1 : reach[parent]) * ds_trust_in(trust, buckets[i]);
+    gain += rate(above) * reach[i];
+    double profit = gain - (ds_pace_of_call(above, i + 2) - ds_pace_of_call(above, 1));
+    if (profit > most || (i == 0 && explores(trust))) {
       most = profit;
-      best = h;
+      best = i + 1;
     }
   }
   return best;

@@ -10,7 +10,7 @@
  * where a is how often the drafter's next token is accepted if all before it were, d its own milliseconds a
  * token (0 for one that is no engine), and c(r) the cost of the call above with r rows. Looking n ahead steps
  * over a table that rises in stairs. A draft that may be cut keeps the h with the most V (S_1 + .. + S_h) -
- * c(h + 1).
+ * c(h + 1). So does a tree, whose nodes come with the likeliest first; there S_i is the chance of node i's path.
  *
  * S_h is a product of learnt frequencies, one for each bucket of confidence, of what was verified so far in
  * this generation. Every round that drafts nothing brings the next exploration nearer: one draft whether it
@@ -22,6 +22,8 @@
  */
 #ifndef DRAFTSMITH_SCHEDULE_H
 #define DRAFTSMITH_SCHEDULE_H
+
+#include "tree.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -37,7 +39,7 @@ void ds_pace_reset(ds_pace *pace);
 void ds_pace_add(ds_pace *pace, double milliseconds, int32_t n_tokens);
 double ds_pace_of_call(const ds_pace *pace, int32_t n_rows);
 
-enum { DS_BUCKETS = 5 };
+enum { DS_GRADES = 5, DS_BUCKETS = 2 * DS_GRADES /* of links of chains, and of nodes of trees */ };
 
 /* What is known of a level's drafts. */
 typedef struct {
@@ -48,21 +50,25 @@ typedef struct {
 void ds_trust_reset(ds_trust *trust);
 
 /* The bucket of a draft by what is cheap to know: for an engine the lead of the first logit over the second,
- * for other drafters the number of tokens that the draft rests on. */
+ * for other drafters the number of tokens that a chain rests on, or the chance that they give a node. */
 uint8_t ds_bucket_of_law(const float *logits, int32_t vocab);
 uint8_t ds_bucket_of_match(int32_t length);
+uint8_t ds_bucket_of_chance(double chance);
 
-/* The least length with which a draft of this trust shares a bucket, before anything is learnt. */
-int32_t ds_match_of_trust(double trust);
+/* The chance that a link is right that rests on so many tokens, before anything is learnt; and the least number
+ * that has such a chance. */
+double ds_chance_of_match(int32_t length);
+int32_t ds_match_of_chance(double chance);
 
 /* How often a token in this bucket is accepted, where all before it are. */
 double ds_trust_in(const ds_trust *trust, uint8_t bucket);
 
-/* How many tokens of a draft with these buckets [n_draft] may be expected to be accepted. */
+/* How many tokens of a chain with these buckets [n_draft] may be expected to be accepted. */
 double ds_expected_length(const ds_trust *trust, const uint8_t *buckets, int32_t n_draft);
 
-/* Of a proposal with these buckets [n_draft], the first n_accepted were accepted. */
-void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, int32_t n_draft, int32_t n_accepted);
+/* Of a proposal with these buckets, the nodes path[0 .. n_accepted) were accepted. */
+void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, const ds_tree *tree, const int32_t *path,
+                    int32_t n_accepted);
 
 /* One round in which the level proposed n_draft tokens. */
 void ds_trust_note(ds_trust *trust, int32_t n_draft);
@@ -71,8 +77,8 @@ void ds_trust_note(ds_trust *trust, int32_t n_draft);
 bool ds_pays_to_go_on(const ds_pace *above, const ds_pace *own, const ds_trust *trust, const uint8_t *buckets,
                       int32_t n_draft, int32_t room);
 
-/* How many of a draft that may be cut are worth their rows in the call above. */
+/* How many of the first nodes of a draft that may be cut are worth their rows in the call above. */
 int32_t ds_length_that_pays(const ds_pace *above, const ds_trust *trust, const uint8_t *buckets,
-                            int32_t n_draft);
+                            const ds_tree *tree);
 
 #endif

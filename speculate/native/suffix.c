@@ -23,7 +23,10 @@
  * before. A clone has the edges of the state that it is split from, and so its favourite.
  */
 #include "suffix.h"
+#include "drafter.h"
 #include "error.h"
+#include "growth.h"
+#include "schedule.h"
 
 #include <stddef.h>
 #include <stdlib.h>
@@ -351,17 +354,23 @@ typedef struct {
   int32_t length, end; /* the last `length` tokens of the text also end at `end`, before its own end */
 } match;
 
-/* The best match that ends within the committed tokens. */
-static match match_committed(const text *t, int32_t max_match) {
+/* The longest end of the text that occurs within the committed tokens; without a tail, the end of those. */
+static ds_match find_match(const text *t, int32_t max_match) {
   const ds_suffix *s = t->index;
   ds_match m = {s->window, s->window_length < max_match ? s->window_length : max_match};
   m.state = shorten(s, m.state, m.length);
-  if (t->n_tail == 0) { /* the most recent place is the end of the text: look for one before it */
-    while (m.state != ROOT && s->states[m.state].before == NONE) m = ds_suffix_match_less(s, m);
-    return (match){m.length, s->states[m.state].before};
-  }
   for (int32_t i = 0; i < t->n_tail; ++i) m = extend(s, m, t->tail[i], max_match);
-  return (match){m.length, s->states[m.state].recent};
+  return m;
+}
+
+/* The best match that ends within the committed tokens. */
+static match match_committed(const text *t, int32_t max_match) {
+  const ds_suffix *s = t->index;
+  ds_match m = find_match(t, max_match);
+  if (t->n_tail) return (match){m.length, s->states[m.state].recent};
+  /* The most recent place is the end of the text itself: look for one before it. */
+  while (m.state != ROOT && s->states[m.state].before == NONE) m = ds_suffix_match_less(s, m);
+  return (match){m.length, s->states[m.state].before};
 }
 
 /* The best match that ends within the tail, if it is no worse than `best`; it is the more recent one. */
@@ -376,10 +385,9 @@ static match match_tail(const text *t, int32_t max_match, match best) {
   return best;
 }
 
-int32_t ds_suffix_draft(const ds_suffix *s, const int32_t *tail, int32_t n_tail, int32_t min_match,
-                        int32_t max_match, int32_t max_draft, int32_t *draft, int32_t *match_length) {
-  if (!s || !match_length || n_tail < 0 || (n_tail > 0 && !tail) || max_draft < 0 ||
-      (max_draft > 0 && !draft))
+static int32_t check_draft(const ds_suffix *s, const int32_t *tail, int32_t n_tail, int32_t min_match,
+                           int32_t max_match, int32_t max_draft, const void *draft, const void *also) {
+  if (!s || n_tail < 0 || (n_tail > 0 && !tail) || max_draft < 0 || (max_draft > 0 && !draft) || !also)
     return ds_fail(DS_ERROR_ARGUMENT, "a handle, %d tail tokens and room for %d drafted ones are wanted",
                    n_tail, max_draft);
   if (!(1 <= min_match && min_match <= max_match && max_match <= DS_SUFFIX_MAX_MATCH))
@@ -387,6 +395,13 @@ int32_t ds_suffix_draft(const ds_suffix *s, const int32_t *tail, int32_t n_tail,
                    DS_SUFFIX_MAX_MATCH);
   if (n_tail > DS_SUFFIX_MAX_TOKENS)
     return ds_fail(DS_ERROR_ARGUMENT, "a tail of %d tokens is longer than %d", n_tail, DS_SUFFIX_MAX_TOKENS);
+  return DS_OK;
+}
+
+int32_t ds_suffix_draft(const ds_suffix *s, const int32_t *tail, int32_t n_tail, int32_t min_match,
+                        int32_t max_match, int32_t max_draft, int32_t *draft, int32_t *match_length) {
+  int32_t status = check_draft(s, tail, n_tail, min_match, max_match, max_draft, draft, match_length);
+  if (status != DS_OK) return status;
   text t = {s, tail, n_tail, s->n_tokens + n_tail};
   match best = match_tail(&t, max_match, match_committed(&t, max_match));
   *match_length = best.length >= min_match ? best.length : 0;
@@ -396,4 +411,74 @@ int32_t ds_suffix_draft(const ds_suffix *s, const int32_t *tail, int32_t n_tail,
     draft[i] = source < t.length ? token_at(&t, source) : draft[source - t.length];
   }
   return max_draft;
+}
+
+enum {
+  MOST_EDGES = 64, /* of a state that are looked at: a pair of common words has thousands in a large text */
+  MOST_FOLLOWERS = 256,
+};
+
+typedef struct {
+  int32_t n, edges[MOST_FOLLOWERS]; /* the first edge by which each was found: that of the longest match */
+  double chances[MOST_FOLLOWERS];
+} followers;
+
+static void add_follower(const ds_suffix *s, followers *f, int32_t e, double chance) {
+  int32_t i = 0;
+  while (i < f->n && s->edges[f->edges[i]].token != s->edges[e].token) ++i;
+  if (i == MOST_FOLLOWERS) return;
+  if (i == f->n) {
+    f->edges[f->n++] = e;
+    f->chances[i] = 0;
+  }
+  f->chances[i] += chance;
+}
+
+/* What follows a state, and what follows its suffixes where that says nothing: how sure a match is goes to its own
+ * continuations by their counts, the latest counted twice, and the rest to those of the next shorter match (as in
+ * prediction by partial matching). */
+static void find_followers(const ds_suffix *s, ds_match m, int32_t min_match, followers *f) {
+  double left = 1;
+  f->n = 0;
+  for (; m.state != ROOT && m.length >= min_match; m = ds_suffix_match_less(s, m)) {
+    int32_t total = 1, latest = NONE, n_edges = 0;
+    for (int32_t i = s->states[m.state].first_edge; i != NONE && n_edges < MOST_EDGES; ++n_edges) {
+      const state *to = &s->states[s->edges[i].to];
+      total += to->count;
+      if (latest == NONE || to->recent > s->states[s->edges[latest].to].recent) latest = i;
+      i = s->edges[i].next_of_state;
+    }
+    if (latest == NONE) continue;
+    double sure = ds_chance_of_match(m.length);
+    for (int32_t i = s->states[m.state].first_edge; n_edges > 0; --n_edges, i = s->edges[i].next_of_state)
+      add_follower(s, f, i, left * sure * (s->states[s->edges[i].to].count + (i == latest)) / total);
+    left *= 1 - sure;
+  }
+}
+
+int32_t ds_suffix_draft_tree(const ds_suffix *s, const int32_t *tail, int32_t n_tail, int32_t min_match,
+                             int32_t max_match, int32_t max_nodes, int32_t max_depth, int32_t *tokens,
+                             int32_t *parents, double *chances) {
+  int32_t status = check_draft(s, tail, n_tail, min_match, max_match, max_nodes, tokens, parents);
+  if (status == DS_OK && max_nodes > 0 && !chances)
+    status = ds_fail(DS_ERROR_ARGUMENT, "no room for chances");
+  if (status != DS_OK) return status;
+  text t = {s, tail, n_tail, s->n_tokens + n_tail};
+  ds_match matches[DS_MAX_DRAFT + 1]; /* behind each node; first: of the text */
+  matches[0] = find_match(&t, max_match);
+  followers next;
+  ds_growth growth;
+  ds_growth_begin(&growth, max_nodes, max_depth, tokens, parents, chances);
+  for (int32_t node = -1;;) {
+    find_followers(s, matches[node + 1], min_match, &next);
+    for (int32_t i = 0; i < next.n; ++i)
+      if (s->edges[next.edges[i]].token != DS_END_OF_REFERENCE)
+        ds_growth_offer(&growth, node, s->edges[next.edges[i]].token, next.chances[i], next.edges[i]);
+    if ((node = ds_growth_take(&growth)) < 0) return growth.n_nodes;
+    const edge *taken = &s->edges[growth.marks[node]];
+    ds_match from = matches[parents[node] + 1];
+    int32_t length = 1 + (taken->from == from.state ? from.length : s->states[taken->from].length);
+    if (length > max_match) length = max_match;
+    matches[node + 1] = (ds_match){shorten(s, taken->to, length), length};
+  }
 }

@@ -42,6 +42,12 @@ static int32_t draft(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, i
   return count;
 }
 
+static int32_t draft_tree(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_nodes,
+                          int32_t max_depth, int32_t *tokens, int32_t *parents, double *chances) {
+  return ds_suffix_draft_tree(((suffix_drafter *)drafter)->index, tail, n_tail, MIN_MATCH, MAX_MATCH,
+                              max_nodes, max_depth, tokens, parents, chances);
+}
+
 static void close(ds_drafter *drafter) {
   ds_suffix_free(((suffix_drafter *)drafter)->index);
   free(drafter);
@@ -64,7 +70,8 @@ ds_drafter *ds_suffix_drafter_create(const int32_t *references, int32_t n_refere
     ds_fail(DS_ERROR_MEMORY, "no memory for a drafter with %d tokens of references", n_references);
     return NULL;
   }
-  s->drafter = (ds_drafter){begin, append, NULL, draft, close};
+  s->drafter = (ds_drafter){
+      .begin = begin, .append = append, .draft = draft, .close = close, .draft_tree = draft_tree};
   s->index = NULL;
   s->n_references = n_references;
   if (n_references) memcpy(s->references, references, size);

@@ -9,6 +9,23 @@
 
 enum { VOCAB = 7 };
 
+/* Blocks of the exact size, so that writing past them is seen. */
+static void check_tree(ds_drafter *drafter, const int32_t *tail, int32_t n_tail) {
+  int32_t most = below(40), depth = 1 + below(9), depths[40];
+  int32_t *tokens = malloc((size_t)most * sizeof *tokens), *parents = malloc((size_t)most * sizeof *parents);
+  double *chances = malloc((size_t)most * sizeof *chances);
+  int32_t n = drafter->draft_tree(drafter, tail, n_tail, most, depth, tokens, parents, chances);
+  CHECK(n >= 0 && n <= most);
+  for (int32_t i = 0; i < n; ++i) {
+    CHECK(tokens[i] >= 0 && tokens[i] < VOCAB && parents[i] >= -1 && parents[i] < i);
+    depths[i] = parents[i] < 0 ? 1 : depths[parents[i]] + 1;
+    CHECK(depths[i] <= depth && chances[i] > 0 && chances[i] <= 1 + 1e-12);
+  }
+  free(tokens);
+  free(parents);
+  free(chances);
+}
+
 /* One generation: tokens come in bunches, drafts are asked for behind tails, logits are shown. */
 static void generate(ds_drafter *drafter) {
   int32_t tokens[64], tail[16], draft[20], support[20], total = 400;
@@ -27,6 +44,7 @@ static void generate(ds_drafter *drafter) {
     int32_t count = drafter->draft(drafter, tail, n_tail, wanted, draft, support);
     CHECK(count >= 0 && count <= wanted);
     for (int32_t i = 0; i < count; ++i) CHECK(draft[i] >= 0 && draft[i] < VOCAB && support[i] > 0);
+    if (drafter->draft_tree) check_tree(drafter, tail, n_tail);
   }
 }
 
@@ -116,7 +134,16 @@ static void exercise_hybrid(void) {
     CHECK(drafter->begin(drafter, -1) < 0);
     ds_drafter_close(drafter);
   }
-  ds_drafter failing = {refuse_to_begin, parts[0]->append, NULL, parts[0]->draft, parts[0]->close};
+  ds_drafter *merged = ds_hybrid_drafter_create(parts, 2);
+  int32_t outside[1] = {VOCAB}, parents[1];
+  double chances[1];
+  CHECK(merged && merged->begin(merged, 9) >= 0);
+  REFUSED(merged->draft_tree(merged, outside, 1, 1, 1, outside, parents, chances), "token 7 is outside");
+  ds_drafter_close(merged);
+  ds_drafter failing = {.begin = refuse_to_begin,
+                        .append = parts[0]->append,
+                        .draft = parts[0]->draft,
+                        .close = parts[0]->close};
   ds_drafter *both[2] = {&failing, parts[1]};
   ds_drafter *drafter = ds_hybrid_drafter_create(both, 2);
   CHECK(drafter && drafter->begin(drafter, 7) == DS_ERROR_ARGUMENT);

@@ -47,7 +47,8 @@ static int32_t forward(ds_engine *engine, int32_t n_rows, const int32_t *ids, in
 }
 
 static model make_model(int32_t vocab, uint32_t own) {
-  return (model){.engine = {vocab, SLOTS, reserve, forward, NULL}, .own = own, .calls_left = -1};
+  ds_engine engine = {.vocab = vocab, .max_seq_len = SLOTS, .reserve = reserve, .forward = forward};
+  return (model){.engine = engine, .own = own, .calls_left = -1};
 }
 
 static ds_joint_settings random_settings(void) {

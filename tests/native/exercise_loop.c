@@ -38,7 +38,7 @@ static int32_t forward(ds_engine *engine, int32_t n_rows, const int32_t *ids, in
                        const int64_t *positions, const uint8_t *mask, int32_t n_logits,
                        const float **logits) {
   model *m = (model *)engine;
-  CHECK(n_rows >= 1 && n_logits >= 1 && n_logits <= n_rows && !positions && !mask);
+  CHECK(n_rows >= 1 && n_logits >= 1 && n_logits <= n_rows && !positions == !mask);
   CHECK(start >= 0 && start <= m->n_filled && start + n_rows <= m->n_reserved);
   if (m->calls_left-- == 0) {
     ds_set_error("this engine had enough");
@@ -56,7 +56,12 @@ static int32_t forward(ds_engine *engine, int32_t n_rows, const int32_t *ids, in
   m->n_filled = start + n_rows;
   for (int32_t r = 0; r < n_logits; ++r) {
     int32_t at = start + n_rows - n_logits + r;
-    uint32_t last = (uint32_t)m->slots[at], before = at ? (uint32_t)m->slots[at - 1] : 99;
+    const uint8_t *sees = mask ? mask + (size_t)(n_rows - n_logits + r) * (size_t)m->n_filled : NULL;
+    int32_t parent = at - 1, n_seen = 0;
+    while (sees && parent >= 0 && !sees[parent]) --parent;
+    for (int32_t s = 0; sees && s < m->n_filled; ++s) n_seen += sees[s];
+    if (sees) CHECK(sees[at] && positions[n_rows - n_logits + r] == n_seen - 1);
+    uint32_t last = (uint32_t)m->slots[at], before = parent >= 0 ? (uint32_t)m->slots[parent] : 99;
     for (int32_t x = 0; x < engine->vocab; ++x)
       m->logits[(size_t)r * (size_t)engine->vocab + (size_t)x] =
           (float)(hash(last, before, (uint32_t)x) % 1000) * 0.006f +
@@ -66,20 +71,80 @@ static int32_t forward(ds_engine *engine, int32_t n_rows, const int32_t *ids, in
   return DS_OK;
 }
 
+static int32_t keep(ds_engine *engine, int32_t start, const int32_t *slots, int32_t n_slots) {
+  model *m = (model *)engine;
+  for (int32_t i = 0; i < n_slots; ++i) {
+    CHECK(slots[i] >= start + i && slots[i] < m->n_filled && (i == 0 || slots[i] > slots[i - 1]));
+    m->slots[start + i] = m->slots[slots[i]];
+  }
+  return DS_OK;
+}
+
 static model make_model(int32_t vocab, int32_t own) {
-  return (model){.engine = {vocab, SLOTS, reserve, forward, NULL}, .own = own, .calls_left = -1};
+  ds_engine engine = {vocab, SLOTS, reserve, forward, NULL, below(2) ? keep : NULL};
+  return (model){.engine = engine, .own = own, .calls_left = -1};
+}
+
+/* Proposes any tree whatever, or one that breaks a promise. */
+typedef struct {
+  ds_drafter drafter;
+  int32_t vocab, excess, wrong_parent;
+} gardener;
+
+static int32_t count_none(ds_drafter *drafter, int32_t n_tokens) {
+  (void)drafter, (void)n_tokens;
+  return DS_OK;
+}
+
+static int32_t learn_none(ds_drafter *drafter, const int32_t *tokens, int32_t n_tokens) {
+  (void)drafter, (void)tokens, (void)n_tokens;
+  return DS_OK;
+}
+
+static int32_t draft_none(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_draft,
+                          int32_t *draft, int32_t *support) {
+  (void)drafter, (void)tail, (void)n_tail, (void)max_draft, (void)draft, (void)support;
+  return 0;
+}
+
+static int32_t grow(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_nodes,
+                    int32_t max_depth, int32_t *tokens, int32_t *parents, double *chances) {
+  const gardener *g = (const gardener *)drafter;
+  int32_t depths[DS_MAX_DRAFT], n = below(max_nodes + 1);
+  (void)tail, (void)n_tail;
+  CHECK(max_nodes >= 1 && max_nodes <= DS_MAX_DRAFT && max_depth >= 1);
+  for (int32_t i = 0; i < n; ++i) {
+    do parents[i] = below(i + 1) - 1;
+    while (parents[i] >= 0 && depths[parents[i]] + 1 >= max_depth);
+    depths[i] = parents[i] < 0 ? 0 : depths[parents[i]] + 1;
+    tokens[i] = below(g->vocab);
+    chances[i] = uniform();
+  }
+  if (n && g->wrong_parent) parents[n - 1] = g->wrong_parent > 0 ? n - 1 : -2;
+  return n + g->excess;
+}
+
+static gardener make_gardener(int32_t vocab) {
+  return (gardener){
+      {.begin = count_none, .append = learn_none, .draft = draft_none, .draft_tree = grow}, vocab, 0, 0};
 }
 
 static double costs[DS_MAX_LEVELS][DS_MAX_DRAFT + 1];
 
-/* Up to three drafting engines and perhaps the suffix drafter; returns the number of levels. */
-static int32_t make_ladder(model models[4], ds_level levels[5]) {
+/* Up to three drafting engines and perhaps a drafter that is none; returns the number of levels. */
+static int32_t make_ladder(model models[4], ds_level levels[5], gardener *trees) {
   int32_t vocab = 2 + below(12), n = 0, n_models = 1 + below(4);
-  if (below(2)) levels[n++] = (ds_level){NULL, 1 + below(9), 0, NULL, NULL};
+  *trees = make_gardener(vocab);
+  if (below(3)) levels[n++] = (ds_level){NULL, 1 + below(9), 0, NULL, NULL, 0};
+  if (n && below(2)) {
+    levels[0].n_draft = 1 + below(DS_MAX_DRAFT);
+    levels[0].drafter = &trees->drafter;
+    levels[0].tree = 1;
+  }
   for (int32_t i = n_models - 1; i >= 0; --i) {
     int32_t padding = i > 0 ? below(4) - 1 : 0;
     models[i] = make_model(vocab + padding, i);
-    levels[n] = (ds_level){&models[i].engine, i ? 1 + below(6) : 0, 0, NULL, NULL};
+    levels[n] = (ds_level){&models[i].engine, i ? 1 + below(6) : 0, 0, NULL, NULL, 0};
     if (below(2)) {
       double cost = 0.1 + 3 * uniform();
       for (int32_t r = 0; r <= DS_MAX_DRAFT; ++r) costs[n][r] = cost += below(2) ? 0 : 0.2 * uniform();
@@ -103,7 +168,7 @@ static void check_counters(const ds_decoder *decoder, int32_t n_levels, int32_t 
       drafted += stats.drafted_at[k];
       accepted += stats.accepted_at[k];
     }
-    CHECK(drafted == stats.drafted && accepted == stats.accepted);
+    CHECK(drafted <= stats.drafted && accepted == stats.accepted); /* a tree has many nodes at a depth */
   }
 }
 
@@ -132,7 +197,8 @@ static void exercise_ladders(void) {
   for (int trial = 0; trial < 400; ++trial) {
     model models[4];
     ds_level levels[5];
-    int32_t n_levels = make_ladder(models, levels), vocab = models[0].engine.vocab;
+    gardener trees;
+    int32_t n_levels = make_ladder(models, levels, &trees), vocab = models[0].engine.vocab;
     ds_decoder *decoder = ds_decoder_create(levels, n_levels),
                *plain = ds_decoder_create(&levels[n_levels - 1], 1);
     CHECK(decoder && plain);
@@ -162,9 +228,9 @@ static void exercise_ladders(void) {
 static void exercise_limits(void) {
   for (int32_t own = 0; own < 200; own += 199) {
     model target = make_model(9, 0), drafter = make_model(9, own);
-    ds_level levels[3] = {{NULL, DS_MAX_DRAFT, 0, NULL, NULL},
-                          {&drafter.engine, DS_MAX_DRAFT, 0, NULL, NULL},
-                          {&target.engine, 0, 0, NULL, NULL}};
+    ds_level levels[3] = {{NULL, DS_MAX_DRAFT, 0, NULL, NULL, 0},
+                          {&drafter.engine, DS_MAX_DRAFT, 0, NULL, NULL, 0},
+                          {&target.engine, 0, 0, NULL, NULL, 0}};
     ds_decoder *decoder = ds_decoder_create(levels, 3);
     int32_t prompt[1] = {3}, out[SLOTS];
     for (int32_t rule = DS_RULE_TOKEN; rule <= DS_RULE_EXACT; ++rule) {
@@ -193,20 +259,31 @@ static int32_t refuse_room(ds_engine *engine, int32_t n_slots) {
   return DS_ERROR_ENGINE;
 }
 
-static int32_t accept_too_much(int32_t rule, int32_t n_draft, int32_t vocab, const double *p, const double *q,
-                               const int32_t *draft, const double *uniforms, int32_t *n_accepted,
-                               int32_t *next_token) {
-  (void)rule, (void)vocab, (void)p, (void)q, (void)draft, (void)uniforms;
-  *n_accepted = n_draft + 1;
+static int32_t accept_too_much(int32_t rule, int32_t n_nodes, int32_t vocab, const double *p, const double *q,
+                               const int32_t *tokens, const int32_t *parents, const double *uniforms,
+                               int32_t *accepted, int32_t *n_accepted, int32_t *next_token) {
+  (void)rule, (void)vocab, (void)p, (void)q, (void)tokens, (void)parents, (void)uniforms, (void)accepted;
+  *n_accepted = n_nodes + 1;
   *next_token = 0;
+  return DS_OK;
+}
+
+/* The last node alone, which has others before it. */
+static int32_t accept_no_path(int32_t rule, int32_t n_nodes, int32_t vocab, const double *p, const double *q,
+                              const int32_t *tokens, const int32_t *parents, const double *uniforms,
+                              int32_t *accepted, int32_t *n_accepted, int32_t *next_token) {
+  (void)rule, (void)vocab, (void)p, (void)q, (void)tokens, (void)parents, (void)uniforms;
+  *next_token = 0;
+  if ((*n_accepted = n_nodes > 1)) accepted[0] = n_nodes - 1;
   return DS_OK;
 }
 
 /* Wherever an engine fails, its words come out, the generation is over, and the next one works. */
 static void exercise_failing_engines(void) {
   model target = make_model(6, 0), drafter = make_model(6, 1);
-  ds_level levels[3] = {
-      {NULL, 3, 0, NULL, NULL}, {&drafter.engine, 4, 0, NULL, NULL}, {&target.engine, 0, 0, NULL, NULL}};
+  ds_level levels[3] = {{NULL, 3, 0, NULL, NULL, 0},
+                        {&drafter.engine, 4, 0, NULL, NULL, 0},
+                        {&target.engine, 0, 0, NULL, NULL, 0}};
   ds_decoder *decoder = ds_decoder_create(levels, 3);
   int32_t prompt[3] = {1, 2, 3}, out[40];
   for (int32_t after = 0; after < 8; ++after)
@@ -231,9 +308,39 @@ static void exercise_failing_engines(void) {
   wrong.verify = accept_too_much;
   CHECK(decode(decoder, &wrong, prompt, 3, 40, out, 0, NULL) == DS_ERROR_ARGUMENT);
   CHECK(strstr(ds_error_message(), "accepts 1 of 0"));
+  wrong.verify = accept_no_path;
+  CHECK(decode(decoder, &wrong, prompt, 3, 40, out, 0, NULL) == DS_ERROR_ARGUMENT);
+  CHECK(strstr(ds_error_message(), "behind node -1"));
   ds_decoder_free(decoder);
   free(target.logits);
   free(drafter.logits);
+}
+
+/* Drafters that break their word about trees. */
+static void exercise_bad_trees(void) {
+  model target = make_model(6, 0);
+  gardener trees = make_gardener(6);
+  ds_level levels[2] = {{NULL, 7, 0, NULL, &trees.drafter, 1}, {&target.engine, 0, 0, NULL, NULL, 0}};
+  ds_decoder *decoder = ds_decoder_create(levels, 2);
+  int32_t prompt[1] = {1}, out[SLOTS];
+  ds_sampling greedy = {0, 0, 1, 1, 0, NULL};
+  CHECK(decode(decoder, &greedy, prompt, 1, 200, out, 0, NULL) == 200);
+  trees.excess = 8;
+  CHECK(decode(decoder, &greedy, prompt, 1, 200, out, 0, NULL) == DS_ERROR_ARGUMENT);
+  CHECK(strstr(ds_error_message(), "nodes where 7 were asked for"));
+  trees.excess = 0;
+  for (trees.wrong_parent = -1; trees.wrong_parent < 2; trees.wrong_parent += 2) {
+    CHECK(decode(decoder, &greedy, prompt, 1, 200, out, 0, NULL) == DS_ERROR_ARGUMENT);
+    CHECK(strstr(ds_error_message(), "one before it is wanted"));
+  }
+  trees.excess = trees.wrong_parent = 0;
+  trees.vocab = 99;
+  CHECK(decode(decoder, &greedy, prompt, 1, 200, out, 0, NULL) == DS_ERROR_ARGUMENT);
+  CHECK(strstr(ds_error_message(), "outside the vocabulary of 6"));
+  trees.vocab = 6;
+  CHECK(decode(decoder, &greedy, prompt, 1, SLOTS - 1, out, 0, NULL) == SLOTS - 1); /* to the last slot */
+  ds_decoder_free(decoder);
+  free(target.logits);
 }
 
 static void exercise_bad_arguments(void) {
@@ -245,20 +352,21 @@ static void exercise_bad_arguments(void) {
     ds_level bad[] = {__VA_ARGS__};                                                                          \
     CHECK(!ds_decoder_create(bad, sizeof bad / sizeof *bad) && strstr(ds_error_message(), words));           \
   } while (0)
-  ds_level good[2] = {{&drafter.engine, 4, 4, table, NULL}, {&target.engine, 0, 0, NULL, NULL}};
+  ds_level good[2] = {{&drafter.engine, 4, 4, table, NULL, 0}, {&target.engine, 0, 0, NULL, NULL, 0}};
   CHECK(!ds_decoder_create(NULL, 1) && strstr(ds_error_message(), "1 levels"));
   CHECK(!ds_decoder_create(good, 0) && strstr(ds_error_message(), "0 levels"));
   CHECK(!ds_decoder_create(good, DS_MAX_LEVELS + 1) && strstr(ds_error_message(), "9 levels"));
-  REFUSED_LADDER("level 0 has no engine", {NULL, 0, 0, NULL, NULL});
-  REFUSED_LADDER("level 1 has no engine", good[0], {NULL, 3, 0, NULL, NULL}, good[1]);
-  REFUSED_LADDER("no functions", {&hollow.engine, 1, 0, NULL, NULL}, good[1]);
-  REFUSED_LADDER("drafts 0 tokens", {&drafter.engine, 0, 0, NULL, NULL}, good[1]);
-  REFUSED_LADDER("drafts 65 tokens", {&drafter.engine, DS_MAX_DRAFT + 1, 0, NULL, NULL}, good[1]);
-  REFUSED_LADDER("drafts 2 tokens", {&target.engine, 2, 0, NULL, NULL});
+  REFUSED_LADDER("level 0 has no engine", {NULL, 0, 0, NULL, NULL, 0});
+  REFUSED_LADDER("level 1 has no engine", good[0], {NULL, 3, 0, NULL, NULL, 0}, good[1]);
+  REFUSED_LADDER("no functions", {&hollow.engine, 1, 0, NULL, NULL, 0}, good[1]);
+  REFUSED_LADDER("drafts 0 tokens", {&drafter.engine, 0, 0, NULL, NULL, 0}, good[1]);
+  REFUSED_LADDER("drafts 65 tokens", {&drafter.engine, DS_MAX_DRAFT + 1, 0, NULL, NULL, 0}, good[1]);
+  REFUSED_LADDER("drafts 2 tokens", {&target.engine, 2, 0, NULL, NULL, 0});
   REFUSED_LADDER("share an engine", good[0], good[0], good[1]);
-  REFUSED_LADDER("has no costs", {NULL, 3, 4, table, NULL}, good[1]);
-  REFUSED_LADDER("costs of 4 row counts; 5", good[0], {&target.engine, 0, 4, table, NULL});
-  REFUSED_LADDER("5 rows cost nan", good[0], {&target.engine, 0, 5, table, NULL});
+  REFUSED_LADDER("has no costs", {NULL, 3, 4, table, NULL, 0}, good[1]);
+  REFUSED_LADDER("proposes trees", {&drafter.engine, 1, 0, NULL, NULL, 1}, good[1]);
+  REFUSED_LADDER("costs of 4 row counts; 5", good[0], {&target.engine, 0, 4, table, NULL, 0});
+  REFUSED_LADDER("5 rows cost nan", good[0], {&target.engine, 0, 5, table, NULL, 0});
 
   ds_decoder *decoder = ds_decoder_create(good, 2);
   CHECK(decoder);
@@ -302,8 +410,9 @@ static void exercise_bad_arguments(void) {
 static void exercise_memory(void) {
   model target = make_model(6, 0), drafter = make_model(6, 1);
   double table[5] = {1, 1.1, 1.2, 1.3, 1.4};
-  ds_level levels[3] = {
-      {NULL, 3, 0, NULL, NULL}, {&drafter.engine, 4, 5, table, NULL}, {&target.engine, 0, 5, table, NULL}};
+  ds_level levels[3] = {{NULL, 3, 0, NULL, NULL, 0},
+                        {&drafter.engine, 4, 5, table, NULL, 0},
+                        {&target.engine, 0, 5, table, NULL, 0}};
   int32_t prompt[3] = {1, 2, 3}, out[200], failures = 0;
   for (int32_t after = 0;; ++after) {
     spared = after;
@@ -328,6 +437,7 @@ int main(void) {
   exercise_ladders();
   exercise_limits();
   exercise_failing_engines();
+  exercise_bad_trees();
   exercise_bad_arguments();
   exercise_memory();
   puts("clean");

@@ -158,7 +158,7 @@ ds_drafter *ds_history_drafter_create(int64_t max_bytes) {
     ds_fail(DS_ERROR_MEMORY, "no memory for a drafter");
     return NULL;
   }
-  h->drafter = (ds_drafter){begin, append, NULL, draft, close_drafter};
+  h->drafter = (ds_drafter){.begin = begin, .append = append, .draft = draft, .close = close_drafter};
   h->block_tokens = room;
   int complete = !!(h->text = ds_suffix_create());
   for (int i = 0; i < BLOCKS && complete; ++i)

@@ -182,7 +182,12 @@ ds_drafter *ds_hybrid_drafter_create(ds_drafter *const *drafters, int32_t n_draf
     ds_fail(DS_ERROR_MEMORY, "no memory for a hybrid of %d drafters", n_drafters);
     return NULL;
   }
-  h->drafter = (ds_drafter){begin, append, observe, draft, close_drafter, draft_tree};
+  h->drafter = (ds_drafter){.begin = begin,
+                            .append = append,
+                            .observe = observe,
+                            .draft = draft,
+                            .close = close_drafter,
+                            .draft_tree = draft_tree};
   h->n_members = n_drafters;
   for (int32_t i = 0; i < n_drafters; ++i) h->members[i].drafter = drafters[i];
   return &h->drafter;

@@ -137,7 +137,7 @@ static int32_t draft(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, i
     int32_t found = ds_ngrams_next(b->ngrams, token, 1, &tokens[i], &probability);
     if (found < 0) return found;
     token = tokens[i];
-    support[i] = ds_match_of_trust((double)probability);
+    support[i] = ds_match_of_chance((double)probability);
   }
   return max_draft;
 }
@@ -154,7 +154,7 @@ ds_drafter *ds_bigram_drafter_create(const ds_ngrams *ngrams) {
     ds_fail(DS_ERROR_MEMORY, "no memory for a drafter");
     return NULL;
   }
-  b->drafter = (ds_drafter){begin, append, NULL, draft, close_drafter};
+  b->drafter = (ds_drafter){.begin = begin, .append = append, .draft = draft, .close = close_drafter};
   b->ngrams = ngrams;
   b->last = NONE;
   return &b->drafter;

@@ -107,7 +107,7 @@ class _Trial:
         tensors = dict(self.smooth(strengths))
         for name in self.quantized:
             weight = tensors[f"{name}.weight"]
-            if self.scheme == "W8A8":
+            if self.scheme == "W8A8" or self.part.is_head:
                 tensors |= pack_int8(name, weight, row_scale(weight))
             else:  # one try at each grid, since there are some twenty trials
                 tensors |= pack_int4(name, weight, fit_grids(weight, torch.ones(weight.shape[1]), [1.0]))

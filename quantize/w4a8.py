@@ -3,7 +3,7 @@ quantizes them.
 
 Each linear's grids are fitted to its weights, and its weights rounded onto them column by column, so that the
 columns to come make up for what the ones before lost (GPTQ: the sweep of `prune/sparsegpt.py` with nothing
-pruned).
+pruned). The output projection is int8, since its errors are those of the logits themselves.
 """
 
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..model.store import Checkpoint
 from ..model.walk import Part, Rows, linear_names, linears_of, walk
 from ..prune.sparsegpt import Factor, factor_inputs, round_matrices
 from .int4 import LEVELS, fit_grids, pack_int4
+from .int8 import pack_int8, row_scale
 from .w8a8 import SAMPLE_TOKENS, mean_error
 
 DAMPENING_FRAC = 0.01
@@ -50,21 +51,20 @@ def quantize_model(
             if not sharing:
                 continue
             weights = [part.tensors[f"{name}.weight"].float() for name in sharing]
-            factor = factor_inputs(chunks, DAMPENING_FRAC, " and ".join(map(part.full_name, sharing)))
+            if part.is_head:
+                packed = [pack_int8(name, weights[0], row_scale(weights[0])) for name in sharing]
+            else:
+                factor = factor_inputs(chunks, DAMPENING_FRAC, " and ".join(map(part.full_name, sharing)))
+                rounded = zip(sharing, round_linears(weights, factor), strict=True)
+                packed = [pack_int4(name, on_grid, grid) for name, (on_grid, grid) in rounded]
             sample = chunks[0][:SAMPLE_TOKENS].clone()
-            rounded = round_linears(weights, factor)
-            for name, weight, (on_grid, grid) in zip(sharing, weights, rounded, strict=True):
-                tensors |= pack_int4(name, on_grid, grid)
+            for name, weight, stored in zip(sharing, weights, packed, strict=True):
+                tensors |= stored
                 linear = linears_of(module)[name]
                 linear.load(tensors)  # what runs behind is calibrated on what this linear gives from now on
-                exact, bias = sample @ weight.T, 0 if linear.bias is None else linear.bias
-                rows.append(
-                    {
-                        "linear": part.full_name(name),
-                        "dynamic_error": mean_error(linear(sample) - bias, exact),
-                        "dampening_frac": factor.dampening_frac,
-                    }
-                )
+                bias = 0 if linear.bias is None else linear.bias
+                error = mean_error(linear(sample) - bias, sample @ weight.T)
+                rows.append({"linear": part.full_name(name), "dynamic_error": error})
         return tensors, rows
 
     rows = walk(src, tokens, out, work, visit, settings, progress, "quantize")

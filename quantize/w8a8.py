@@ -1,8 +1,8 @@
 """The quantize stage: int8 weights for every targeted linear, and static scales for its input.
 
 The W8A8 law with one dynamic scale a token row is `model/linear.py`'s. TensorRT takes only one static scale a
-tensor: what a linear loses by that is measured here. One that it would ruin, because a few tokens take the
-whole range, takes its input in two int8 parts: the rounded input, and on a finer scale what rounding left.
+tensor: what a linear loses by that is measured here. One that it would ruin takes its input in two
+int8 parts: the rounded input, and on a finer scale what rounding left.
 """
 
 from collections.abc import Sequence

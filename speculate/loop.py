@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -33,9 +34,11 @@ class Level:
 class EngineCalls:
     """An `Engine` as the native loop calls it. What the engine raises is kept, to be raised again outside."""
 
-    def __init__(self, engine: Engine, by_address: dict[int, Engine]) -> None:
-        """by_address: every engine of the loop by its handle's address, itself among them."""
-        self.engine, self._by_address = engine, by_address
+    # By the addresses of their handles: native code names an engine by its handle.
+    _known: ClassVar[WeakValueDictionary[int, "EngineCalls"]] = WeakValueDictionary()
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self.error: BaseException | None = None
         self._logits: np.ndarray | None = None  # alive until the next call
         failing = {"error": lib.DS_ERROR_ENGINE, "onerror": self._keep}
@@ -57,7 +60,7 @@ class EngineCalls:
             )
         sizes = {"vocab": engine.vocab_size, "max_seq_len": engine.max_seq_len}
         self.handle = ffi.new("ds_engine *", sizes | self._callbacks)
-        by_address[_address(self.handle)] = engine
+        self._known[_address(self.handle)] = self
 
     def _keep(self, kind: Any, error: BaseException, trace: Any) -> None:
         self.error = error.with_traceback(trace)
@@ -103,7 +106,7 @@ class EngineCalls:
         assert isinstance(self.engine, DeviceEngine)
         drafter = None
         if decision.drafter != ffi.NULL:
-            drafter = self._by_address[_address(decision.drafter)]
+            drafter = self._known[_address(decision.drafter)].engine
             assert isinstance(drafter, DeviceEngine)
         fields = ("temperature", "top_k", "top_p", "rule", "seed", "stream", "counter", "row")
         n_accepted[0], next_token[0] = self.engine.decide(
@@ -123,10 +126,7 @@ class Decoder:
         self.levels = list(levels)
         engines = [level.engine for level in self.levels if level.engine]
         # A native engine is called as it is.
-        by_address: dict[int, Engine] = {}
-        self._calls = [
-            EngineCalls(engine, by_address) for engine in engines if not isinstance(engine, OnnxEngine)
-        ]
+        self._calls = [EngineCalls(engine) for engine in engines if not isinstance(engine, OnnxEngine)]
         handles = {engine: engine.handle for engine in engines if isinstance(engine, OnnxEngine)}
         handles |= {calls.engine: calls.handle for calls in self._calls}
         costs = [ffi.NULL if level.costs is None else ffi.new("double[]", level.costs) for level in levels]

@@ -153,12 +153,13 @@ def _measure_overhead(bundle: Bundle, prompt: list[int]) -> float:
 
 
 def _list_free_drafters(bundle: Bundle) -> list[str]:
-    """Those that are no models and have here what they draft from, alone and the likely hybrids."""
-    kinds = ["history", "recycling"]
-    kinds += ["bigram"] if bundle.ngrams else []
-    kinds = (["rest"] if bundle.datastore else []) + kinds
-    hybrids = [kinds[i:] for i in range(len(kinds) - 1)]
-    return [SUFFIX, *kinds, *map(JOINT.join, hybrids)]
+    """Those that are no models and have here what they draft from, alone and the likely hybrids. Of equally
+    sure proposals a hybrid takes the first one's: a guess of the model itself is worth more than a short match.
+    """
+    lookups = [SUFFIX, "history", *(["rest"] if bundle.datastore else [])]
+    guesses = ["recycling", *(["bigram"] if bundle.ngrams else [])]
+    hybrids = [["recycling", "history"], [*guesses, *lookups[1:]]]
+    return list(dict.fromkeys([*lookups, *guesses, *map(JOINT.join, hybrids)]))
 
 
 def _list_ladders(free: Sequence[str], drafters: Sequence[str], costs: CallCosts) -> list[tuple[str, ...]]:

@@ -32,7 +32,7 @@ JOINT = "+"
 
 
 def split_level(name: str) -> list[str]:
-    """The drafters of a ladder's level: "history+recycling" is a hybrid of two."""
+    """The drafters of a ladder's level: "recycling+history" is a hybrid of two."""
     return name.split(JOINT)
 
 
@@ -95,6 +95,7 @@ class Sources:
     datastore: Datastore | None = None
     ngrams: Ngrams | None = None
     lasting: dict[str, Drafter] = field(default_factory=dict)  # those that learn from earlier generations
+    history_bytes: int = HISTORY_BYTES
 
     def open(self, name: str, vocab_size: int) -> Drafter:
         """The drafter of a ladder's level. vocab_size: the target's."""
@@ -113,7 +114,7 @@ class Sources:
             return Drafter(lib.ds_bigram_drafter_create(self.ngrams.handle), self.ngrams)
         if name == "history":
             if name not in self.lasting:
-                self.lasting[name] = Drafter(lib.ds_history_drafter_create(HISTORY_BYTES))
+                self.lasting[name] = Drafter(lib.ds_history_drafter_create(self.history_bytes))
             return self.lasting[name]
         if name not in (SUFFIX, "llma"):
             raise BundleError(f"{name} has nothing to draft from")

@@ -154,7 +154,7 @@ def _measure_overhead(bundle: Bundle, prompt: list[int]) -> float:
 
 def _list_free_drafters(bundle: Bundle) -> list[str]:
     """Those that are no models and have here what they draft from, alone and the likely hybrids. Of equally
-    sure proposals a hybrid takes the first one's: a guess of the model itself is worth more than a short match.
+    sure proposals a hybrid takes the first one's: a guess of the model is worth more than a short match.
     """
     lookups = [SUFFIX, "history", *(["rest"] if bundle.datastore else [])]
     guesses = ["recycling", *(["bigram"] if bundle.ngrams else [])]

@@ -158,7 +158,7 @@ def _list_free_drafters(bundle: Bundle) -> list[str]:
     """
     lookups = [SUFFIX, "history", *(["rest"] if bundle.datastore else [])]
     guesses = ["recycling", *(["bigram"] if bundle.ngrams else [])]
-    hybrids = [["recycling", "history"], [*guesses, *lookups[1:]]]
+    hybrids = [[guess, "history"] for guess in guesses] + [[*guesses, *lookups[1:]]]
     return list(dict.fromkeys([*lookups, *guesses, *map(JOINT.join, hybrids)]))
 
 

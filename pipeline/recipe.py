@@ -196,7 +196,7 @@ class Speculate(Section):
     ladder: Literal["auto", "none"] | list[str] = Field(
         default="auto",
         description="drafters, innermost first, the target implied; auto picks by measured speed. "
-        "history+recycling is one drafter of several, of which the surest drafts",
+        "recycling+history is one drafter of several, of which the surest drafts",
     )
     bigram: bool = Field(
         default=False,

@@ -184,6 +184,7 @@ class TapeSources(Sources):
     """The drafters of one replay. Those that know the vocabulary are told its tokens."""
 
     known: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    history_bytes: int = 1 << 20  # of one generation; to take more costs more than to decode it
 
     def open_one(self, name: str, vocab_size: int) -> Any:
         drafter = super().open_one(name, vocab_size)

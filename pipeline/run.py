@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def parse_ladder(text: str) -> str | list[str]:
     """ "auto", "none", or drafters joined by commas, innermost first: "suffix,int8". Several that are no
-    models make one by plus signs: "history+recycling,int8"."""
+    models make one by plus signs: "recycling+history,int8"."""
     return text if text in ("auto", "none") else [name.strip() for name in text.split(",")]
 
 

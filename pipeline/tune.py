@@ -154,12 +154,15 @@ def _measure_overhead(bundle: Bundle, prompt: list[int]) -> float:
 
 
 def _list_free_drafters(bundle: Bundle) -> list[str]:
-    """Those that are no models and have here what they draft from, alone and the likely hybrids."""
-    kinds = ["history", "recycling"]
-    kinds += ["bigram"] if bundle.ngrams else []
-    kinds = (["rest"] if bundle.datastore else []) + kinds
-    hybrids = [JOINT.join(kinds[i:]) for i in range(len(kinds) - 1)]
-    return [SUFFIX, *kinds, *hybrids, *(name + TREE for name in (SUFFIX, "recycling", *hybrids))]
+def _list_free_drafters(bundle: Bundle) -> list[str]:
+    """Those that are no models and have here what they draft from, alone and the likely hybrids, as chains and as
+    trees. Of equally sure proposals a hybrid takes the first one's: a guess of the model is worth more than a
+    short match."""
+    lookups = [SUFFIX, "history", *(["rest"] if bundle.datastore else [])]
+    guesses = ["recycling", *(["bigram"] if bundle.ngrams else [])]
+    hybrids = [JOINT.join(parts) for parts in ([*guesses[:1], "history"], [*guesses, *lookups[1:]])]
+    trees = [name + TREE for name in (SUFFIX, guesses[0], f"{SUFFIX}{JOINT}{guesses[0]}")]
+    return list(dict.fromkeys([*lookups, *guesses, *hybrids, *trees]))
 
 
 def _list_ladders(free: Sequence[str], drafters: Sequence[str], costs: CallCosts) -> list[tuple[str, ...]]:

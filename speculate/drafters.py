@@ -33,7 +33,7 @@ TREE = "-tree"  # behind a level that is to propose trees
 
 
 def split_level(name: str) -> list[str]:
-    """The drafters of a ladder's level: "history+recycling" is a hybrid of two, "suffix-tree" has one."""
+    """The drafters of a ladder's level: "recycling+history" is a hybrid of two, "suffix-tree" has one."""
     return name.removesuffix(TREE).split(JOINT)
 
 
@@ -115,6 +115,7 @@ class Sources:
     datastore: Datastore | None = None
     ngrams: Ngrams | None = None
     lasting: dict[str, Drafter] = field(default_factory=dict)  # those that learn from earlier generations
+    history_bytes: int = HISTORY_BYTES
 
     def open(self, name: str, vocab_size: int) -> Drafter:
         """The drafter of a ladder's level, or several as one. vocab_size: the target's."""
@@ -135,7 +136,7 @@ class Sources:
             return Drafter(lib.ds_bigram_drafter_create(self.ngrams.handle), self.ngrams)
         if name == "history":
             if name not in self.lasting:
-                self.lasting[name] = Drafter(lib.ds_history_drafter_create(HISTORY_BYTES))
+                self.lasting[name] = Drafter(lib.ds_history_drafter_create(self.history_bytes))
             return self.lasting[name]
         if name not in (SUFFIX, "llma"):
             raise BundleError(f"{name} has nothing to draft from")

@@ -48,5 +48,5 @@ def write_table(
     rows, width = tokens.shape
     with path.open("wb") as file:
         file.write(MAGIC + pack("=4I", 1, rows - 1, width, 0) + bytes.fromhex(model))
-        file.write(np.ascontiguousarray(tokens, np.int32))
-        file.write(np.ascontiguousarray(probabilities, np.float32))
+        file.write(tokens.astype(np.int32).tobytes())
+        file.write(probabilities.astype(np.float32).tobytes())

@@ -135,7 +135,9 @@ def test_a_datastore_is_found_and_held_against_the_model(tmp_path, monkeypatch):
     data = recipe().model_dump() | {"speculate": {"rest": {"datastore": "a.rest"}}}
     loaded = LoadedRecipe(Recipe.model_validate(data), tmp_path / "recipe.yaml")
     assert find_datastore(LoadedRecipe(recipe(), tmp_path / "recipe.yaml")) is None
-    with pytest.raises(RecipeError, match=r"speculate\.rest\.datastore: no file a\.rest in .*draftsmith datastore"):
+    with pytest.raises(
+        RecipeError, match=r"speculate\.rest\.datastore: no file a\.rest in .*draftsmith datastore"
+    ):
         find_datastore(loaded)
     for ids, made_with, words in (
         ([1, 2, 99], tokenizer, None),

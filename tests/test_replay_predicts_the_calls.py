@@ -140,7 +140,7 @@ def test_drafters_that_know_tokens_make_the_calls_of_decoding(tmp_path, ladder):
         recording = record_greedily(engines, prompt)
         said = recording.tokens.tolist()
         write_datastore(tmp_path / "rest", [said[:20], rng.integers(3, size=30), said[15:]])
-        lengths = {name: 5 for name in ladder}
+        lengths = dict.fromkeys(ladder, 5)
         sources = Sources((), Datastore(tmp_path / "rest", 3), Ngrams(tmp_path / "table", 3, "00" * 32))
         foreseen = replay(recording, ladder, lengths, sources=sources)
         rungs = [Rung(name, lengths[name]) for name in ladder]
@@ -154,14 +154,14 @@ def test_drafters_that_know_tokens_make_the_calls_of_decoding(tmp_path, ladder):
     assert fewer > 20, "drafts must be taken for this to show anything"
 
 
-@pytest.mark.parametrize("ladder", [["recycling"], ["recycling", "int8"], ["recycling+history"]])
+@pytest.mark.parametrize("ladder", [["recycling"], ["recycling", "int8"]])
 def test_a_drafter_that_learns_from_logits_is_never_promised_more_than_it_keeps(ladder):
     """On the tape the target says nothing of use off its own text, which the drafter would learn from."""
     foreseen, real = 0, 0
     for seed in range(6):
         prompt = np.random.default_rng(seed).integers(3, size=6).tolist()
         engines = make_engines(seed)
-        lengths = {name: 4 for name in ladder}
+        lengths = dict.fromkeys(ladder, 4)
         recording = record_greedily(engines, prompt)
         foreseen += replay(recording, ladder, lengths).target_calls
         real += len(decode_for_real(engines, ladder, lengths, prompt)["target"])

@@ -3,7 +3,8 @@
  *
  * How far a proposal is to be trusted is learnt for each drafter by itself, in the buckets of schedule.h: what
  * came to stand shows how much of each proposal was right, whether that one was drafted or not. So a lookup is
- * followed where its match is long, and where it is short, or lookups fail on this text, the next drafter.
+ * followed where its match is long, and where it is short, or lookups fail on this text, another drafter. No
+ * token of a proposal counts as surer than the first: a short match is not made a long one by what follows it.
  */
 #include "drafter.h"
 #include "error.h"
@@ -99,7 +100,8 @@ static int32_t draft(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, i
     if (n < 0) return n;
     if (n > max_draft)
       return ds_fail(DS_ERROR_ARGUMENT, "a drafter proposes %d tokens where %d were asked for", n, max_draft);
-    for (int32_t i = 0; i < n; ++i) buckets[i] = ds_bucket_of_match(rests_on[i]);
+    for (int32_t i = 0; i < n; ++i)
+      buckets[i] = ds_bucket_of_match(rests_on[i] < rests_on[0] ? rests_on[i] : rests_on[0]);
     if (n_tail == 0) {
       m->n_draft = n;
       memcpy(m->draft, said, (size_t)n * sizeof *said);

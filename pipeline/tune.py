@@ -16,7 +16,7 @@ from .compare import settle
 from .machine import describe_machine
 from .processor import num_threads
 from .progress import Progress, no_progress
-from .recipe import FREE_CHAINS, FREE_DRAFTERS, FREE_TREES, Speculate
+from .recipe import FREE_CHAINS, FREE_TREES, Speculate
 from .replay import CallCosts, Plan, Recording, best_plan, predict
 from .rounds import Rounds, decode_in_turn
 from .traces import record
@@ -25,6 +25,7 @@ PROMPT_TOKENS = 64  # of each calibration window, as the prompt to tune on
 NEW_TOKENS = 64
 COST_SWEEPS = 4  # before the recordings, and again after them
 FREE_LENGTHS = (2, 4, 8, 16)
+TRIED = (*FREE_CHAINS, "suffix+recycling")  # whose trees hold those of both alone
 TREE_SIZES = (8, 16, 31)  # with the token before it a call of the rows that are timed
 ENGINE_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 LEAST_GAIN = 1.02  # predicted, over plain decoding: less is not worth a drafter
@@ -156,7 +157,7 @@ def _list_ladders(drafters: Sequence[str], costs: CallCosts) -> list[tuple[str, 
         if costs.of(inner, 1) < costs.of(outer, 1)
     ]
     ladders: list[tuple[str, ...]] = [(), *((name,) for name in drafters), *pairs]
-    return [*ladders[1:], *((free, *ladder) for free in FREE_DRAFTERS for ladder in ladders)]
+    return [*ladders[1:], *((free, *ladder) for free in TRIED for ladder in ladders)]
 
 
 def _length_options(spec: Speculate, drafters: Sequence[str]) -> dict[str, Sequence[int]]:

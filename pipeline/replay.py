@@ -117,10 +117,14 @@ class TapeEngine:
         count = len(token_ids)
         self.log.append((count, start))
         depths = start + np.arange(count) if position_ids is None else position_ids
-        for row, (token, depth) in enumerate(zip(token_ids, depths, strict=True)):
-            slot = start + row
-            parent = slot - 1 if mask is None else max(np.flatnonzero(mask[row, :slot]), default=-1)
-            self._agrees[slot] = token == self._text[depth] and (parent < 0 or self._agrees[parent])
+        same = np.asarray(token_ids) == self._text[depths]
+        if mask is None:
+            before = start == 0 or bool(self._agrees[start - 1])
+            self._agrees[start : start + count] = np.logical_and.accumulate(same) & before
+        else:
+            for row, slot in enumerate(range(start, start + count)):
+                seen = np.flatnonzero(mask[row, :slot])
+                self._agrees[slot] = same[row] and (not seen.size or self._agrees[seen[-1]])
         wanted = count if num_logits is None else num_logits
         several = self._choices.shape[1] > 1
         logits = np.full((wanted, self.vocab_size), -1.0 if several else 0.0, np.float32)
@@ -133,9 +137,8 @@ class TapeEngine:
             if not agrees:
                 learnt = several and token in self._said
                 choices = self._choices[self._said[token]] if learnt else [self._elsewhere + place]
-            for rank, choice in reversed(list(enumerate(choices))):
-                lead = max(float(self._leads[place]), 1e-3)
-                logits[row - count, choice] = -1e-3 * rank if rank else lead
+            logits[row - count, choices] = -1e-3 * np.arange(len(choices))
+            logits[row - count, choices[0]] = max(float(self._leads[place]), 1e-3)
         return logits
 
 

@@ -161,7 +161,7 @@ def _list_free_drafters(bundle: Bundle) -> list[str]:
     lookups = [SUFFIX, "history", *(["rest"] if bundle.datastore else [])]
     guesses = ["recycling", *(["bigram"] if bundle.ngrams else [])]
     hybrids = [JOINT.join(parts) for parts in ([*guesses[:1], "history"], [*guesses, *lookups[1:]])]
-    trees = [name + TREE for name in (SUFFIX, guesses[0], f"{SUFFIX}{JOINT}{guesses[0]}")]
+    trees = [guesses[0] + TREE, JOINT.join((SUFFIX, guesses[0])) + TREE]
     return list(dict.fromkeys([*lookups, *guesses, *hybrids, *trees]))
 
 

@@ -154,10 +154,9 @@ def _measure_overhead(bundle: Bundle, prompt: list[int]) -> float:
 
 
 def _list_free_drafters(bundle: Bundle) -> list[str]:
-def _list_free_drafters(bundle: Bundle) -> list[str]:
-    """Those that are no models and have here what they draft from, alone and the likely hybrids, as chains and as
-    trees. Of equally sure proposals a hybrid takes the first one's: a guess of the model is worth more than a
-    short match."""
+    """Those that are no models and have here what they draft from: alone, the likely hybrids, and the trees
+    that hold most. Of equally sure proposals a hybrid takes the first one's: a guess of the model is worth
+    more than a short match."""
     lookups = [SUFFIX, "history", *(["rest"] if bundle.datastore else [])]
     guesses = ["recycling", *(["bigram"] if bundle.ngrams else [])]
     hybrids = [JOINT.join(parts) for parts in ([*guesses[:1], "history"], [*guesses, *lookups[1:]])]
@@ -166,8 +165,8 @@ def _list_free_drafters(bundle: Bundle) -> list[str]:
 
 
 def _list_ladders(free: Sequence[str], drafters: Sequence[str], costs: CallCosts) -> list[tuple[str, ...]]:
-    """Each drafter alone, each on top of a cheaper one, and all of these with one below that is no model; trees
-    for the target alone, since few of their tokens are left when a drafter has verified them."""
+    """Each drafter alone, each on top of a cheaper one, and all of these with one below that is no model;
+    trees for the target alone, since few of their tokens are left when a drafter has verified them."""
     pairs = [
         (inner, outer)
         for inner, outer in permutations(drafters, 2)

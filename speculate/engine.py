@@ -34,9 +34,7 @@ class Engine(Protocol):
 
     Slot i of the cache belongs to token i of the sequence, or to a node of a tree behind it. Nothing is ever
     erased: a call that starts at a smaller slot overwrites what a rejected draft left there, and no token
-    sees a slot behind its own. An engine may have a method `keep(start, slots)`: slot start + i takes what
-    slots[i] holds, for int32 slots that rise from `start`. Without it, the path of a tree that stands is
-    read again.
+    sees a slot behind its own.
     """
 
     vocab_size: int
@@ -65,6 +63,15 @@ class Engine(Protocol):
         of an engine that has one.
         The result may be a view of a buffer that the next call overwrites.
         """
+        ...
+
+
+@runtime_checkable
+class MovingEngine(Engine, Protocol):
+    """An engine that can move what its cache holds. Others read the path of a tree that stands again."""
+
+    def keep(self, start: int, slots: Ids) -> None:
+        """Slot start + i takes what slots[i] holds, for slots that rise from `start`."""
         ...
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from .binding import check, ffi, lib
 from .drafters import Drafter
-from .engine import Decision, DeviceEngine, Engine
+from .engine import Decision, DeviceEngine, Engine, MovingEngine
 from .onnx_engine import OnnxEngine
 from .settings import Sampling
 from .verify import RULES
@@ -54,7 +54,7 @@ class EngineCalls:
         if isinstance(engine, DeviceEngine):
             signature = "int32_t(ds_engine *, const ds_decision *, int32_t *, int32_t *)"
             self._callbacks["decide"] = ffi.callback(signature, self._decide, **failing)
-        if hasattr(engine, "keep"):
+        if isinstance(engine, MovingEngine):
             self._callbacks["keep"] = ffi.callback(
                 "int32_t(ds_engine *, int32_t, const int32_t *, int32_t)", self._keep_slots, **failing
             )
@@ -70,6 +70,7 @@ class EngineCalls:
         return lib.DS_OK
 
     def _keep_slots(self, handle: Any, start: int, slots: Any, num_slots: int) -> int:
+        assert isinstance(self.engine, MovingEngine)
         self.engine.keep(start, _read(slots, np.int32, num_slots))
         return lib.DS_OK
 

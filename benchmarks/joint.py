@@ -27,7 +27,9 @@ def main(
 ) -> None:
     """Print, by law: tokens a call of the target, and how many times as fast as calling both each time."""
     opened = load(bundle, threads)
-    encoded = [ids for _, ids in encode_prompts(opened, read_prompts(prompts, limit)[0], ["none"])[0]]
+    encoded = [
+        ids for _, ids in encode_prompts(opened, read_prompts(prompts, limit)[0], [{"speculate": "none"}])[0]
+    ]
     rows = []
     for law in LAWS:
         times: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -1,7 +1,7 @@
 """Ladders side by side, category by category: the plan of `tune`, and settings that a person might pick.
 
-Every prompt is decoded by each of them in turn, some times over, in an order that turns. Greedy repeats do the
-same work round by round, so the calmer half of each round's timings counts.
+Every prompt is decoded by each of them in turn, some times over, in an order that turns. Greedy repeats do
+the same work round by round, so the calmer half of each round's timings counts.
 """
 
 import json
@@ -75,8 +75,8 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = default_threads(),
     log: Annotated[Path | None, typer.Option(help="JSON: every figure")] = None,
 ) -> None:
-    """Print tokens/s, tokens a target call, acceptance and the share of time that drafting takes, by category;
-    and the plan beside the best of the others."""
+    """Print tokens/s, tokens a target call, acceptance and the share of time that drafting takes, by
+    category; and the plan beside the best of the others."""
     opened = load(bundle, threads)
     settings = {PLAN: Setting("auto"), PLAIN: Setting("none")}
     for text in (ladders or ";".join(list_ladders(opened.drafters))).split(";"):

@@ -1,5 +1,5 @@
-"""Rules of verification side by side at a temperature: token by token and by block on chains that a model samples,
-and their counterparts on drafted trees, recursive rejection and traversal."""
+"""Rules of verification side by side at a temperature: token by token and by block on chains that a model
+samples, and their counterparts on drafted trees, recursive rejection and traversal."""
 
 from pathlib import Path
 from typing import Annotated
@@ -27,8 +27,8 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="generations of each prompt")] = 2,
     threads: Annotated[int, typer.Option(min=1)] = default_threads(),
 ) -> None:
-    """Print tokens a target call by rule, and what block and traversal give more: the mean over prompts, with a
-    bootstrap interval."""
+    """Print tokens a target call by rule, and what block and traversal give more: the mean over prompts, with
+    a bootstrap interval."""
     opened = load(bundle, threads)
     encoded = [ids for _, ids in encode_prompts(opened, read_prompts(prompts, limit)[0], [{}])[0]]
     rng, rows = np.random.default_rng(0), []

@@ -403,6 +403,15 @@ def test_kseq_of_one_draft_is_the_rule_for_a_token():
         assert (accepted, token) == ((0, draft[0]) if kept else (-1, after))
 
 
+def test_kseq_of_equal_laws_takes_the_first_draft_whatever_the_sums_round_to():
+    rng = np.random.default_rng(3)
+    for vocab in (3, 8, 177, 4000):
+        for _ in range(50):
+            law = rng.dirichlet(np.full(vocab, 0.3))
+            drafts = rng.choice(vocab, size=16, p=law)
+            assert verify.kseq(law, law, drafts, [1 - 1e-6] * 17) == (drafts[0], 0)
+
+
 def test_kseq_takes_laws_that_are_one_hot_equal_or_apart():
     one_hot, even = np.eye(3)[0], np.full(3, 1 / 3)
     assert verify.kseq(even, even, [2, 1], [LAST, LAST, 0.5])[1] in (-1, 0, 1)

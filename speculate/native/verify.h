@@ -120,4 +120,10 @@ DS_INLINE double ds_kseq_tries(double beta, int n_drafts) {
   return sum;
 }
 
+/* Whether no accepted token comes more often than p has it. Where p and q are equal all rho are on the edge,
+ * and rounding of beta alone would say which is valid: what sums of it may be off by is forgiven. */
+DS_INLINE int ds_kseq_fits(double beta, int n_drafts, double rho) {
+  return ds_kseq_tries(beta, n_drafts) <= rho * (1 + 1e-13);
+}
+
 #endif

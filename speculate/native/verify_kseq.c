@@ -30,10 +30,10 @@ DS_WIDE static double sum_shares(const double *p, const double *q, double rho, i
 
 static tolerance find_tolerance(const double *p, const double *q, int32_t n_drafts, int32_t vocab) {
   double low = 1, high = n_drafts;
-  if (ds_kseq_tries(sum_shares(p, q, low, vocab), n_drafts) <= low) high = low;
+  if (ds_kseq_fits(sum_shares(p, q, low, vocab), n_drafts, low)) high = low;
   for (int i = 0; i < DS_KSEQ_HALVINGS && low < high; ++i) {
     double middle = low + (high - low) / 2;
-    if (ds_kseq_tries(sum_shares(p, q, middle, vocab), n_drafts) <= middle)
+    if (ds_kseq_fits(sum_shares(p, q, middle, vocab), n_drafts, middle))
       high = middle;
     else
       low = middle;

@@ -12,27 +12,28 @@ struct drafts {
   const int32_t *tokens;
   const double *uniforms;
 
-  /* How many drafts are tried on average if each is accepted as if q were rho times as large. */
-  __device__ double tries(double rho) const {
+  /* The chance that one draft is accepted as if q were rho times as large. */
+  __device__ double beta(double rho) const {
     double scale = 1 / rho;
-    double beta = add_block(vocab, [&](int32_t x) { return ds_kseq_share(p[x], q[x], scale); });
-    return ds_kseq_tries(beta, n_drafts);
+    return add_block(vocab, [&](int32_t x) { return ds_kseq_share(p[x], q[x], scale); });
   }
+
+  __device__ bool fit(double rho) const { return ds_kseq_fits(beta(rho), n_drafts, rho); }
 };
 
 /* The smallest rho that is valid. */
 __device__ double find_tolerance(const drafts &d) {
   double low = 1, high = d.n_drafts;
-  if (d.tries(low) <= low) return low;
+  if (d.fit(low)) return low;
   for (int i = 0; i < DS_KSEQ_HALVINGS && low < high; ++i) {
     double middle = low + (high - low) / 2;
-    (d.tries(middle) <= middle ? high : low) = middle;
+    (d.fit(middle) ? high : low) = middle;
   }
   return high;
 }
 
 __device__ int32_t draw_residual(const drafts &d, double rho) {
-  double scale = 1 / rho, tries = d.tries(rho);
+  double scale = 1 / rho, tries = ds_kseq_tries(d.beta(rho), d.n_drafts);
   auto mass = [&](int32_t x) { return ds_kseq_residual(d.p[x], d.q[x], scale, tries); };
   double total = add_block(d.vocab, mass);
   if (total < DS_RESIDUAL_FLOOR) {

@@ -81,7 +81,11 @@ static int32_t keep(ds_engine *engine, int32_t start, const int32_t *slots, int3
 }
 
 static model make_model(int32_t vocab, int32_t own) {
-  ds_engine engine = {vocab, SLOTS, reserve, forward, NULL, below(2) ? keep : NULL};
+  ds_engine engine = {.vocab = vocab,
+                      .max_seq_len = SLOTS,
+                      .reserve = reserve,
+                      .forward = forward,
+                      .keep = below(2) ? keep : NULL};
   return (model){.engine = engine, .own = own, .calls_left = -1};
 }
 

@@ -48,13 +48,12 @@ class Total:
         self.tokens += len(repeats[0].token_ids) - 1
         self.milliseconds += sum(settle([one.milliseconds for one in repeats])[1:])
         for one in repeats:  # cost by part: all of them, since parts are not timed round by round
-            self.draft_ms += sum(one.stats["draft_ms"].values())
+            self.draft_ms += sum(one.stats["ms"]["draft"].values())
             self.total_ms += sum(one.milliseconds[1:])
         stats = repeats[0].stats
         self.target_calls += stats["steps"]
-        if stats["drafts"]:
-            self.drafted += stats["drafts"][-1]["drafted"]
-            self.accepted += stats["drafts"][-1]["accepted"]
+        self.drafted += stats["drafted"]
+        self.accepted += stats["accepted"]
 
     def figures(self) -> dict[str, float]:
         return {
@@ -86,11 +85,14 @@ def main(
     )
     print(*problems, sep="\n", end="\n" if problems else "")
     totals: dict[str, dict[str, Total]] = defaultdict(lambda: {name: Total() for name in settings})
-    for index, (prompt, ids) in enumerate(encoded):
-        category = prompt.category if prompt.category in OWN else CHAT
-        for name, repeated in decode_settings(opened, ids, settings, max_new_tokens, repeats).items():
-            totals[category][name].add(repeated)
-        print(f"{index + 1}/{len(encoded)} {category}", flush=True)
+    try:
+        for index, (prompt, ids) in enumerate(encoded):
+            category = prompt.category if prompt.category in OWN else CHAT
+            for name, repeated in decode_settings(opened, ids, settings, max_new_tokens, repeats).items():
+                totals[category][name].add(repeated)
+            print(f"{index + 1}/{len(encoded)} {category}", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured until then")
     figures = {
         category: {name: total.figures() for name, total in row.items()} for category, row in totals.items()
     }

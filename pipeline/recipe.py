@@ -2,11 +2,13 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..model.config import Dtype
+from ..speculate.levels import is_drafter, split_level
 
 # What other tools call our keys. Old habits work in a recipe; the published schema has our names only.
 ALIASES = {
@@ -41,8 +43,6 @@ CALLED_DRAFTERS = ("llma",)  # these draft from what a generation is given: refe
 TABLE, STORE = "bigram", "rest"  # these draft from what the recipe asks for
 TARGET = "target"
 RESERVED = (*FREE_DRAFTERS, *CALLED_DRAFTERS, TABLE, STORE, TARGET, "none", "auto")
-JOINT = "+"  # between the drafters of a hybrid
-TREE = "-tree"  # behind a level that proposes trees
 
 
 def _none_if_none(value: object) -> object:
@@ -215,7 +215,7 @@ class Speculate(Section):
     @property
     def needs_table(self) -> bool:
         named = self.ladder if isinstance(self.ladder, list) else []
-        return self.bigram or any(TABLE in name.split(JOINT) for name in named)
+        return self.bigram or any(TABLE in split_level(name) for name in named)
 
 
 class Export(Section):
@@ -289,7 +289,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_names(self) -> "Recipe":
         for name, drafter in self.drafters.items():
-            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", name) or name in RESERVED:
+            fits = re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", name)
+            if not fits or name in RESERVED or is_drafter(name):
                 raise ValueError(
                     f"drafters.{name}: wanted a name of lower-case letters, digits, - and _ that is none of "
                     f"{', '.join(RESERVED)}"
@@ -301,17 +302,16 @@ class Recipe(Section):
             self._check_devices(f"drafters.{name}", drafter)
         self._check_devices(TARGET, self.target)
         free = [*FREE_DRAFTERS, TABLE, *([STORE] if self.speculate.rest else [])]
-        levels = [*free, *self.drafters]
         ladder, lengths = self.speculate.ladder, self.speculate.num_speculative_tokens
         if isinstance(ladder, list):
-            _check_levels("speculate.ladder", ladder, levels, free)
+            _check_levels("speculate.ladder", ladder, self.drafters, free)
             if len(set(ladder)) < len(ladder):
                 raise ValueError("speculate.ladder: a level is named twice")
             for name in ladder[1:]:
-                if name in free or JOINT in name or name.endswith(TREE):
+                if name not in self.drafters:
                     raise ValueError(f"speculate.ladder: {name} verifies nothing, so it can only come first")
         if isinstance(lengths, dict):
-            _check_levels("speculate.num_speculative_tokens", lengths, levels, free)
+            _check_levels("speculate.num_speculative_tokens", lengths, self.drafters, free)
         return self
 
     def _check_devices(self, key: str, engine: Engine) -> None:
@@ -323,11 +323,13 @@ class Recipe(Section):
             )
 
 
-def _check_levels(key: str, names: Any, levels: list[str], free: list[str]) -> None:
+def _check_levels(key: str, names: Iterable[str], models: Iterable[str], free: list[str]) -> None:
     for name in names:
-        parts = name.removesuffix(TREE).split(JOINT)
+        if name in models:
+            continue
+        parts = split_level(name)
         for part in parts:
-            _check_level(key, part, levels if name == part else free)
+            _check_level(key, part, [*free, *models] if name == part else free)
         if len(set(parts)) < len(parts):
             raise ValueError(f"{key}: {name} names a drafter twice")
 

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..speculate.binding import ffi
-from ..speculate.drafters import Drafter, Sources, is_drafter
+from ..speculate.drafters import Drafter, Sources
 from ..speculate.ladder import TARGET, Rung, build_ladder
+from ..speculate.levels import is_drafter
 from ..speculate.settings import Sampling
 
 LIKELY = 8  # tokens that are kept of what the target found likely at a position

@@ -10,7 +10,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ..speculate.bundle import Bundle, load
-from ..speculate.drafters import JOINT, SUFFIX, TREE, Sources, is_drafter, wants_tree
+from ..speculate.drafters import Sources
+from ..speculate.levels import JOINT, SUFFIX, TREE, is_drafter, wants_tree
 from ..speculate.manifest import Plan as BundlePlan
 from .call_costs import CostMeter
 from .compare import settle

@@ -1,4 +1,4 @@
-"""Drafters that are no models (`native/drafter.h`), by the names that a ladder calls them.
+"""Drafters that are no models (`native/drafter.h`), by the names that a ladder calls them (`levels.py`).
 
 They propose from text that they have seen. A draft is chosen, not sampled; the loop verifies it as such.
 """
@@ -14,48 +14,10 @@ from numpy.typing import NDArray
 from .binding import check, ffi, lib, view
 from .datastore import Datastore
 from .errors import BundleError
+from .levels import SUFFIX, TREE, split_level, wants_tree
 from .ngrams import Ngrams
 
-SUFFIX = "suffix"
 HISTORY_BYTES = 64 << 20  # for earlier outputs
-
-DRAFTERS = {
-    SUFFIX: "what followed the last time that prompt, output or references ended this way",
-    "llma": "the same where there are references, and an error where there are none (arXiv 2304.04487)",
-    "history": "what most often followed here or in earlier outputs (SuffixDecoding, arXiv 2411.04975)",
-    "recycling": "what the level above last found likely after each token (arXiv 2408.08696)",
-    "bigram": "what the target finds likeliest after each token alone (N-Grammys, arXiv 2411.03786)",
-    "rest": "what most places of a datastore say that go on as the text does (arXiv 2311.08252)",
-}
-
-JOINT = "+"  # between drafters that are one level
-TREE = "-tree"  # behind a level that is to propose trees
-
-
-def split_level(name: str) -> list[str]:
-    """The drafters of a ladder's level: "recycling+history" is a hybrid of two, "suffix-tree" has one."""
-    return name.removesuffix(TREE).split(JOINT)
-
-
-def wants_tree(name: str) -> bool:
-    return name.endswith(TREE)
-
-
-def is_drafter(name: object) -> bool:
-    """Whether a level is made of drafters that are no models. It may only be the first of a ladder."""
-    return isinstance(name, str) and all(part in DRAFTERS for part in split_level(name))
-
-
-def check_parts(name: str) -> None:
-    """Refuse a hybrid or a tree with a part that is unknown or doubled."""
-    parts = split_level(name)
-    for part in parts:
-        if part not in DRAFTERS:
-            raise BundleError(
-                f"{name}: {part!r} is no drafter that a hybrid can have, only {', '.join(DRAFTERS)}"
-            )
-    if len(set(parts)) < len(parts):
-        raise BundleError(f"{name} names a drafter twice")
 
 
 class Drafter:

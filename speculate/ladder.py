@@ -6,9 +6,10 @@ from difflib import get_close_matches
 from typing import Literal
 
 from .binding import lib
-from .drafters import DRAFTERS, JOINT, Drafter, Sources, check_parts, is_drafter, wants_tree
+from .drafters import Drafter, Sources
 from .engine import Engine
 from .errors import BundleError
+from .levels import DRAFTERS, JOINT, check_parts, is_drafter, wants_tree
 from .loop import Decoder, Level
 
 TARGET = "target"

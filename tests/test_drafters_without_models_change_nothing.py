@@ -7,9 +7,10 @@ import pytest
 from decoding import random_costs
 from draftsmith.speculate.binding import ffi
 from draftsmith.speculate.datastore import Datastore, write_datastore
-from draftsmith.speculate.drafters import DRAFTERS, Drafter, Sources, split_level
+from draftsmith.speculate.drafters import Drafter, Sources
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.ladder import Rung, build_ladder
+from draftsmith.speculate.levels import DRAFTERS, split_level
 from draftsmith.speculate.ngrams import Ngrams, write_table
 from draftsmith.speculate.settings import Sampling
 from fake_engine import FakeEngine, open_bundle, write_bundle, write_manifest

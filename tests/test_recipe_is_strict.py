@@ -239,14 +239,25 @@ def test_a_file_is_looked_for_beside_the_recipe_then_in_the_working_directory(tm
 
 def test_no_drafter_of_a_recipe_has_the_name_of_one_that_is_no_model():
     from draftsmith.pipeline.recipe import RESERVED
-    from draftsmith.speculate.drafters import DRAFTERS
+    from draftsmith.speculate.levels import DRAFTERS
 
     assert DRAFTERS.keys() <= set(RESERVED)
 
 
+def test_a_compressed_copy_may_be_called_a_tree_unless_that_is_a_drafter_of_trees(load):
+    recipe = RECIPE.replace("sparse8", "big-tree")
+    assert load(recipe, "speculate.ladder=[suffix, big-tree]").speculate.ladder == ["suffix", "big-tree"]
+    message = refusal(load, RECIPE.replace("sparse8", "suffix-tree"))
+    assert "drafters.suffix-tree: wanted a name" in message
+
+
 def test_what_a_ladder_drafts_from_is_asked_for(load):
     assert not load(RECIPE).speculate.needs_table
-    for override in ("speculate.bigram=true", "speculate.ladder=[history+bigram, int8]"):
+    for override in (
+        "speculate.bigram=true",
+        "speculate.ladder=[history+bigram, int8]",
+        "speculate.ladder=[history+bigram-tree, int8]",
+    ):
         assert load(RECIPE, override).speculate.needs_table
     spec = load(RECIPE, "speculate.rest.datastore=a.rest", "speculate.ladder=[rest+history, int8]").speculate
     assert spec.rest and spec.rest.datastore == "a.rest" and spec.ladder == ["rest+history", "int8"]

@@ -12,7 +12,7 @@ from draftsmith.pipeline.recipe import Speculate
 from draftsmith.pipeline.recipe_file import load_recipe
 from draftsmith.pipeline.tune import tune_bundle
 from draftsmith.speculate.bundle import Bundle
-from draftsmith.speculate.drafters import is_drafter
+from draftsmith.speculate.levels import is_drafter
 from draftsmith.speculate.manifest import Plan, read_manifest
 from fake_engine import BYTE_VOCAB, FakeEngine, open_bundle, write_bundle, write_manifest
 from test_report_stands_alone import PLAN

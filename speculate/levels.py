@@ -1,0 +1,46 @@
+"""What the levels of a ladder are called: drafters that are no models, alone, several as one, and as trees.
+
+Names only, so that a recipe can be checked without the native library.
+"""
+
+from .errors import BundleError
+
+SUFFIX = "suffix"
+
+DRAFTERS = {
+    SUFFIX: "what followed the last time that prompt, output or references ended this way",
+    "llma": "the same where there are references, and an error where there are none (arXiv 2304.04487)",
+    "history": "what most often followed here or in earlier outputs (SuffixDecoding, arXiv 2411.04975)",
+    "recycling": "what the level above last found likely after each token (arXiv 2408.08696)",
+    "bigram": "what the target finds likeliest after each token alone (N-Grammys, arXiv 2411.03786)",
+    "rest": "what most places of a datastore say that go on as the text does (arXiv 2311.08252)",
+}
+
+JOINT = "+"  # between drafters that are one level
+TREE = "-tree"  # behind a level that is to propose trees
+
+
+def split_level(name: str) -> list[str]:
+    """The drafters of a ladder's level: "recycling+history" is a hybrid of two, "suffix-tree" has one."""
+    return name.removesuffix(TREE).split(JOINT)
+
+
+def wants_tree(name: str) -> bool:
+    return name.endswith(TREE)
+
+
+def is_drafter(name: object) -> bool:
+    """Whether a level is made of drafters that are no models. It may only be the first of a ladder."""
+    return isinstance(name, str) and all(part in DRAFTERS for part in split_level(name))
+
+
+def check_parts(name: str) -> None:
+    """Refuse a hybrid or a tree with a part that is unknown or doubled."""
+    parts = split_level(name)
+    for part in parts:
+        if part not in DRAFTERS:
+            raise BundleError(
+                f"{name}: {part!r} is no drafter that a hybrid can have, only {', '.join(DRAFTERS)}"
+            )
+    if len(set(parts)) < len(parts):
+        raise BundleError(f"{name} names a drafter twice")

@@ -18,11 +18,9 @@ from .engine import Engine
 from .errors import BundleError
 from .generate import FinishReason, exclusive
 from .ladder import TARGET
-from .loop import EngineCalls
+from .loop import NativeEngines, native_sampling
 from .manifest import TOKENIZER
-from .onnx_engine import OnnxEngine
 from .settings import Sampling
-from .verify import RULES
 
 PROPOSALS = (1, 4)  # of the first and of the second model, in their turns
 
@@ -76,14 +74,10 @@ class JointDecoder:
     """The native joint loop over two engines, which are its own while it decodes."""
 
     def __init__(self, first: Engine, second: Engine) -> None:
-        engines = (first, second)
-        self._calls = [EngineCalls(engine) for engine in engines if not isinstance(engine, OnnxEngine)]
-        handles = {calls.engine: calls.handle for calls in self._calls}
-        pair = [engine.handle if isinstance(engine, OnnxEngine) else handles[engine] for engine in engines]
-        handle = lib.ds_joint_create(*pair)
+        self._engines = NativeEngines((first, second))
+        handle = lib.ds_joint_create(*map(self._engines.handle, (first, second)))
         if handle == ffi.NULL:
             check(lib.DS_ERROR_ARGUMENT)
-        self._engines = engines
         self._handle = ffi.gc(handle, lib.ds_joint_free)
         self._tokens = ffi.new("int32_t[]", lib.DS_JOINT_MAX_DRAFT + 1)
 
@@ -101,26 +95,21 @@ class JointDecoder:
         both. verify: a `ds_verify_function` in place of the shipped rules, for tests."""
         ids, eos = ffi.new("int32_t[]", prompt), ffi.new("int32_t[]", list(eos_token_ids))
         wanted = _settings(law, sampling, num_proposed, verify)
-        self._check(lib.ds_joint_begin(self._handle, wanted, ids, len(ids), max_new_tokens, eos, len(eos)))
+        self._engines.check(
+            lib.ds_joint_begin(self._handle, wanted, ids, len(ids), max_new_tokens, eos, len(eos))
+        )
 
     def step(self) -> list[int]:
         """The tokens of one round; none once the generation is finished."""
-        count = self._check(lib.ds_joint_step(self._handle, self._tokens, len(self._tokens)))
+        count = self._engines.check(lib.ds_joint_step(self._handle, self._tokens, len(self._tokens)))
         return ffi.unpack(self._tokens, count)
 
     def counters(self) -> list[Any]:
         """The `ds_joint_stats` of both models, as they stand."""
-        both = [ffi.new("ds_joint_stats *") for _ in self._engines]
+        both = [ffi.new("ds_joint_stats *") for _ in range(lib.DS_JOINT_MODELS)]
         for model, stats in enumerate(both):
             check(lib.ds_joint_count(self._handle, model, stats))
         return both
-
-    def _check(self, status: int) -> int:
-        for calls in self._calls:
-            error, calls.error = calls.error, None
-            if error is not None:
-                raise error
-        return check(status)
 
 
 @dataclass(frozen=True)
@@ -208,13 +197,5 @@ def _settings(
 ) -> Any:
     if sampling.rule == "exact":
         raise BundleError('verify="exact": a joint law is verified by "token" or "block"')
-    values = law.settings() | {
-        "temperature": sampling.temperature,
-        "top_k": min(int(sampling.top_k), 2**31 - 1),
-        "top_p": sampling.top_p,
-        "seed": sampling.seed,
-        "rule": RULES[sampling.rule],
-        "verify": verify,
-        "n_draft": num_proposed,
-    }
+    values = law.settings() | native_sampling(sampling, verify) | {"n_draft": num_proposed}
     return ffi.new("ds_joint_settings *", values)

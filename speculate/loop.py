@@ -120,22 +120,56 @@ class EngineCalls:
         return lib.DS_OK
 
 
+class NativeEngines:
+    """Some engines as the native library calls them: those that are native as they are, others through
+    `EngineCalls`. To be kept for as long as it may call them."""
+
+    def __init__(self, engines: Iterable[Engine]) -> None:
+        self._calls: list[EngineCalls] = []
+        self._handles: dict[Engine, Any] = {}
+        for engine in engines:
+            if isinstance(engine, OnnxEngine):
+                self._handles[engine] = engine.handle
+            else:
+                self._calls.append(EngineCalls(engine))
+                self._handles[engine] = self._calls[-1].handle
+
+    def handle(self, engine: Engine | None) -> Any:
+        return self._handles[engine] if engine else ffi.NULL
+
+    def check(self, status: int) -> int:
+        """`binding.check` of a native call, unless an engine raised during it: that is raised again."""
+        for calls in self._calls:
+            error, calls.error = calls.error, None
+            if error is not None:
+                raise error
+        return check(status)
+
+
+def native_sampling(sampling: Sampling, verify: Any) -> dict[str, Any]:
+    """The fields that `ds_sampling` and `ds_joint_settings` share. verify: a `ds_verify_function` or NULL."""
+    return {
+        "temperature": sampling.temperature,
+        "top_k": min(int(sampling.top_k), 2**31 - 1),
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        "rule": RULES[sampling.rule],
+        "verify": verify,
+    }
+
+
 class Decoder:
     """The native loop over some levels, innermost first. While it decodes their engines are its own."""
 
     def __init__(self, levels: Sequence[Level]) -> None:
         self.levels = list(levels)
-        engines = [level.engine for level in self.levels if level.engine]
-        # A native engine is called as it is.
-        self._calls = [EngineCalls(engine) for engine in engines if not isinstance(engine, OnnxEngine)]
-        handles = {engine: engine.handle for engine in engines if isinstance(engine, OnnxEngine)}
-        handles |= {calls.engine: calls.handle for calls in self._calls}
+        self._engines = NativeEngines(level.engine for level in self.levels if level.engine)
         costs = [ffi.NULL if level.costs is None else ffi.new("double[]", level.costs) for level in levels]
         wanted = ffi.new(
             "ds_level[]",
             [
                 {
-                    "engine": handles[level.engine] if level.engine else ffi.NULL,
+                    "engine": self._engines.handle(level.engine),
                     "n_draft": level.num_draft,
                     "n_costs": 0 if level.costs is None else len(level.costs),
                     "costs": cost,
@@ -161,18 +195,10 @@ class Decoder:
     ) -> None:
         """Start a generation. verify: a `ds_verify_function` in place of the shipped rules, for tests."""
         eos = list(eos_token_ids)
-        settings = {
-            "temperature": sampling.temperature,
-            "top_k": min(int(sampling.top_k), 2**31 - 1),
-            "top_p": sampling.top_p,
-            "seed": sampling.seed,
-            "rule": RULES[sampling.rule],
-            "verify": verify,
-        }
-        self._check(
+        self._engines.check(
             lib.ds_decoder_begin(
                 self._handle,
-                ffi.new("ds_sampling *", settings),
+                ffi.new("ds_sampling *", native_sampling(sampling, verify)),
                 ffi.new("int32_t[]", prompt),
                 len(prompt),
                 max_new_tokens,
@@ -183,7 +209,7 @@ class Decoder:
 
     def step(self) -> list[int]:
         """The new tokens of one round of the target; none once the generation is finished."""
-        count = self._check(lib.ds_decoder_step(self._handle, self._tokens, len(self._tokens)))
+        count = self._engines.check(lib.ds_decoder_step(self._handle, self._tokens, len(self._tokens)))
         return ffi.unpack(self._tokens, count)
 
     def counters(self, level: int) -> Any:
@@ -195,13 +221,6 @@ class Decoder:
     def kept(self, level: int) -> int:
         """Cache slots of a level that hold the tokens that stand."""
         return check(lib.ds_decoder_kept(self._handle, level))
-
-    def _check(self, status: int) -> int:
-        for calls in self._calls:
-            error, calls.error = calls.error, None
-            if error is not None:
-                raise error
-        return check(status)
 
 
 def _address(handle: Any) -> int:

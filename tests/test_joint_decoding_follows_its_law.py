@@ -8,7 +8,7 @@ from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.joint import Contrast, Ensemble, JointDecoder, generate_jointly, joint_law
 from draftsmith.speculate.settings import Sampling
 from fake_engine import BYTE_VOCAB, FakeEngine, open_bundle, write_bundle
-from test_sampling_keeps_the_target_law import Branches, largest_error, softmax
+from test_sampling_keeps_the_target_law import Branches, enumerate_law, largest_error, softmax
 
 PROPOSALS = [(0, 0), (0, 2), (1, 2), (2, 1), (3, 3), (1, 0), (0, 1)]
 LAWS = [Ensemble(0.3), Ensemble(0.0), Ensemble(1.0), Contrast(0.4), Contrast(0.5, cutoff=0.3)]
@@ -63,19 +63,11 @@ def pair(vocab, noise=0.8, scale=1.0):
     return FakeEngine(vocab, 3, scale=scale), FakeEngine(vocab, 3, noise=noise, scale=scale)
 
 
-def enumerate_law(engines, law, prompt, length, eos):
-    grown = {(): 1.0}
-    for _ in range(length):
-        longer = {}
-        for tokens, mass in grown.items():
-            if tokens and tokens[-1] in eos:
-                longer[tokens] = mass
-                continue
-            rows = [engine.logits_after([*prompt, *tokens]) for engine in engines]
-            for token, chance in enumerate(expected_law(law, *rows)):
-                longer[(*tokens, token)] = mass * chance
-        grown = longer
-    return grown
+def enumerate_joint(engines, law, prompt, length, eos):
+    def law_after(tokens):
+        return expected_law(law, *(engine.logits_after(tokens) for engine in engines))
+
+    return enumerate_law(law_after, prompt, length, eos)
 
 
 def decode(engines, law, prompt, count, sampling, proposals, eos=(), **hook):
@@ -95,13 +87,13 @@ def test_the_joint_law_of_three_tokens_by_enumeration(law, proposals, rule):
             engines, law, prompt, 3, Sampling(1.0, rule=rule), proposals, eos, verify=run.verify
         )
         found[tuple(tokens)] += run.weight
-    assert largest_error(found, enumerate_law(engines, law, prompt, 3, eos)) < 1e-12
+    assert largest_error(found, enumerate_joint(engines, law, prompt, 3, eos)) < 1e-12
 
 
 def test_draws_of_the_shipped_rules_follow_it_too():
     """A G-test of two tokens over seeds; 8 degrees of freedom, 99.99 % are below 31.8."""
     engines, law, draws = pair(3), Ensemble(0.4), 6000
-    expected = enumerate_law(engines, law, [1, 0], 2, ())
+    expected = enumerate_joint(engines, law, [1, 0], 2, ())
     for rule in ("token", "block"):
         seen = Counter(
             tuple(decode(engines, law, [1, 0], 2, Sampling(1.0, seed=seed, rule=rule), (1, 2))[0])

@@ -76,19 +76,24 @@ class Branches:
                 return
             self.script[-1] += 1
 
-    def _verify(self, rule, num_draft, vocab, p, q, draft, parents, uniforms, path, num_accepted, next_token):
-        assert list(parents[0:num_draft]) == list(range(-1, num_draft - 1))
-        p = read_laws(p, num_draft + 1, vocab)
-        q = None if q == ffi.NULL else read_laws(q, num_draft, vocab)
-        outcomes = list(self.list_outcomes(RULE_NAMES[rule], p, q, list(draft[0:num_draft])))
+    def _verify(self, rule, n, vocab, p, q, tokens, parents, uniforms, path, num_accepted, next_token):
+        q = None if q == ffi.NULL else read_laws(q, n, vocab)
+        p = read_laws(p, n + 1, vocab)
+        outcomes = list(self.list_verdicts(rule, p, q, list(tokens[0:n]), list(parents[0:n])))
         if self.at == len(self.script):
             self.script.append(0)
-        probability, num_accepted[0], next_token[0] = outcomes[self.script[self.at]]
-        path[0 : num_accepted[0]] = list(range(num_accepted[0]))
+        probability, accepted, next_token[0] = outcomes[self.script[self.at]]
+        num_accepted[0], path[0 : len(accepted)] = len(accepted), accepted
         self.widths.append(len(outcomes))
         self.at += 1
         self.weight *= probability
         return 0
+
+    def list_verdicts(self, rule, p, q, tokens, parents):
+        """All outcomes (probability, accepted nodes, next token) for one proposal: here, a chain."""
+        assert parents == list(range(-1, len(tokens) - 1))
+        for probability, count, token in self.list_outcomes(RULE_NAMES[rule], p, q, tokens):
+            yield probability, list(range(count)), token
 
 
 def read_laws(pointer, rows, vocab):
@@ -100,8 +105,8 @@ def softmax(logits):
     return weights / weights.sum()
 
 
-def enumerate_target(target, prompt, length, eos):
-    """The exact law of the target's first `length` tokens."""
+def enumerate_law(law_after, prompt, length, eos):
+    """The exact law of the first `length` tokens, where law_after gives that of the one after some tokens."""
     law = {(): 1.0}
     for _ in range(length):
         grown = {}
@@ -109,10 +114,14 @@ def enumerate_target(target, prompt, length, eos):
             if tokens and tokens[-1] in eos:
                 grown[tokens] = mass
                 continue
-            for token, p in enumerate(softmax(target.logits_after([*prompt, *tokens]))):
+            for token, p in enumerate(law_after([*prompt, *tokens])):
                 grown[(*tokens, token)] = mass * p
         law = grown
     return law
+
+
+def enumerate_target(target, prompt, length, eos):
+    return enumerate_law(lambda tokens: softmax(target.logits_after(tokens)), prompt, length, eos)
 
 
 def enumerate_loop(engines, ladder, rule, prompt, length, eos=(), costs=None, list_outcomes=list_verdicts):

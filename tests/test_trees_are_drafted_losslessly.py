@@ -15,13 +15,14 @@ from draftsmith.speculate.settings import Sampling
 from draftsmith.speculate.verify import TREE_RULES
 from fake_engine import FakeEngine
 from test_sampling_keeps_the_target_law import (
+    Branches,
     enumerate_target,
     g_statistic,
     largest_error,
-    read_laws,
     softmax,
 )
 
+RULE_NAMES = {number: name for name, number in TREE_RULES.items()}
 GREEDY = Sampling()
 
 
@@ -222,38 +223,10 @@ def list_verdicts(rule, p, tokens, parents):
             yield probability, path, token
 
 
-class Branches:
-    """Stands in for the rules and walks, run by run, through every sequence of outcomes."""
-
-    def __init__(self):
-        self.script = []
-        self.verify = ffi.callback("ds_verify_function", self._verify, error=-1)
-
-    def __iter__(self):
-        while True:
-            self.at, self.weight, self.widths = 0, 1.0, []
-            yield self
-            self.script = self.script[: self.at]
-            while self.script and self.script[-1] + 1 == self.widths[len(self.script) - 1]:
-                self.script.pop()
-            if not self.script:
-                return
-            self.script[-1] += 1
-
-    def _verify(self, rule, n, vocab, p, q, tokens, parents, uniforms, path, num_accepted, next_token):
-        assert q == ffi.NULL, "a tree is chosen, not sampled"
-        name = {number: name for name, number in TREE_RULES.items()}[rule]
-        outcomes = list(
-            list_verdicts(name, read_laws(p, n + 1, vocab), list(tokens[0:n]), list(parents[0:n]))
-        )
-        if self.at == len(self.script):
-            self.script.append(0)
-        probability, accepted, next_token[0] = outcomes[self.script[self.at]]
-        num_accepted[0], path[0 : len(accepted)] = len(accepted), accepted
-        self.widths.append(len(outcomes))
-        self.at += 1
-        self.weight *= probability
-        return 0
+class TreeBranches(Branches):
+    def list_verdicts(self, rule, p, q, tokens, parents):
+        assert q is None, "a tree is chosen, not sampled"
+        return list_verdicts(RULE_NAMES[rule], p, tokens, parents)
 
 
 def fitting(shape):
@@ -277,7 +250,7 @@ def fitting(shape):
 def test_the_law_of_a_loop_over_trees_is_exact(rule, shape, vocab):
     target, prompt, length = FakeEngine(vocab, 5, scale=1), [0, 1], 4
     law = Counter()
-    for branch in Branches():
+    for branch in TreeBranches():
         blocks, _ = run(
             {"target": target}, [("suffix-tree", 8)], prompt, length, Sampling(1.0, rule=rule),
             grow=fitting(shape), verify=branch.verify,

@@ -2,54 +2,8 @@
  * that runs out, and arguments that must be refused. Linked as exercise_loop.c.
  */
 #include "exercise.h"
-#include "failing.h"
 #include "joint.h"
-
-enum { SLOTS = 200 };
-
-/* Logits are a function of the last token; memory is of the exact size, so that reading past it is seen. */
-typedef struct {
-  ds_engine engine;
-  uint32_t own;
-  int32_t last, n_filled, calls_left;
-  float *logits;
-} model;
-
-static int32_t reserve(ds_engine *engine, int32_t n_slots) {
-  CHECK(n_slots >= 1 && n_slots <= engine->max_seq_len);
-  ((model *)engine)->n_filled = 0;
-  return DS_OK;
-}
-
-static int32_t forward(ds_engine *engine, int32_t n_rows, const int32_t *ids, int32_t start,
-                       const int64_t *positions, const uint8_t *mask, int32_t n_logits,
-                       const float **logits) {
-  model *m = (model *)engine;
-  CHECK(n_rows >= 1 && n_logits >= 1 && n_logits <= n_rows && !positions && !mask);
-  CHECK(start >= 0 && start <= m->n_filled && start + n_rows <= engine->max_seq_len);
-  if (m->calls_left-- == 0) {
-    ds_set_error("this engine had enough");
-    return DS_ERROR_ENGINE;
-  }
-  int32_t kept = spared;
-  spared = INT32_MAX; /* an engine may allocate; a round may not */
-  free(m->logits);
-  m->logits = malloc((size_t)n_logits * (size_t)engine->vocab * sizeof *m->logits);
-  spared = kept;
-  m->n_filled = start + n_rows;
-  for (int32_t i = 0; i < n_logits * engine->vocab; ++i) {
-    uint32_t last = (uint32_t)ids[n_rows - n_logits + i / engine->vocab];
-    uint32_t x = (last * 0x9E3779B1u ^ (uint32_t)(i % engine->vocab) * 0x85EBCA77u) + m->own;
-    m->logits[i] = (float)((x ^ x >> 15) % 1000) * 0.006f;
-  }
-  *logits = m->logits;
-  return DS_OK;
-}
-
-static model make_model(int32_t vocab, uint32_t own) {
-  ds_engine engine = {.vocab = vocab, .max_seq_len = SLOTS, .reserve = reserve, .forward = forward};
-  return (model){.engine = engine, .own = own, .calls_left = -1};
-}
+#include "model.h"
 
 static ds_joint_settings random_settings(void) {
   static const double temperatures[] = {0, 0.5, 1, 2};
@@ -70,7 +24,7 @@ static void decode_at_random(void) {
   for (int32_t round = 0; round < 400; ++round) {
     int32_t vocab = 1 + below(20), prompt[150], n_prompt = 1 + below(150), n_new = 1 + below(50);
     for (int32_t i = 0; i < n_prompt; ++i) prompt[i] = below(vocab);
-    model models[2] = {make_model(vocab, 0), make_model(vocab, (uint32_t)below(50))};
+    model models[2] = {make_model(vocab, 0), make_model(vocab, below(50))};
     if (below(10) == 0) models[below(2)].calls_left = below(8);
     ds_joint *joint = ds_joint_create(&models[0].engine, &models[1].engine);
     CHECK(joint);

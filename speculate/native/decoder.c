@@ -1,6 +1,6 @@
 /* A decoder's life: what it is given is checked here, and all its memory is taken here. */
 #include "decoder.h"
-#include "error.h"
+#include "arguments.h"
 #include "laws.h"
 
 #include <math.h>
@@ -125,10 +125,7 @@ static int32_t check_sampling(const ds_sampling *s) {
 
 static int32_t check_ids(const char *name, const int32_t *ids, int32_t n, int32_t vocab) {
   if (n < 0 || (n > 0 && !ids)) return ds_fail(DS_ERROR_ARGUMENT, "%s: %d ids, or none given", name, n);
-  for (int32_t i = 0; i < n; ++i)
-    if (ids[i] < 0 || ids[i] >= vocab)
-      return ds_fail(DS_ERROR_ARGUMENT, "%s[%d] is %d, outside the vocabulary of %d", name, i, ids[i], vocab);
-  return DS_OK;
+  return ds_check_tokens(name, n, ids, vocab);
 }
 
 static int32_t check_room(const ds_decoder *d, int32_t n_prompt, int32_t max_new_tokens) {

@@ -56,7 +56,6 @@ static int32_t contrast(const ds_joint_settings *with, double temperature, const
   for (int32_t i = 0; i < n; ++i) {
     if (ds_exp_nonpositive((double)first[i] - most) < with->cutoff) law[i] = 0;
     if (!(law[i] > 0)) continue;
-    law[i] = 1; /* may have mass */
     double score = first[i] - with->weight * second[i];
     if (!isfinite(score))
       return ds_fail(DS_ERROR_ARGUMENT, "token %d has the logits %g and %g, and so no contrast", i, first[i],
@@ -289,10 +288,11 @@ static int32_t propose(ds_joint *j, int32_t count) {
 
 /* r of each proposal, and behind them the reader's own law; with none, r of the next token. */
 static int32_t write_laws(const ds_joint *j, const float *author, const float *reader) {
-  for (int32_t i = 0; i < j->pending + !j->pending; ++i) {
-    const float *a = author + (size_t)i * (size_t)j->vocab, *b = reader + (size_t)i * (size_t)j->vocab;
-    int32_t status = write_joint_law(&j->with, j->vocab, j->author == FIRST ? a : b,
-                                     j->author == FIRST ? b : a, j->memory, law_row(j, j->laws, i));
+  const float *first = j->author == FIRST ? author : reader, *second = j->author == FIRST ? reader : author;
+  for (int32_t i = 0, n = j->pending ? j->pending : 1; i < n; ++i) {
+    size_t row = (size_t)i * (size_t)j->vocab;
+    int32_t status =
+        write_joint_law(&j->with, j->vocab, first + row, second + row, j->memory, law_row(j, j->laws, i));
     if (status != DS_OK) return status;
   }
   return j->pending ? write_own_law(j, reader + (size_t)j->pending * (size_t)j->vocab,

@@ -8,8 +8,8 @@ from ..speculate.bundle import Bundle
 from ..speculate.manifest import CHAT_TEMPLATE
 from .prompts import Prompt, encode_prompts, pick_evenly, read_prompts
 from .recipe_file import RECIPES
+from .trial import LADDERS
 
-LADDERS = ({"speculate": "none"}, {"speculate": "auto"})
 DEFAULT_PROMPTS = RECIPES / "demo_prompts.jsonl"
 
 
@@ -20,9 +20,10 @@ def choose_prompts(
     chosen, _ = read_prompts(prompts or DEFAULT_PROMPTS)
     if prompts is None and not all(CHAT_TEMPLATE in bundle.manifest.files for bundle in bundles):
         chosen = [replace(prompt, content=_as_text(prompt)) for prompt in chosen]
+    modes = [{"speculate": ladder} for ladder in LADDERS.values()]
     encoded: list[tuple[Prompt, list[int]]] = []
     for bundle in bundles:  # the first one's tokens are what the others have to decode
-        encoded, _ = encode_prompts(bundle, chosen, LADDERS, max_new_tokens=max_new_tokens)
+        encoded, _ = encode_prompts(bundle, chosen, modes, max_new_tokens=max_new_tokens)
         chosen = [replace(prompt, content=ids) for prompt, ids in encoded]
     return pick_evenly(encoded, limit)
 

@@ -93,7 +93,7 @@ def bench(
         "divergences": divergences,
         **summarise(runs),
         "categories": summarise_categories(runs),
-        "memory": describe_memory(bundle, [*ladders.values()]),
+        "memory": describe_memory(bundle, runs),
         "disturbance": asdict(disturbance),
         "snapshot": _snapshot(bundle, [ids for _, ids in encoded], max_new_tokens, runs, reference)
         if greedy

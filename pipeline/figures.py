@@ -43,11 +43,11 @@ def summarise_categories(runs: Sequence[Run]) -> dict[str, dict]:
     return {name: summarise([run for run in runs if run.category == name]) for name in names}
 
 
-def describe_memory(bundle: Bundle, ladders: Sequence[str | list[str]]) -> dict:
+def describe_memory(bundle: Bundle, runs: Sequence[Run]) -> dict:
     """Bytes: the peak of this process so far, and what the engines that decoded map from their files."""
     import resource
 
-    used = {"target"} | {name for ladder in ladders for name in bundle.plan_for(ladder)["ladder"]}
+    used = {name for run in runs for name in run.rounds.stats["calls"]}
     weights = {
         name: sum(file.size for file in bundle.manifest.engine_files(name).values())
         for name in bundle.manifest.engines

@@ -12,9 +12,10 @@ from ..model.layout import embed_shapes, head_shapes, layer_shapes, linear_shape
 from ..model.select import select_linears
 from ..speculate.datastore import Datastore
 from ..speculate.errors import BundleError
+from ..speculate.levels import TARGET
 from .errors import RecipeError
 from .hashing import hash_file
-from .recipe import TARGET, Engine, Export, Recipe
+from .recipe import Engine, Export, Recipe
 from .recipe_file import LoadedRecipe
 
 BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib")

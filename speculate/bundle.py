@@ -1,7 +1,7 @@
 """A bundle opened for decoding: the runtime's front door."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from threading import Lock
@@ -18,13 +18,13 @@ from .errors import BundleError
 from .generate import Generation, Run, exclusive
 from .ladder import (
     DEFAULT_NUM_SPECULATIVE_TOKENS,
-    TARGET,
     Rung,
     Speculate,
     build_ladder,
     check_names,
     choose_ladder,
 )
+from .levels import TARGET
 from .loop import PREFILL_ROWS, Decoder
 from .manifest import (
     CHAT_TEMPLATE,
@@ -33,7 +33,6 @@ from .manifest import (
     PLAN,
     TOKENIZER,
     EngineEntry,
-    Plan,
     check_files,
     read_json,
     read_manifest,
@@ -42,6 +41,7 @@ from .manifest import (
 )
 from .ngrams import Ngrams
 from .onnx_engine import OnnxEngine, OnnxRuntime, default_threads
+from .plan import Plan
 from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
 from .settings import Rule, Sampling
 
@@ -93,7 +93,8 @@ class Bundle:
         self.manifest = read_manifest(path, engines=False)
         self.devices, self.why_cpu = self._choose_devices(device)
         self.plan = validate(Plan, read_json(path / PLAN), path / PLAN)
-        check_names(list(self.plan.ladder), self.manifest.engines)
+        for planned in (self.plan, *self.plan.choices):
+            check_names(list(planned.ladder), self.manifest.engines)
         self.tokenizer = load_tokenizer(path / TOKENIZER)
         self._check_vocabularies()
         self.datastore = self._open_datastore(datastore)
@@ -173,19 +174,21 @@ class Bundle:
         Errors in the arguments are raised here, before anything is decoded.
         """
         sampling = Sampling(temperature, top_k, top_p, seed, verify or self.plan.verify)
-        rungs = choose_ladder(
-            speculate, num_speculative_tokens, self._planned_ladder(), self.manifest.engines
-        )
+        if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise BundleError(f"max_new_tokens={max_new_tokens!r}: wanted at least 1")
+        prompt_ids = self.encode(prompt)
+        lengths = (len(prompt_ids), int(max_new_tokens))
+        rungs = self._choose_ladder(speculate, num_speculative_tokens, lengths)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(string, str) and string for string in stops):
             raise BundleError(f"stop={stop!r}: wanted strings that are not empty")
         sources = Sources(self._encode_references(references), self.datastore, self.ngrams, self._lasting)
         sources.check([rung.name for rung in rungs])
-        prompt_ids = self.encode(prompt)
-        self._check_room(len(prompt_ids), max_new_tokens, rungs)
+        self._check_room(*lengths, rungs)
         target = self.manifest.engines[TARGET]
         eos = frozenset() if ignore_eos else frozenset(target.eos_token_ids)
-        costs = self._planned_costs(rungs) if num_speculative_tokens is None else None
+        context = lengths[0] + lengths[1] // 2
+        costs = self._planned_costs(rungs, context) if num_speculative_tokens is None else None
         for name in self._engine_names(rungs):
             self.engine(name)
 
@@ -221,9 +224,14 @@ class Bundle:
         """The names of the engines other than the target."""
         return [name for name in self.manifest.engines if name != TARGET]
 
-    def plan_for(self, speculate: Speculate = "auto") -> dict[str, Any]:
-        """The ladder that `generate` would use, in the form of plan.json."""
-        rungs = choose_ladder(speculate, None, self._planned_ladder(), self.manifest.engines)
+    def plan_for(
+        self, speculate: Speculate = "auto", lengths: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """The ladder that `generate` would use, in the form of plan.json.
+
+        lengths: tokens of the prompt and of the output at most; else those that the plan was tuned on.
+        """
+        rungs = self._choose_ladder(speculate, None, lengths)
         return {
             "ladder": [rung.name for rung in rungs],
             "num_speculative_tokens": {rung.name: rung.num_speculative_tokens for rung in rungs},
@@ -327,25 +335,35 @@ class Bundle:
         why = next((reason for _, reason in chosen.values() if reason), "")
         return {name: chosen[wish][0] for name, wish in wishes.items()}, why
 
-    def _planned_ladder(self) -> list[Rung]:
-        counts = self.plan.num_speculative_tokens
-        return [Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS)) for name in self.plan.ladder]
+    def _choose_ladder(
+        self,
+        speculate: Speculate,
+        num_speculative_tokens: int | Mapping[str, int] | None,
+        lengths: tuple[int, int] | None,
+    ) -> list[Rung]:
+        """Who says how many tokens to draft means the plan's main ladder, whatever the lengths."""
+        ladder, counts = self.plan.ladder, self.plan.num_speculative_tokens
+        free = speculate == "auto" and num_speculative_tokens is None
+        if free and lengths and self._plan_fits(self.devices):
+            ladder, counts = self.plan.choose(*lengths)
+        planned = [Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS)) for name in ladder]
+        return choose_ladder(speculate, num_speculative_tokens, planned, self.manifest.engines)
 
-    def _planned_costs(self, rungs: list[Rung]) -> dict[str, list[float]] | None:
-        """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes. They are
-        those of the CPU's graphs."""
-        others = any(self.devices[name] != "cpu" for name in self._engine_names(rungs))
-        if self.plan.costs is None or not rungs or others:
+    def _planned_costs(self, rungs: list[Rung], context: int) -> dict[str, list[float]] | None:
+        """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes."""
+        if self.plan.costs is None or not rungs or not self._plan_fits(self._engine_names(rungs)):
             return None
-        return self.plan.costs.spread(1 + max(rung.num_speculative_tokens for rung in rungs))
+        return self.plan.costs.spread(1 + max(rung.num_speculative_tokens for rung in rungs), context)
+
+    def _plan_fits(self, engines: Iterable[str]) -> bool:
+        """The plan's costs are those of the CPU's graphs."""
+        return all(self.devices[name] == "cpu" for name in engines)
 
     def _engine_names(self, rungs: list[Rung]) -> list[str]:
         return [TARGET, *(rung.name for rung in rungs if rung.name in self.manifest.engines)]
 
     def _check_room(self, prompt_tokens: int, max_new_tokens: int, rungs: list[Rung]) -> None:
-        if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise BundleError(f"max_new_tokens={max_new_tokens!r}: wanted at least 1")
-        wanted = prompt_tokens + int(max_new_tokens)
+        wanted = prompt_tokens + max_new_tokens
         for name in self._engine_names(rungs):
             slots = self.manifest.engines[name].max_seq_len
             if wanted <= slots:

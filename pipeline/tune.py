@@ -91,7 +91,7 @@ def tune_bundle(
         num_speculative_tokens=dict(best.num_speculative_tokens),
         verify=spec.verify,
         costs=costs,
-        choices=tuple(_make_choice(choice) for choice in choices) if len(choices) > 1 else (),
+        choices=tuple(_make_choice(choice) for choice in choices),
     )
     chosen = plan.model_dump(mode="json")
     chosen["costs"]["floor_ms"] = meter.floors()
@@ -244,12 +244,12 @@ def _make_choice(plan: Prediction) -> Candidate:
 
 def _list_by_length(plan: Plan, max_seq_len: int) -> list[dict]:
     """Which ladder decodes prompts and outputs of some lengths, where that depends on them."""
-    if not plan.choices:
+    if len(plan.choices) < 2:
         return []
+    chosen = {lengths: plan.choose(*lengths) or plan for lengths in LENGTHS if sum(lengths) <= max_seq_len}
     return [
-        {"prompt_tokens": prompt, "new_tokens": new, "ladder": list(plan.choose(prompt, new)[0])}
-        for prompt, new in LENGTHS
-        if prompt + new <= max_seq_len
+        {"prompt_tokens": prompt, "new_tokens": new, "ladder": list(choice.ladder)}
+        for (prompt, new), choice in chosen.items()
     ]
 
 

@@ -1,7 +1,7 @@
 """A bundle opened for decoding: the runtime's front door."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from threading import Lock
@@ -224,6 +224,11 @@ class Bundle:
         """The names of the engines other than the target."""
         return [name for name in self.manifest.engines if name != TARGET]
 
+    @property
+    def plan_fits(self) -> bool:
+        """Whether the plan's costs hold here: they are those of the CPU's graphs."""
+        return all(device == "cpu" for device in self.devices.values())
+
     def plan_for(
         self, speculate: Speculate = "auto", lengths: tuple[int, int] | None = None
     ) -> dict[str, Any]:
@@ -342,22 +347,18 @@ class Bundle:
         lengths: tuple[int, int] | None,
     ) -> list[Rung]:
         """Who says how many tokens to draft means the plan's main ladder, whatever the lengths."""
-        ladder, counts = self.plan.ladder, self.plan.num_speculative_tokens
         free = speculate == "auto" and num_speculative_tokens is None
-        if free and lengths and self._plan_fits(self.devices):
-            ladder, counts = self.plan.choose(*lengths)
-        planned = [Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS)) for name in ladder]
+        best = self.plan.choose(*lengths) if free and lengths and self.plan_fits else None
+        best = best or self.plan
+        counts = best.num_speculative_tokens
+        planned = [Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS)) for name in best.ladder]
         return choose_ladder(speculate, num_speculative_tokens, planned, self.manifest.engines)
 
     def _planned_costs(self, rungs: list[Rung], context: int) -> dict[str, list[float]] | None:
         """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes."""
-        if self.plan.costs is None or not rungs or not self._plan_fits(self._engine_names(rungs)):
+        if self.plan.costs is None or not rungs or not self.plan_fits:
             return None
         return self.plan.costs.spread(1 + max(rung.num_speculative_tokens for rung in rungs), context)
-
-    def _plan_fits(self, engines: Iterable[str]) -> bool:
-        """The plan's costs are those of the CPU's graphs."""
-        return all(self.devices[name] == "cpu" for name in engines)
 
     def _engine_names(self, rungs: list[Rung]) -> list[str]:
         return [TARGET, *(rung.name for rung in rungs if rung.name in self.manifest.engines)]

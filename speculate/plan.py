@@ -1,6 +1,5 @@
 """plan.json: the measured choice that ``speculate="auto"`` follows."""
 
-from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,10 +37,15 @@ class Candidate(BaseModel):
         return reading + (new_tokens - 1) * decoding
 
 
+PLAIN = Candidate(
+    ladder=(), num_speculative_tokens={}, work={TARGET: Work(calls_per_token=1.0, rows_per_call=1.0)}
+)
+
+
 class Plan(BaseModel):
-    """The ladder for prompts like those that it was tuned on and, if there are any, the `choices` that stand
-    beside it: for other lengths of prompt and output one of these may be faster, since a drafter that is a
-    model has to read the prompt too."""
+    """The ladder for prompts like those that it was tuned on, and the `choices`, of which it is the first.
+    For other lengths of prompt and output another may be faster, since a drafter that is a model has to read
+    the prompt too."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
@@ -60,10 +64,9 @@ class Plan(BaseModel):
             raise ValueError(f"choices need the work of {TARGET}")
         return self
 
-    def choose(self, prompt_tokens: int, new_tokens: int) -> tuple[tuple[str, ...], Mapping[str, int]]:
-        """Ladder and draft lengths for a generation of these lengths."""
-        if not self.choices or self.costs is None:
-            return self.ladder, self.num_speculative_tokens
+    def choose(self, prompt_tokens: int, new_tokens: int) -> Candidate | None:
+        """The fastest for a generation of these lengths; None for a plan without choices."""
         costs = self.costs
-        best = min(self.choices, key=lambda choice: choice.milliseconds(costs, prompt_tokens, new_tokens))
-        return best.ladder, best.num_speculative_tokens
+        if costs is None or not self.choices:
+            return None
+        return min(self.choices, key=lambda choice: choice.milliseconds(costs, prompt_tokens, new_tokens))

@@ -1,6 +1,8 @@
 """A plan's ladder follows the lengths of prompt and output: a model that drafts has to read them too."""
 
 import pytest
+from draftsmith.pipeline.bench import bench
+from draftsmith.pipeline.prompts import Prompt
 from draftsmith.pipeline.recipe import Speculate
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.plan import Plan
@@ -65,7 +67,9 @@ def test_the_ladder_is_the_one_with_the_least_time(prompt, new):
     times = [choice.milliseconds(plan.costs, prompt, new) for choice in plan.choices]
     assert times == pytest.approx([whole_time(choice, prompt, new) for choice in choices])
     least = min(choices, key=lambda choice: whole_time(choice, prompt, new))
-    assert plan.choose(prompt, new) == (tuple(least["ladder"]), least["num_speculative_tokens"])
+    chosen = plan.choose(prompt, new)
+    assert chosen and chosen.ladder == tuple(least["ladder"])
+    assert chosen.num_speculative_tokens == least["num_speculative_tokens"]
 
 
 def test_generation_follows_the_lengths_and_says_the_same(tmp_path):
@@ -84,6 +88,20 @@ def test_generation_follows_the_lengths_and_says_the_same(tmp_path):
     assert levels(4, speculate=["int8"]) == ["int8"]
 
 
+def test_bench_holds_the_plan_against_what_it_measured(tmp_path):
+    bundle = open_bundle(write_bundle(tmp_path / "b", plan=make_plan(MODEL, LOOKUP)))
+    prompts = [Prompt("the drafter " * count, "chat", count) for count in (1, 9)]
+    result = bench(bundle, prompts, max_new_tokens=20, ignore_eos=True)
+    sizes = [run["stats"]["prompt_tokens"] for run in result["runs"] if run["mode"] == "plain"]
+    for mode, choices in (("plain", [PLAIN]), ("speculative", [MODEL, LOOKUP])):
+        expected = sum(min(whole_time(choice, size, 20) for choice in choices) for size in sizes)
+        row = result["prediction"][mode]
+        assert row["predicted_tokens_per_second"] == pytest.approx(1e3 * 40 / expected)
+        ratio = row["predicted_tokens_per_second"] / row["tokens_per_second"]
+        assert row["prediction_error"] == pytest.approx(ratio - 1)
+    assert bench(bundle, prompts, max_new_tokens=4, speculate=["suffix"])["prediction"] is None
+
+
 def test_a_choice_that_cannot_be_followed_is_refused(tmp_path):
     unknown = MODEL | {"ladder": ["suffix", "int9"]}
     with pytest.raises(BundleError, match="int9"):
@@ -99,7 +117,7 @@ def test_tuning_keeps_the_fastest_of_every_set_of_models(tune_with):  # noqa: F8
     assert choices[0]["ladder"] == plan["ladder"] and choices[0]["work"].keys() == {"target", "int8"}
     assert [choice["work"].keys() for choice in choices[1:]] == [{"target"}]  # tiny is slower and no use
     for row in plan["by_length"]:
-        chosen = Plan.model_validate(plan).choose(row["prompt_tokens"], row["new_tokens"])[0]
-        assert list(chosen) == row["ladder"]
+        chosen = Plan.model_validate(plan).choose(row["prompt_tokens"], row["new_tokens"])
+        assert chosen and list(chosen.ladder) == row["ladder"]
     named = tune_with(Speculate(ladder=["int8"]), target=15.0, int8=3.0, tiny=9.0)
-    assert named["choices"] == [] and named["by_length"] == []
+    assert [choice["ladder"] for choice in named["choices"]] == [["int8"]] and named["by_length"] == []

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from ..model.errors import ModelError
+from ..speculate.driver import find_gpus
 
 RTX, ENTERPRISE = "tensorrt_rtx", "tensorrt"  # Python packages
 
@@ -24,8 +25,8 @@ _HOW_TO_INSTALL = {
 def choose_builder(capabilities: Sequence[str]) -> str:
     """The package that builds one plan for all of `capabilities`.
 
-    Raises ModelError for one that is unknown, for a mix that no package builds, and where it is not
-    installed.
+    Raises ModelError for one that is unknown, for a mix that no package builds, and where the package or the
+    GPU that it needs is missing.
     """
     known = [*RTX_NAMES, *ENTERPRISE_ONLY]
     for capability in capabilities:
@@ -47,7 +48,21 @@ def choose_builder(capabilities: Sequence[str]) -> str:
             f"compute_capability {', '.join(capabilities)} needs the package {builder}, which is not "
             f"installed: {_HOW_TO_INSTALL[builder]}"
         )
+    if builder == ENTERPRISE:
+        _check_gpu(capabilities[0])
     return builder
+
+
+def _check_gpu(capability: str) -> None:
+    """TensorRT takes the first GPU."""
+    gpus, why_none = find_gpus()
+    if gpus and gpus[0].compute_capability == capability:
+        return
+    found = f"that is {gpus[0].name}, {gpus[0].compute_capability}" if gpus else f"here is none: {why_none}"
+    raise ModelError(
+        f"compute_capability {capability} is built by {ENTERPRISE} for the GPU that it finds, and {found}; "
+        f"build on a machine with such a GPU, or take {capability} out"
+    )
 
 
 def name_plan(capabilities: Sequence[str]) -> str:

@@ -51,6 +51,7 @@ class Linear:
     ) -> None:
         self._format, self._stream = FORMATS.index(format), stream
         self.n, self.k = weight.shape
+        self.is_int8 = format.startswith("int8")
         packed = pack(weight, format)
         self.num_bytes = packed.nbytes
         self._packed = cuda.Buffer(packed.nbytes).write(packed, stream)

@@ -57,7 +57,7 @@ def find_plan(entry: EngineEntry, gpu: Gpu) -> TensorrtEntry | None:
 def why_not_tensorrt(entry: EngineEntry, gpu: Gpu) -> str:
     plan = find_plan(entry, gpu)
     if plan is None:
-        return f"no TensorRT engine for {gpu.name} (compute capability {gpu.compute_capability})"
+        return f"no TensorRT engine for {gpu.name}: build with compute_capability {gpu.compute_capability}"
     return why_not_builder(plan.builder)
 
 

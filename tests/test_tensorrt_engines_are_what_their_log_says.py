@@ -78,6 +78,7 @@ def test_sparse_tactics_are_those_that_the_builder_names():
     [
         (["8.9", "5.2"], "compute_capability '5.2' is unknown; there are: 7.5, 8.0, .*9.0, 10.0"),
         (["8.9", "8.9"], "names one twice"),
+        (["8.9", "7.5"], "7.5 has no bfloat16; give it an entry of its own with precision: float16"),
         (["8.9", "9.0"], "give 9.0 an entry of its own"),
         (["9.0"], "needs the package tensorrt, which is not installed: pip install tensorrt"),
         (

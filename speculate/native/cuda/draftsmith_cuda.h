@@ -20,6 +20,9 @@ extern "C" {
 /* What a status says, in words. */
 DS_API const char *ds_cuda_error_message(int32_t status);
 
+/* The CUDA that the library was built with, such as 13000 for 13.0: a driver must support its major version. */
+DS_API int32_t ds_cuda_runtime_version(void);
+
 /* ---- The device ---------------------------------------------------------------------------------------- */
 
 /* Memory, streams and graphs, so that whoever drives engines needs no other binding of CUDA. Host pointers may

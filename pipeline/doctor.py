@@ -8,7 +8,7 @@ from typing import Any
 from ..export.capabilities import ENTERPRISE, RTX
 from ..speculate.devices import installed_version
 from ..speculate.driver import find_gpus
-from .cache import default_root
+from ..speculate.folders import default_root
 from .hashing import package_version
 from .machine import describe_machine
 from .preflight import BUILD_PACKAGES

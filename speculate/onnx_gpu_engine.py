@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .binding import lib
 from .engine import Ids, Logits, check_room
 from .errors import BundleError
 from .manifest import EngineEntry
@@ -19,6 +20,7 @@ from .manifest import EngineEntry
 RTX = "NvTensorRTRTXExecutionProvider"  # a plugin, which has to be registered
 PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", RTX)
 
+_MOST_ROWS: int = lib.DS_PREFILL_ROWS + lib.DS_MAX_DRAFT  # of one call: the end of a prompt and a draft
 _RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 
 
@@ -173,7 +175,7 @@ def provider_options(provider: str, entry: EngineEntry, cache_folder: Path | Non
     options = {
         f"{prefix}_profile_min_shapes": shapes(1, min(256, most)),
         f"{prefix}_profile_opt_shapes": shapes(8, min(2048, most)),
-        f"{prefix}_profile_max_shapes": shapes(128, most),
+        f"{prefix}_profile_max_shapes": shapes(_MOST_ROWS, most),
     }
     if cache_folder is not None and prefix == "trt":
         options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache_folder)}

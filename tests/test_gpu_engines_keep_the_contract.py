@@ -103,7 +103,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(devices, "find_gpus", lambda: ([gpu], ""))
         monkeypatch.setattr(devices, "find_spec", lambda name: tensorrt or None)
         monkeypatch.setattr(devices, "installed_version", lambda name: tensorrt)
-        monkeypatch.setattr(devices, "why_not_onnx", lambda entry: onnx)
+        monkeypatch.setattr(devices, "why_not_onnx", lambda entry, provider="": onnx)
 
     return seem
 
@@ -342,10 +342,42 @@ def test_an_rtx_plugin_that_cannot_run_is_named(monkeypatch, tmp_path, seems, sa
 def test_providers_that_build_engines_get_the_shapes_of_the_cache(tmp_path):
     options = provider_options("TensorrtExecutionProvider", ENTRY, tmp_path)
     assert "past_key_values.1.value:1x1x100x4" in options["trt_profile_max_shapes"]
-    assert "attention_mask:1x1x128x100" in options["trt_profile_max_shapes"]
+    assert "attention_mask:1x1x192x100" in options["trt_profile_max_shapes"]
     assert options["trt_engine_cache_path"] == str(tmp_path)
     options = provider_options("NvTensorRTRTXExecutionProvider", ENTRY, tmp_path)
     assert options["nv_runtime_cache_path"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "provider"),
+    [
+        ("onnx-cuda", "CUDAExecutionProvider"),
+        ("onnx-tensorrt", "TensorrtExecutionProvider"),
+        ("onnx-rtx", RTX),
+    ],
+)
+def test_a_provider_is_chosen_by_the_name_of_its_device(machine, monkeypatch, tmp_path, device, provider):
+    machine()
+    opened = []
+
+    class Opened:
+        def __init__(self, *arguments):
+            opened.append(arguments)
+            self.vocab_size = arguments[2].vocab_size
+
+    monkeypatch.setattr(onnx_gpu_engine, "OnnxGpuEngine", Opened)
+    monkeypatch.setenv("DRAFTSMITH_CACHE", str(tmp_path / "cache"))
+    folder = write_bundle(tmp_path / "bundle", {"target": {"portable": "target/cpu.onnx"}, "int8": {}})
+    bundles.load(folder, device=device).engine("target")
+    name, graph, _, wanted, cache = opened[0]
+    assert (name, graph, wanted) == ("target", folder / "target" / "cpu.onnx", provider)
+    assert cache.is_dir() and cache.parent == tmp_path / "cache" / "providers"
+    monkeypatch.setattr(devices, "find_gpus", lambda: ([], "no NVIDIA driver: x"))
+    with pytest.raises(BundleError, match=f"device {device}: no NVIDIA driver: x; --device cpu runs"):
+        bundles.load(folder, device=device)
+    machine(onnx="no such provider")
+    with pytest.raises(BundleError, match=f"device {device}: no such provider; --device cpu runs"):
+        bundles.load(folder, device=device)
 
 
 def test_what_is_bound_gives_the_graphs_own_logits(tiny_checkpoint, tmp_path):

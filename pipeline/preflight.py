@@ -40,7 +40,7 @@ def _check_exports(exports: Sequence[Export]) -> None:
     for index, export in enumerate(exports):
         if export.compute_capability:
             try:
-                choose_builder(export.compute_capability)
+                choose_builder(export.compute_capability, export.precision or "bfloat16")
             except ModelError as error:
                 raise RecipeError(f"export.{index}: {error}") from None
             if (other := named.setdefault(name_plan(export.compute_capability), index)) != index:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .datastore import Datastore
-from .devices import choose_device, find_plan, spread_devices, why_not_tensorrt
+from .devices import ONNX_PROVIDERS, choose_device, find_plan, spread_devices, why_not_tensorrt
 from .drafters import Drafter, Sources
 from .driver import find_gpus
 from .engine import Engine, Logits
 from .errors import BundleError
+from .folders import default_root
 from .generate import Generation, Run, exclusive
 from .ladder import (
     DEFAULT_NUM_SPECULATIVE_TOKENS,
@@ -65,6 +66,7 @@ def load(
         own, if it has one.
     device: "cpu"; "cuda", which needs a GPU, its driver and TensorRT or ONNX Runtime for GPUs; or "auto": the
         GPU where the bundle has TensorRT engines that run here, else the CPU, with a warning if it has any.
+        "onnx-cuda", "onnx-tensorrt" or "onnx-rtx": the portable graphs on that provider of ONNX Runtime.
         "portable" runs on the CPU what engines for GPUs are built from, to see what they would say.
         Or one of these by engine, {"target": "cuda", "int8": "cpu"}.
     Raises BundleError if the folder is not a bundle, is damaged, or needs another version of draftsmith, and
@@ -275,6 +277,8 @@ class Bundle:
             entry = self.manifest.engines[name]
             if self.devices[name] == "cuda":
                 engine = self._open_on_gpu(name, entry)
+            elif self.devices[name] in ONNX_PROVIDERS:
+                engine = self._open_on_onnx(name, entry, ONNX_PROVIDERS[self.devices[name]])
             else:
                 self._runtime = self._runtime or OnnxRuntime(self.threads)
                 engine = self._open(name, entry, self._runtime, self.devices[name] == "portable")
@@ -301,16 +305,24 @@ class Bundle:
 
     def _open_on_gpu(self, name: str, entry: EngineEntry) -> Engine:
         """TensorRT's engine for this GPU or, where the bundle has none that runs, ONNX Runtime's."""
-        from .onnx_gpu_engine import OnnxGpuEngine
         from .tensorrt_engine import TensorrtEngine, TensorrtRuntime
 
         gpu = find_gpus()[0][0]
         plan = find_plan(entry, gpu)
         if plan is None or why_not_tensorrt(entry, gpu):
-            return OnnxGpuEngine(name, resolve_inside(self.path, entry.portable or entry.graph), entry)
+            return self._open_on_onnx(name, entry, ONNX_PROVIDERS["onnx-cuda"])
         check_files(self.path, {plan.file: self.manifest.files[plan.file]})
         self._tensorrt = self._tensorrt or TensorrtRuntime(plan.builder)
         return TensorrtEngine(name, resolve_inside(self.path, plan.file), plan, entry, self._tensorrt)
+
+    def _open_on_onnx(self, name: str, entry: EngineEntry, provider: str) -> Engine:
+        """ONNX Runtime's, which keeps the engines that a provider builds for the next time."""
+        from .onnx_gpu_engine import OnnxGpuEngine
+
+        graph = resolve_inside(self.path, entry.portable or entry.graph)
+        folder = default_root() / "providers" / self.manifest.fingerprint(name)[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        return OnnxGpuEngine(name, graph, entry, provider, folder)
 
     def _open_datastore(self, path: str | Path | None) -> Datastore | None:
         if path is None and DATASTORE not in self.manifest.files:

@@ -143,17 +143,28 @@ def tree(
     if q is not None:
         used = np.isin(np.arange(len(nodes) + 1), elders + 1)
         drafter = _read_laws("q", q, len(nodes) + 1, target.shape[1], used)
-    numbers = _read_uniforms(uniforms, len(nodes), "n", 2)
-    accepted, out = np.empty(len(nodes), np.int32), ffi.new("int32_t[2]")
+    return tree_of_laws(rule, target, drafter, nodes, elders, _read_uniforms(uniforms, len(nodes), "n", 2))
+
+
+def tree_of_laws(
+    rule: TreeRule,
+    p: NDArray[np.float64],
+    q: NDArray[np.float64] | None,
+    tokens: NDArray[np.int32],
+    parents: NDArray[np.int32],
+    uniforms: NDArray,
+) -> tuple[list[int], int]:
+    """`tree` without its copies, as `chain_of_laws`; a parent is -1 for the root."""
+    accepted, out = np.empty(len(tokens), np.int32), ffi.new("int32_t[2]")
     status = lib.ds_verify_tree(
         TREE_RULES[rule],
-        len(nodes),
-        target.shape[1],
-        view("double[]", target),
-        ffi.NULL if drafter is None else view("double[]", drafter),
-        view("int32_t[]", nodes),
-        view("int32_t[]", elders),
-        view("double[]", numbers),
+        len(tokens),
+        p.shape[1],
+        view("double[]", p),
+        ffi.NULL if q is None else view("double[]", q),
+        view("int32_t[]", tokens),
+        view("int32_t[]", parents),
+        view("double[]", uniforms),
         view("int32_t[]", accepted),
         out,
         out + 1,

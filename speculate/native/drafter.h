@@ -23,11 +23,11 @@ struct ds_drafter {
   int32_t (*begin)(ds_drafter *drafter, int32_t n_tokens);
   /* These tokens follow the ones appended before and stand. */
   int32_t (*append)(ds_drafter *drafter, const int32_t *tokens, int32_t n_tokens);
-  /* The level above read tokens [n_rows], and these are its logits after each, [n_rows, vocab]; drafts
-   * are among them, whether they stand or not, and of a tree one need not follow the one before. NULL: does
-   * not care. */
-  int32_t (*observe)(ds_drafter *drafter, const int32_t *tokens, int32_t n_rows, const float *logits,
-                     int32_t vocab);
+  /* The level above read tokens [n_rows], and these are its logits after each, [n_rows, vocab]: the last that was
+   * decided, then what was drafted behind it, whether it stands or not. parents [n_rows - 1], as draft_tree
+   * gives them: tokens[1 + i] follows tokens[1 + parents[i]]. NULL: does not care. */
+  int32_t (*observe)(ds_drafter *drafter, const int32_t *tokens, const int32_t *parents, int32_t n_rows,
+                     const float *logits, int32_t vocab);
   /* Propose up to max_draft tokens to follow the appended ones and tail [n_tail], which may yet be rejected.
    * Returns how many. support[i]: on how many tokens of text draft[i] rests; the more, the surer. */
   int32_t (*draft)(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_draft,
@@ -58,6 +58,11 @@ enum { DS_RECYCLING_WIDTH = 8 };
  * last saw follow it, rejected drafts included. A chain follows the first of them from token to token; a tree
  * takes each by how often the token of its rank was right of late. 32 bytes a token. NULL on failure. */
 DS_API ds_drafter *ds_recycling_drafter_create(int32_t vocab);
+
+/* Lookahead decoding (arXiv 2402.02057): as a tree, a window of guesses, half of its nodes, and the n-grams behind the
+ * last token that were found in it before, or in the text. As a chain, the latest of these alone: nothing new is
+ * found. 0.7 MB. NULL on failure. */
+DS_API ds_drafter *ds_lookahead_drafter_create(int32_t vocab);
 
 /* SuffixDecoding (arXiv 2411.04975): the most frequent way to go on, in this generation's text or in the outputs
  * of earlier ones, where it ends as the text does. What follows the first addition after `begin`, and the last

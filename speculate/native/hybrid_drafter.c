@@ -16,15 +16,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TEXT = -1 };
-
-/* All that the drafters propose: a tree in which no two siblings are the same token. */
-typedef struct {
-  int32_t n_nodes;
-  int32_t tokens[DS_MAX_LEVELS * DS_MAX_DRAFT], parents[DS_MAX_LEVELS * DS_MAX_DRAFT];
-  double chances[DS_MAX_LEVELS * DS_MAX_DRAFT];
-} grove;
-
 typedef struct {
   ds_drafter *drafter;
   ds_trust trust;
@@ -35,7 +26,7 @@ typedef struct {
 
 typedef struct {
   ds_drafter drafter;
-  grove grove;
+  ds_grove grove; /* all that they propose */
   int32_t n_members;
   member members[];
 } hybrid_drafter;
@@ -75,12 +66,12 @@ static int32_t append(ds_drafter *drafter, const int32_t *tokens, int32_t n_toke
   return DS_OK;
 }
 
-static int32_t observe(ds_drafter *drafter, const int32_t *tokens, int32_t n_rows, const float *logits,
-                       int32_t vocab) {
+static int32_t observe(ds_drafter *drafter, const int32_t *tokens, const int32_t *parents, int32_t n_rows,
+                       const float *logits, int32_t vocab) {
   hybrid_drafter *h = (hybrid_drafter *)drafter;
   for (member *m = h->members; m < h->members + h->n_members; ++m) {
     if (!m->drafter->observe) continue;
-    int32_t status = m->drafter->observe(m->drafter, tokens, n_rows, logits, vocab);
+    int32_t status = m->drafter->observe(m->drafter, tokens, parents, n_rows, logits, vocab);
     if (status < 0) return status;
   }
   return DS_OK;
@@ -132,23 +123,10 @@ static int32_t propose(ds_drafter *member, const int32_t *tail, int32_t n_tail, 
   return n;
 }
 
-/* The node that is `token` behind `parent`, with at least this chance. */
-static int32_t plant(grove *g, int32_t parent, int32_t token, double chance) {
-  for (int32_t i = parent + 1; i < g->n_nodes; ++i)
-    if (g->parents[i] == parent && g->tokens[i] == token) {
-      if (g->chances[i] < chance) g->chances[i] = chance;
-      return i;
-    }
-  g->tokens[g->n_nodes] = token;
-  g->parents[g->n_nodes] = parent;
-  g->chances[g->n_nodes] = chance;
-  return g->n_nodes++;
-}
-
 static int32_t draft_tree(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_nodes,
                           int32_t max_depth, int32_t *tokens, int32_t *parents, double *chances) {
   hybrid_drafter *m = (hybrid_drafter *)drafter;
-  grove *all = &m->grove;
+  ds_grove *all = &m->grove;
   all->n_nodes = 0;
   if (max_nodes > DS_MAX_DRAFT) max_nodes = DS_MAX_DRAFT;
   for (int32_t i = 0; i < m->n_members; ++i) {
@@ -157,15 +135,9 @@ static int32_t draft_tree(ds_drafter *drafter, const int32_t *tail, int32_t n_ta
     int32_t n = propose(m->members[i].drafter, tail, n_tail, max_nodes, max_depth, said, behind, sure);
     if (n < 0) return n;
     for (int32_t k = 0; k < n; ++k)
-      place[k] = plant(all, behind[k] < 0 ? TEXT : place[behind[k]], said[k], sure[k]);
+      place[k] = ds_grove_plant(all, behind[k] < 0 ? -1 : place[behind[k]], said[k], sure[k]);
   }
-  ds_growth growth;
-  ds_growth_begin(&growth, max_nodes, max_depth, tokens, parents, chances);
-  for (int32_t node = TEXT, at = TEXT;; at = growth.marks[node]) {
-    for (int32_t k = at + 1; k < all->n_nodes; ++k)
-      if (all->parents[k] == at) ds_growth_offer(&growth, node, all->tokens[k], all->chances[k], k);
-    if ((node = ds_growth_take(&growth)) < 0) return growth.n_nodes;
-  }
+  return ds_grove_grow(all, max_nodes, max_depth, tokens, parents, chances);
 }
 
 static void close_drafter(ds_drafter *drafter) { free(drafter); }

@@ -84,8 +84,9 @@ DS_API int32_t ds_history_kept(const ds_drafter *drafter, ds_history_size *size)
 DS_API int32_t ds_recycling_candidates(const ds_drafter *drafter, int32_t token, int32_t *candidates);
 
 /* drafters [1 .. DS_MAX_LEVELS] as one, borrowed. As a chain: of their proposals the one of which most is expected
- * to stand, of equals the first's; what is expected follows from how its drafter fared in this generation with
- * tokens of such support. As a tree: the likeliest nodes of all that they propose. NULL on failure. */
+ * to stand, of equals the first's. As a tree: the likeliest nodes of all that they propose. What is expected of a
+ * token follows from how its drafter fared in this generation with tokens of which it was about as sure. NULL on
+ * failure. */
 DS_API ds_drafter *ds_hybrid_drafter_create(ds_drafter *const *drafters, int32_t n_drafters);
 
 #ifdef __cplusplus

@@ -38,7 +38,7 @@ HINTS = {
     "trust_remote_code": "code that comes with a checkpoint is never run",
 }
 
-FREE_DRAFTERS = ("suffix", "history", "recycling")  # no models, so every recipe has them
+FREE_DRAFTERS = ("suffix", "history", "recycling", "lookahead")  # no models, so every recipe has them
 CALLED_DRAFTERS = ("llma",)  # these draft from what a generation is given: references
 TABLE, STORE = "bigram", "rest"  # these draft from what the recipe asks for
 RESERVED = (*FREE_DRAFTERS, *CALLED_DRAFTERS, TABLE, STORE, TARGET, "none", "auto")

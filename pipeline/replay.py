@@ -28,6 +28,7 @@ from ..speculate.settings import Sampling
 
 LIKELY = 8  # tokens that are kept of what the target found likely at a position
 TREE_ROOM = 64  # slots behind the text for the nodes of a tree
+STRANGERS = 1024  # ids for the tokens that no one on the tape says: siblings in a tree should keep apart
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,11 @@ class TapeEngine:
 
 class TapeDrafter:
     """A drafter that knows tokens, on a tape that has their places in a list of those that occur. What it
-    drafts that does not occur is `wrong`."""
+    drafts that does not occur is one of the STRANGERS behind that list."""
 
-    def __init__(self, drafter: Drafter, known: np.ndarray, wrong: int) -> None:
+    def __init__(self, drafter: Drafter, known: np.ndarray) -> None:
         self._drafter = drafter
-        self._tokens, self._wrong = known.tolist(), wrong
+        self._tokens, self._wrong = known.tolist(), len(known)
         self._places = {token: place for place, token in enumerate(self._tokens)}
         self._callbacks = {
             "begin": ffi.callback("int32_t(ds_drafter *, int32_t)", self._begin),
@@ -139,7 +140,14 @@ class TapeDrafter:
             ),
             "close": ffi.callback("void(ds_drafter *)", lambda _: None),
         }
+        if drafter.proposes_trees:
+            self._callbacks["draft_tree"] = ffi.callback(
+                "int32_t(ds_drafter *, const int32_t *, int32_t, int32_t, int32_t, int32_t *, int32_t *, "
+                "double *)",
+                self._draft_tree,
+            )
         self.handle = ffi.new("ds_drafter *", self._callbacks)
+        self.proposes_trees = drafter.proposes_trees
 
     def _read(self, places: Any, count: int) -> Any:
         said = ffi.unpack(places, count) if count else []
@@ -157,9 +165,25 @@ class TapeDrafter:
             return 0  # nobody accepts what would follow
         inner = self._drafter.handle
         count = inner.draft(inner, self._read(tail, n_tail), n_tail, room, draft, support)
-        for i in range(count):
-            draft[i] = self._places.get(draft[i], self._wrong)
+        self._place(draft, count)
         return count
+
+    def _draft_tree(
+        self, _: Any, tail: Any, n_tail: int, room: int, depth: int, tokens: Any, parents: Any, chances: Any
+    ) -> int:
+        pending = ffi.unpack(tail, n_tail) if n_tail else []
+        if any(place >= self._wrong for place in pending):
+            return 0
+        inner = self._drafter.handle
+        count = inner.draft_tree(
+            inner, self._read(tail, n_tail), n_tail, room, depth, tokens, parents, chances
+        )
+        self._place(tokens, count)
+        return count
+
+    def _place(self, tokens: Any, count: int) -> None:
+        for i in range(count):
+            tokens[i] = self._places.get(tokens[i], self._wrong + tokens[i] % STRANGERS)
 
 
 @dataclass(frozen=True)
@@ -171,7 +195,7 @@ class TapeSources(Sources):
 
     def open_one(self, name: str, vocab_size: int) -> Any:
         drafter = super().open_one(name, vocab_size)
-        return TapeDrafter(drafter, self.known, len(self.known)) if name in ("rest", "bigram") else drafter
+        return TapeDrafter(drafter, self.known) if name in ("rest", "bigram") else drafter
 
 
 def replay(
@@ -187,7 +211,7 @@ def replay(
     likely = recording.tokens[:, None] if recording.likely is None else recording.likely
     said = [np.asarray(recording.prompt), recording.tokens, *recording.choices.values(), likely.ravel()]
     known, places = np.unique(np.concatenate(said), return_inverse=True)
-    off = len(known) + 1  # behind them, and a token that nobody says
+    off = len(known) + STRANGERS
     vocab = off + (1 + len(recording.choices)) * count
     text = places[: num_prompt + count]
     sure = np.full(count, 1.0)

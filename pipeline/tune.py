@@ -175,7 +175,8 @@ def _list_free_drafters(bundle: Bundle) -> list[str]:
     lookups = [SUFFIX, "history", *(["rest"] if bundle.datastore else [])]
     guesses = ["recycling", *(["bigram"] if bundle.ngrams else [])]
     hybrids = [JOINT.join(parts) for parts in ([*guesses[:1], "history"], [*guesses, *lookups[1:]])]
-    trees = [guesses[0] + TREE, JOINT.join((SUFFIX, guesses[0])) + TREE]
+    merged = [(guesses[0],), (SUFFIX, guesses[0]), (SUFFIX, *guesses, *lookups[1:])]
+    trees = [JOINT.join(parts) + TREE for parts in merged]
     return list(dict.fromkeys([*lookups, *guesses, *hybrids, *trees]))
 
 

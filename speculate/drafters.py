@@ -41,11 +41,15 @@ class Drafter:
         """Tokens that stand, behind those before."""
         check(self.handle.append(self.handle, ffi.new("int32_t[]", tokens), len(tokens)))
 
-    def observe(self, tokens: Sequence[int], logits: NDArray[np.float32]) -> None:
-        """float32 logits [S, V] of the level above after tokens [S], of which some may have been rejected."""
+    def observe(
+        self, tokens: Sequence[int], logits: NDArray[np.float32], parents: Sequence[int] | None = None
+    ) -> None:
+        """float32 logits [S, V] of the level above after tokens [S], of which some may have been rejected.
+        parents [S - 1]: `tokens[1 + i]` follows `tokens[1 + parents[i]]`; None: the one before."""
         if self.handle.observe != ffi.NULL:
             rows, ids = view("float[]", np.ascontiguousarray(logits)), ffi.new("int32_t[]", tokens)
-            check(self.handle.observe(self.handle, ids, len(tokens), rows, logits.shape[1]))
+            behind = ffi.new("int32_t[]", list(range(-1, len(tokens) - 2) if parents is None else parents))
+            check(self.handle.observe(self.handle, ids, behind, len(tokens), rows, logits.shape[1]))
 
     def draft(self, tail: Sequence[int], max_draft: int) -> tuple[list[int], list[int]]:
         """(tokens to follow the appended ones and `tail`, on how many tokens of text each of them rests)."""
@@ -92,6 +96,8 @@ class Sources:
     def open_one(self, name: str, vocab_size: int) -> Drafter:
         if name == "recycling":
             return Drafter(lib.ds_recycling_drafter_create(vocab_size))
+        if name == "lookahead":
+            return Drafter(lib.ds_lookahead_drafter_create(vocab_size))
         if name == "rest" and self.datastore:
             return Drafter(lib.ds_datastore_drafter_create(self.datastore.handle), self.datastore)
         if name == "bigram" and self.ngrams:

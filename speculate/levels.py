@@ -13,6 +13,7 @@ DRAFTERS = {
     "llma": "the same where there are references, and an error where there are none (arXiv 2304.04487)",
     "history": "what most often followed here or in earlier outputs (SuffixDecoding, arXiv 2411.04975)",
     "recycling": "what the level above last found likely after each token (arXiv 2408.08696)",
+    "lookahead": "n-grams from a window of guesses that the level above reads too (arXiv 2402.02057)",
     "bigram": "what the target finds likeliest after each token alone (N-Grammys, arXiv 2411.03786)",
     "rest": "what most places of a datastore say that go on as the text does (arXiv 2311.08252)",
 }

@@ -45,6 +45,7 @@ LEVELS = [
     *DRAFTERS,
     *("suffix+recycling", "history+recycling+bigram", "rest+llma+history"),
     *("suffix-tree", "llma-tree", "recycling-tree", "suffix+recycling-tree", "rest+history+bigram-tree"),
+    *("lookahead-tree", "history+lookahead-tree", "bigram-tree"),
 ]
 
 

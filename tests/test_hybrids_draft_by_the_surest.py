@@ -1,5 +1,6 @@
 """A hybrid asks all its drafters and follows the one whose proposal is expected to stand the longest."""
 
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -50,38 +51,47 @@ def join(*members) -> Drafter:
     return Drafter(lib.ds_hybrid_drafter_create(handles, len(members)), members)
 
 
+LIMITS = [0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9]  # of the grades of a drafter's word
+
+
 def bucket(support: int) -> int:
     return sum(support >= limit for limit in MATCHES)
 
 
-def no_surer_than_the_first(said):
-    return [(token, min(support, said[0][1])) for token, support in said]
-
-
 class Trust:
-    """How often tokens were right, by bucket: the definition, in fractions."""
+    """How often nodes were right, by the chance that their drafter gave and whether they follow others. By
+    definition: the mean of a Beta posterior whose prior is the drafter's word and weighs eight nodes."""
 
     def __init__(self):
-        self.tried, self.right = [0.0] * 5, [0.0] * 5
+        self.tried, self.right = Counter(), Counter()
 
-    def of(self, support):
-        b = bucket(support)
-        return (self.right[b] + 4 * PRIOR[b]) / (self.tried[b] + 4)
+    @staticmethod
+    def key(depth, chance):
+        return depth > 0, sum(chance >= limit for limit in LIMITS)
 
-    def learn(self, said, truth):
-        said = no_surer_than_the_first(said)
-        for (token, support), true in zip(said, truth, strict=False):
-            b = bucket(support)
-            if self.tried[b] >= 64:
-                self.tried[b], self.right[b] = self.tried[b] / 2, self.right[b] / 2
-            self.tried[b] += 1
-            if token != true:
-                return
-            self.right[b] += 1
+    def of(self, depth, chance):
+        key = self.key(depth, chance)
+        return (self.right[key] + 8 * chance) / (self.tried[key] + 8)
 
-    def expected(self, said):
-        said = no_surer_than_the_first(said)
-        return sum(np.cumprod([self.of(support) for _, support in said])) if said else 0.0
+    def learn(self, tree, truth):
+        """tree: (path, chance) of each node, in the order of the proposal."""
+        for path, chance in tree:
+            if len(path) > len(truth) or list(path[:-1]) != truth[: len(path) - 1]:
+                continue
+            key = self.key(len(path) - 1, chance)
+            if self.tried[key] >= 64:
+                self.tried[key], self.right[key] = self.tried[key] / 2, self.right[key] / 2
+            self.tried[key] += 1
+            self.right[key] += path[-1] == truth[len(path) - 1]
+
+    def chances(self, said):
+        """Of a chain (token, support)."""
+        return [self.of(depth, PRIOR[bucket(support)]) for depth, (_, support) in enumerate(said)]
+
+
+def as_tree(said):
+    tokens = [token for token, _ in said]
+    return [(tuple(tokens[: i + 1]), PRIOR[bucket(support)]) for i, (_, support) in enumerate(said)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -106,19 +116,91 @@ def test_the_surest_by_what_came_to_stand_is_followed(seed):
         hybrid.append(truth[at : at + step])
         if at:
             for one, proposals in zip(trust, said, strict=True):
-                one.learn(proposals[at], truth[at : at + step])
+                one.learn(as_tree(proposals[at]), truth[at : at + step])
         at += step
-        expected = [one.expected(proposals[at]) for one, proposals in zip(trust, said, strict=True)]
-        best = int(np.argmax(np.round(expected, 12)))
+        chances = [one.chances(proposals[at]) for one, proposals in zip(trust, said, strict=True)]
+        best = int(np.argmax([np.round(np.cumprod(row).sum(), 12) for row in chances]))
         draft, support = hybrid.draft([], 9)
         assert draft == [token for token, _ in said[best][at]]
-        for value, (_, rests_on) in zip(support, no_surer_than_the_first(said[best][at]), strict=True):
-            limits = [(a + b) / 2 for a, b in pairwise(PRIOR)]
-            assert bucket(value) == sum(trust[best].of(rests_on) >= limit for limit in limits)
+        limits = [(a + b) / 2 for a, b in pairwise(PRIOR)]
+        for value, chance in zip(support, chances[best], strict=True):
+            assert bucket(value) == sum(chance >= limit for limit in limits)
         hybrid.draft([1, 2], 9)  # behind tokens that may not stand: nothing is learnt from it
         chosen.add(best)
     assert len(chosen) > 1
     assert all(member.seen == truth[:at] for member in members), "all are told what stands"
+
+
+class Gardener(Scripted):
+    """One that says a tree: (token, parent, chance) of each node."""
+
+    def __init__(self, says):
+        super().__init__(lambda count: [])
+        self.grows = says
+        self.calls["draft_tree"] = ffi.callback(
+            "int32_t(ds_drafter *, const int32_t *, int32_t, int32_t, int32_t, int32_t *, int32_t *, "
+            "double *)",
+            self._draft_tree,
+        )
+        self.handle = ffi.new("ds_drafter *", self.calls)
+
+    def _draft_tree(self, _, tail, n_tail, max_nodes, max_depth, tokens, parents, chances):
+        said = self.grows(self.count)
+        for i, node in enumerate(said):
+            tokens[i], parents[i], chances[i] = node
+        return len(said)
+
+
+def random_tree(rng, truth):
+    """Nodes that are right more often than by chance, siblings distinct."""
+    nodes, paths = [], [()]
+    for _ in range(int(rng.integers(0, 8))):
+        before = paths[int(rng.integers(len(paths)))]
+        token = truth[len(before)] if rng.random() < 0.4 else int(rng.integers(5))
+        if (*before, token) not in paths:
+            nodes.append((token, paths.index(before) - 1, float(rng.uniform(0.01, 1))))
+            paths.append((*before, token))
+    return nodes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_merged_tree_has_the_chances_that_its_drafters_deserve(seed):
+    """Two that say trees and one that says chains, of which each learns what stood, drafted or not."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(5, size=600).tolist()
+    trees = [[random_tree(rng, truth[at : at + 9]) for at in range(580)] for _ in range(2)]
+    chains = [
+        [(t if rng.random() < 0.7 else (t + 1) % 5, int(rng.choice([1, 4, 40]))) for t in truth[at : at + 4]]
+        for at in range(580)
+    ]
+    members = [Gardener(trees[0].__getitem__), Gardener(trees[1].__getitem__), Scripted(chains.__getitem__)]
+    hybrid, trust, at, before = join(*members), [Trust() for _ in members], 0, None
+    hybrid.begin(len(truth))
+    while at < 570:
+        step = int(rng.integers(1, 5))
+        hybrid.append(truth[at : at + step])
+        for one, nodes in zip(trust, before or [[]] * 3, strict=True):
+            one.learn(nodes, truth[at : at + step])
+        at += step
+        before = [*([*with_paths(tree[at])] for tree in trees), as_tree(chains[at])]
+        deserved: dict[tuple, float] = {}
+        for one, nodes in zip(trust, before, strict=True):
+            for path, chance in nodes:
+                deserved[path] = max(deserved.get(path, 0), one.of(len(path) - 1, chance))
+        tokens, parents, chances = hybrid.draft_tree([], 40, 12)
+        hybrid.draft_tree([1, 2], 40, 12)  # behind tokens that may not stand: nothing is learnt from it
+        paths = [path for path, _ in with_paths(zip(tokens, parents, chances, strict=True))]
+        assert dict(zip(paths, chances, strict=True)) == pytest.approx(deserved, abs=1e-12)
+        reach = [np.prod([deserved[path[:n]] for n in range(1, len(path) + 1)]) for path in paths]
+        assert all(later <= earlier + 1e-12 for earlier, later in pairwise(reach))
+
+
+def with_paths(nodes):
+    """(path, chance) of each node (token, parent, chance)."""
+    paths = []
+    for token, parent, chance in nodes:
+        paths.append((*(paths[parent] if parent >= 0 else ()), token))
+        yield paths[-1], chance
 
 
 def test_of_equals_the_first_drafts_and_where_it_is_silent_the_next():

@@ -141,7 +141,18 @@ def test_the_best_lengths_follow_the_costs():
     assert dear.tokens_per_target_call < best([1.0, 1.0]).tokens_per_target_call
 
 
-@pytest.mark.parametrize("ladder", [["rest"], ["bigram"], ["history"], ["rest+bigram"], ["rest", "int8"]])
+@pytest.mark.parametrize(
+    "ladder",
+    [
+        ["rest"],
+        ["bigram"],
+        ["history"],
+        ["rest+bigram"],
+        ["bigram-tree"],
+        ["rest+bigram-tree"],
+        ["rest", "int8"],
+    ],
+)
 def test_drafters_that_know_tokens_make_the_calls_of_decoding(tmp_path, ladder):
     """The tape has places in a list of tokens; a datastore and a table have tokens."""
     rng, fewer = np.random.default_rng(0), 0

@@ -155,6 +155,7 @@ LADDERS = [
     ([Rung("suffix", 2)], 5),
     ([Rung("history", 2)], 5),
     ([Rung("suffix+history+recycling", 2)], 5),
+    ([Rung("lookahead", 2)], 5),
     ([Rung("suffix", 2), Rung("int8", 3)], 4),
     ([Rung("tiny", 2), Rung("int8", 2)], 4),
     ([Rung("suffix", 1), Rung("tiny", 1), Rung("int8", 2)], 4),

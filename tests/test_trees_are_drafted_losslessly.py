@@ -261,6 +261,25 @@ def test_the_law_of_a_loop_over_trees_is_exact(rule, shape, vocab):
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize(
+    "name",
+    ["suffix-tree", "recycling-tree", "lookahead-tree", "recycling+history-tree", "suffix+lookahead-tree"],
+)
+def test_the_law_of_a_loop_over_the_trees_of_a_drafter_is_exact(rule, name):
+    """Those that learn from what the target found, of rejected nodes too, among them."""
+    target, prompt, length, most = FakeEngine(2, 5, scale=1), [0, 1, 0, 0, 1, 1, 0], 5, 0
+    law = Counter()
+    for branch in TreeBranches():
+        blocks, decoder = run(
+            {"target": target}, [(name, 7)], prompt, length, Sampling(1.0, rule=rule), verify=branch.verify
+        )
+        law[tuple(token for block in blocks for token in block)] += branch.weight
+        most = max(most, decoder.counters(0).drafted)
+    assert most > 4, "there must be trees for this to show anything"
+    assert largest_error(law, enumerate_target(target, prompt, length, ())) < 1e-12
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
 def test_a_level_above_verifies_what_trees_gave_the_one_below(rule):
     """int8 verifies trees; its proposals must be exact samples of its law, with laws of the accepted path."""
     vocab, total, prompt, length = 3, 2000, [0, 1], 4

@@ -8,6 +8,7 @@ import pytest
 from draftsmith.speculate.drafters import Sources
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.ladder import Rung, build_ladder, check_names
+from draftsmith.speculate.ngrams import Ngrams, write_table
 from draftsmith.speculate.settings import Sampling
 from fake_engine import FakeEngine
 
@@ -144,6 +145,29 @@ def test_a_recycling_tree_accepts_more_than_its_chain():
         list(iter(decoder.step, []))
         rounds[name] = decoder.counters(1).rounds
     assert rounds["recycling-tree"] < 0.9 * rounds["recycling"]
+
+
+# ---- Bigrams -----------------------------------------------------------------------------------------------
+
+
+def test_bigram_trees_follow_the_chances_of_the_table(tmp_path):
+    rng, vocab = np.random.default_rng(0), 9
+    after = np.argsort(rng.random((vocab + 1, vocab)), axis=-1)[:, :4].astype(np.int32)
+    chances = -np.sort(-rng.dirichlet(np.ones(5), vocab + 1), axis=-1)[:, :4].astype(np.float32)
+    write_table(tmp_path / "table", after, chances, "00" * 32)
+    drafter = Sources(ngrams=Ngrams(tmp_path / "table", vocab, "00" * 32)).open("bigram-tree", vocab)
+    for _ in range(40):
+        stands, tail = rng.integers(vocab, size=2).tolist(), rng.integers(vocab, size=int(rng.integers(2)))
+        drafter.begin(9)
+        drafter.append(stands)
+        last = [*stands, *tail.tolist()][-1]
+
+        def likely(path, last=last):
+            row = [last, *path][-1]
+            return dict(zip(after[row].tolist(), chances[row].tolist(), strict=True))
+
+        size, depth = int(rng.integers(1, 40)), int(rng.integers(1, 6))
+        check_best_first(drafter.draft_tree(tail.tolist(), size, depth), likely, size, depth)
 
 
 # ---- Merged ------------------------------------------------------------------------------------------------

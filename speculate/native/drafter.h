@@ -23,11 +23,11 @@ struct ds_drafter {
   int32_t (*begin)(ds_drafter *drafter, int32_t n_tokens);
   /* These tokens follow the ones appended before and stand. */
   int32_t (*append)(ds_drafter *drafter, const int32_t *tokens, int32_t n_tokens);
-  /* The level above read tokens [n_rows], and these are its logits after each, [n_rows, vocab]; drafts
-   * are among them, whether they stand or not, and of a tree one need not follow the one before. NULL: does
-   * not care. */
-  int32_t (*observe)(ds_drafter *drafter, const int32_t *tokens, int32_t n_rows, const float *logits,
-                     int32_t vocab);
+  /* The level above read tokens [n_rows], and these are its logits after each, [n_rows, vocab]: the last that was
+   * decided, then what was drafted behind it, whether it stands or not. parents [n_rows - 1], as draft_tree
+   * gives them: tokens[1 + i] follows tokens[1 + parents[i]]. NULL: does not care. */
+  int32_t (*observe)(ds_drafter *drafter, const int32_t *tokens, const int32_t *parents, int32_t n_rows,
+                     const float *logits, int32_t vocab);
   /* Propose up to max_draft tokens to follow the appended ones and tail [n_tail], which may yet be rejected.
    * Returns how many. support[i]: on how many tokens of text draft[i] rests; the more, the surer. */
   int32_t (*draft)(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_draft,
@@ -59,6 +59,11 @@ enum { DS_RECYCLING_WIDTH = 8 };
  * takes each by how often the token of its rank was right of late. 32 bytes a token. NULL on failure. */
 DS_API ds_drafter *ds_recycling_drafter_create(int32_t vocab);
 
+/* Lookahead decoding (arXiv 2402.02057): as a tree, a window of guesses, half of its nodes, and the n-grams behind the
+ * last token that were found in it before, or in the text. As a chain, the latest of these alone: nothing new is
+ * found. 0.7 MB. NULL on failure. */
+DS_API ds_drafter *ds_lookahead_drafter_create(int32_t vocab);
+
 /* SuffixDecoding (arXiv 2411.04975): the most frequent way to go on, in this generation's text or in the outputs
  * of earlier ones, where it ends as the text does. What follows the first addition after `begin`, and the last
  * token of that, is output; `begin` keeps the output before it. Earlier outputs take max_bytes at most,
@@ -79,8 +84,9 @@ DS_API int32_t ds_history_kept(const ds_drafter *drafter, ds_history_size *size)
 DS_API int32_t ds_recycling_candidates(const ds_drafter *drafter, int32_t token, int32_t *candidates);
 
 /* drafters [1 .. DS_MAX_LEVELS] as one, borrowed. As a chain: of their proposals the one of which most is expected
- * to stand, of equals the first's; what is expected follows from how its drafter fared in this generation with
- * tokens of such support. As a tree: the likeliest nodes of all that they propose. NULL on failure. */
+ * to stand, of equals the first's. As a tree: the likeliest nodes of all that they propose. What is expected of a
+ * token follows from how its drafter fared in this generation with tokens of which it was about as sure. NULL on
+ * failure. */
 DS_API ds_drafter *ds_hybrid_drafter_create(ds_drafter *const *drafters, int32_t n_drafters);
 
 #ifdef __cplusplus

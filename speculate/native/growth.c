@@ -49,3 +49,26 @@ int32_t ds_growth_take(ds_growth *g) {
   g->reach[node] = offer.reach;
   return g->n_nodes++;
 }
+
+int32_t ds_grove_plant(ds_grove *g, int32_t parent, int32_t token, double chance) {
+  for (int32_t i = parent + 1; i < g->n_nodes; ++i)
+    if (g->parents[i] == parent && g->tokens[i] == token) {
+      if (g->chances[i] < chance) g->chances[i] = chance;
+      return i;
+    }
+  g->tokens[g->n_nodes] = token;
+  g->parents[g->n_nodes] = parent;
+  g->chances[g->n_nodes] = chance;
+  return g->n_nodes++;
+}
+
+int32_t ds_grove_grow(const ds_grove *g, int32_t max_nodes, int32_t max_depth, int32_t *tokens,
+                      int32_t *parents, double *chances) {
+  ds_growth growth;
+  ds_growth_begin(&growth, max_nodes, max_depth, tokens, parents, chances);
+  for (int32_t node = -1, at = -1;; at = growth.marks[node]) {
+    for (int32_t k = at + 1; k < g->n_nodes; ++k)
+      if (g->parents[k] == at) ds_growth_offer(&growth, node, g->tokens[k], g->chances[k], k);
+    if ((node = ds_growth_take(&growth)) < 0) return growth.n_nodes;
+  }
+}

@@ -31,4 +31,19 @@ void ds_growth_offer(ds_growth *growth, int32_t parent, int32_t token, double ch
  * first joins. */
 int32_t ds_growth_take(ds_growth *growth);
 
+/* Proposals merged (SpecInfer, arXiv 2305.09781): a tree in which no two siblings are the same token. Empty with
+ * n_nodes 0. */
+typedef struct {
+  int32_t n_nodes;
+  int32_t tokens[DS_MAX_LEVELS * DS_MAX_DRAFT], parents[DS_MAX_LEVELS * DS_MAX_DRAFT];
+  double chances[DS_MAX_LEVELS * DS_MAX_DRAFT];
+} ds_grove;
+
+/* The node that is `token` behind node `parent`, or behind the text if that is -1, with at least this chance. */
+int32_t ds_grove_plant(ds_grove *grove, int32_t parent, int32_t token, double chance);
+
+/* The best-first tree of it, as draft_tree gives it. Returns how many nodes. */
+int32_t ds_grove_grow(const ds_grove *grove, int32_t max_nodes, int32_t max_depth, int32_t *tokens,
+                      int32_t *parents, double *chances);
+
 #endif

@@ -1,44 +1,84 @@
 /* Several drafters as one. As a chain, the proposal of which most is expected to stand; as a tree, their proposals
  * merged (SpecInfer, arXiv 2305.09781), of which the likeliest nodes are kept.
  *
- * How far a proposal is to be trusted is learnt for each drafter by itself, in the buckets of schedule.h: what
- * came to stand shows how much of each proposal was right, whether that one was drafted or not. So a lookup is
- * followed where its match is long, and where it is short, or lookups fail on this text, another drafter. No
- * token of a proposal counts as surer than the first: a short match is not made a long one by what follows it.
+ * Drafters are not equally honest about their chances, nor on every text. So what a drafter's word is worth is
+ * learnt for each by itself: what came to stand shows which of the nodes that it proposed were right, whether they
+ * were drafted or not. The chance of a node is the mean of a Beta posterior: the prior has the drafter's own word
+ * as its mean, the data are its earlier nodes in this generation with about such a chance. Nodes behind others
+ * have data of their own: where a drafter was right once, it often goes on to be. So a lookup is followed where
+ * its match is long, and where it is short, or lookups fail on this text, another drafter.
  */
 #include "drafter.h"
 #include "error.h"
 #include "growth.h"
-#include "loop.h"
 #include "schedule.h"
 
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { TEXT = -1 };
+enum {
+  GRADES = 10,
+  PRIOR_NODES = 8 /* what a drafter's word weighs */,
+  RECENT_NODES = 64 /* counts halve there */
+};
 
-/* All that the drafters propose: a tree in which no two siblings are the same token. */
 typedef struct {
-  int32_t n_nodes;
-  int32_t tokens[DS_MAX_LEVELS * DS_MAX_DRAFT], parents[DS_MAX_LEVELS * DS_MAX_DRAFT];
-  double chances[DS_MAX_LEVELS * DS_MAX_DRAFT];
-} grove;
+  int32_t n_nodes, tokens[DS_MAX_DRAFT], parents[DS_MAX_DRAFT];
+  double chances[DS_MAX_DRAFT]; /* by its drafter's word */
+} proposal;
+
+typedef struct {
+  double tried, right; /* nodes behind right ones, and those of them that were right too */
+} record;
 
 typedef struct {
   ds_drafter *drafter;
-  ds_trust trust;
-  int32_t n_draft; /* of its latest proposal behind tokens that stand all */
-  int32_t draft[DS_MAX_DRAFT];
-  uint8_t buckets[DS_MAX_DRAFT];
+  record records[2]
+                [GRADES]; /* of nodes behind the text, and behind other nodes; by the chance that was given */
+  proposal latest;        /* behind tokens that all stand */
 } member;
 
 typedef struct {
   ds_drafter drafter;
-  grove grove;
+  ds_grove grove; /* all that they propose */
   int32_t n_members;
   member members[];
 } hybrid_drafter;
+
+/* ---- What a drafter's word is worth -------------------------------------------------------------------- */
+
+static record *find_record(member *m, bool behind_others, double chance) {
+  static const double limits[GRADES - 1] = {0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9};
+  int grade = 0;
+  while (grade < GRADES - 1 && chance >= limits[grade]) ++grade;
+  return &m->records[behind_others][grade];
+}
+
+static double judge(member *m, const proposal *p, int32_t node) {
+  const record *r = find_record(m, p->parents[node] >= 0, p->chances[node]);
+  return (r->right + PRIOR_NODES * p->chances[node]) / (r->tried + PRIOR_NODES);
+}
+
+/* Of a proposal nothing is known past the tokens that came to stand, nor off their path. */
+static void learn(member *m, const int32_t *tokens, int32_t n_tokens) {
+  const proposal *p = &m->latest;
+  int32_t right[DS_MAX_DRAFT]; /* tokens up to a node, itself included, if they all stand; else 0 */
+  for (int32_t i = 0; i < p->n_nodes; ++i) {
+    int32_t parent = p->parents[i], before = parent < 0 ? 0 : right[parent];
+    right[i] = 0;
+    if ((parent >= 0 && before == 0) || before == n_tokens) continue;
+    if (p->tokens[i] == tokens[before]) right[i] = before + 1;
+    record *r = find_record(m, parent >= 0, p->chances[i]);
+    if (r->tried >= RECENT_NODES) {
+      r->tried /= 2;
+      r->right /= 2;
+    }
+    r->tried += 1;
+    r->right += right[i] > 0;
+  }
+  m->latest.n_nodes = 0;
+}
 
 /* ---- Each of them -------------------------------------------------------------------------------------- */
 
@@ -47,22 +87,10 @@ static int32_t begin(ds_drafter *drafter, int32_t n_tokens) {
   for (member *m = h->members; m < h->members + h->n_members; ++m) {
     int32_t status = m->drafter->begin(m->drafter, n_tokens);
     if (status < 0) return status;
-    ds_trust_reset(&m->trust);
-    m->n_draft = 0;
+    memset(m->records, 0, sizeof m->records);
+    m->latest.n_nodes = 0;
   }
   return DS_OK;
-}
-
-/* Of a proposal nothing is known past the tokens that came to stand. */
-static void learn(member *m, const int32_t *tokens, int32_t n_tokens) {
-  int32_t known = m->n_draft < n_tokens ? m->n_draft : n_tokens, right = 0;
-  while (right < known && m->draft[right] == tokens[right]) ++right;
-  ds_tree chain;
-  ds_tree_make_chain(&chain, known);
-  int32_t path[DS_MAX_DRAFT];
-  for (int32_t i = 0; i < right; ++i) path[i] = i;
-  ds_trust_learn(&m->trust, m->buckets, &chain, path, right);
-  m->n_draft = 0;
 }
 
 static int32_t append(ds_drafter *drafter, const int32_t *tokens, int32_t n_tokens) {
@@ -75,97 +103,82 @@ static int32_t append(ds_drafter *drafter, const int32_t *tokens, int32_t n_toke
   return DS_OK;
 }
 
-static int32_t observe(ds_drafter *drafter, const int32_t *tokens, int32_t n_rows, const float *logits,
-                       int32_t vocab) {
+static int32_t observe(ds_drafter *drafter, const int32_t *tokens, const int32_t *parents, int32_t n_rows,
+                       const float *logits, int32_t vocab) {
   hybrid_drafter *h = (hybrid_drafter *)drafter;
   for (member *m = h->members; m < h->members + h->n_members; ++m) {
     if (!m->drafter->observe) continue;
-    int32_t status = m->drafter->observe(m->drafter, tokens, n_rows, logits, vocab);
+    int32_t status = m->drafter->observe(m->drafter, tokens, parents, n_rows, logits, vocab);
     if (status < 0) return status;
   }
   return DS_OK;
 }
 
-/* ---- Chains -------------------------------------------------------------------------------------------- */
+/* ---- Proposals ----------------------------------------------------------------------------------------- */
+
+static int32_t propose_chain(member *m, const int32_t *tail, int32_t n_tail, int32_t most, proposal *p) {
+  int32_t support[DS_MAX_DRAFT];
+  p->n_nodes = m->drafter->draft(m->drafter, tail, n_tail, most, p->tokens, support);
+  if (p->n_nodes > most)
+    return ds_fail(DS_ERROR_ARGUMENT, "a drafter proposes %d tokens where %d were asked for", p->n_nodes,
+                   most);
+  for (int32_t i = 0; i < p->n_nodes; ++i) {
+    p->parents[i] = i - 1;
+    p->chances[i] = ds_chance_of_match(support[i]);
+  }
+  return p->n_nodes;
+}
+
+static int32_t propose_tree(member *m, const int32_t *tail, int32_t n_tail, int32_t max_nodes,
+                            int32_t max_depth, proposal *p) {
+  if (!m->drafter->draft_tree)
+    return propose_chain(m, tail, n_tail, max_nodes < max_depth ? max_nodes : max_depth, p);
+  p->n_nodes = m->drafter->draft_tree(m->drafter, tail, n_tail, max_nodes, max_depth, p->tokens, p->parents,
+                                      p->chances);
+  if (p->n_nodes > max_nodes)
+    return ds_fail(DS_ERROR_ARGUMENT, "a drafter proposes a tree of %d nodes where %d were asked for",
+                   p->n_nodes, max_nodes);
+  return p->n_nodes;
+}
 
 static int32_t draft(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_draft,
                      int32_t *tokens, int32_t *support) {
   hybrid_drafter *h = (hybrid_drafter *)drafter;
-  int32_t said[DS_MAX_DRAFT], rests_on[DS_MAX_DRAFT], drafted = 0;
-  uint8_t buckets[DS_MAX_DRAFT];
+  int32_t drafted = 0;
   double most = 0;
   if (max_draft > DS_MAX_DRAFT) max_draft = DS_MAX_DRAFT;
   for (member *m = h->members; m < h->members + h->n_members; ++m) {
-    int32_t n = m->drafter->draft(m->drafter, tail, n_tail, max_draft, said, rests_on);
+    proposal said;
+    int32_t n = propose_chain(m, tail, n_tail, max_draft, &said);
     if (n < 0) return n;
-    if (n > max_draft)
-      return ds_fail(DS_ERROR_ARGUMENT, "a drafter proposes %d tokens where %d were asked for", n, max_draft);
-    for (int32_t i = 0; i < n; ++i)
-      buckets[i] = ds_bucket_of_match(rests_on[i] < rests_on[0] ? rests_on[i] : rests_on[0]);
-    if (n_tail == 0) {
-      m->n_draft = n;
-      memcpy(m->draft, said, (size_t)n * sizeof *said);
-      memcpy(m->buckets, buckets, (size_t)n * sizeof *buckets);
-    }
-    double expected = ds_expected_length(&m->trust, buckets, n);
+    if (n_tail == 0) m->latest = said;
+    double chances[DS_MAX_DRAFT], reach = 1, expected = 0;
+    for (int32_t i = 0; i < n; ++i) expected += reach *= chances[i] = judge(m, &said, i);
     if (expected <= most) continue;
     most = expected;
     drafted = n;
-    memcpy(tokens, said, (size_t)n * sizeof *said);
-    for (int32_t i = 0; i < n; ++i) support[i] = ds_match_of_chance(ds_trust_in(&m->trust, buckets[i]));
+    memcpy(tokens, said.tokens, (size_t)n * sizeof *tokens);
+    for (int32_t i = 0; i < n; ++i) support[i] = ds_match_of_chance(chances[i]);
   }
   return drafted;
 }
 
-/* ---- Trees --------------------------------------------------------------------------------------------- */
-
-static int32_t propose(ds_drafter *member, const int32_t *tail, int32_t n_tail, int32_t max_nodes,
-                       int32_t max_depth, int32_t *tokens, int32_t *parents, double *chances) {
-  if (member->draft_tree)
-    return member->draft_tree(member, tail, n_tail, max_nodes, max_depth, tokens, parents, chances);
-  int32_t support[DS_MAX_DRAFT], most = max_nodes < max_depth ? max_nodes : max_depth;
-  int32_t n = member->draft(member, tail, n_tail, most, tokens, support);
-  for (int32_t i = 0; i < n; ++i) {
-    parents[i] = i - 1;
-    chances[i] = ds_chance_of_match(support[i]);
-  }
-  return n;
-}
-
-/* The node that is `token` behind `parent`, with at least this chance. */
-static int32_t plant(grove *g, int32_t parent, int32_t token, double chance) {
-  for (int32_t i = parent + 1; i < g->n_nodes; ++i)
-    if (g->parents[i] == parent && g->tokens[i] == token) {
-      if (g->chances[i] < chance) g->chances[i] = chance;
-      return i;
-    }
-  g->tokens[g->n_nodes] = token;
-  g->parents[g->n_nodes] = parent;
-  g->chances[g->n_nodes] = chance;
-  return g->n_nodes++;
-}
-
 static int32_t draft_tree(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_nodes,
                           int32_t max_depth, int32_t *tokens, int32_t *parents, double *chances) {
-  hybrid_drafter *m = (hybrid_drafter *)drafter;
-  grove *all = &m->grove;
-  all->n_nodes = 0;
+  hybrid_drafter *h = (hybrid_drafter *)drafter;
+  h->grove.n_nodes = 0;
   if (max_nodes > DS_MAX_DRAFT) max_nodes = DS_MAX_DRAFT;
-  for (int32_t i = 0; i < m->n_members; ++i) {
-    int32_t said[DS_MAX_DRAFT], behind[DS_MAX_DRAFT], place[DS_MAX_DRAFT];
-    double sure[DS_MAX_DRAFT];
-    int32_t n = propose(m->members[i].drafter, tail, n_tail, max_nodes, max_depth, said, behind, sure);
+  for (member *m = h->members; m < h->members + h->n_members; ++m) {
+    proposal said;
+    int32_t n = propose_tree(m, tail, n_tail, max_nodes, max_depth, &said), place[DS_MAX_DRAFT];
     if (n < 0) return n;
-    for (int32_t k = 0; k < n; ++k)
-      place[k] = plant(all, behind[k] < 0 ? TEXT : place[behind[k]], said[k], sure[k]);
+    if (n_tail == 0) m->latest = said;
+    for (int32_t i = 0; i < n; ++i) {
+      int32_t behind = said.parents[i] < 0 ? -1 : place[said.parents[i]];
+      place[i] = ds_grove_plant(&h->grove, behind, said.tokens[i], judge(m, &said, i));
+    }
   }
-  ds_growth growth;
-  ds_growth_begin(&growth, max_nodes, max_depth, tokens, parents, chances);
-  for (int32_t node = TEXT, at = TEXT;; at = growth.marks[node]) {
-    for (int32_t k = at + 1; k < all->n_nodes; ++k)
-      if (all->parents[k] == at) ds_growth_offer(&growth, node, all->tokens[k], all->chances[k], k);
-    if ((node = ds_growth_take(&growth)) < 0) return growth.n_nodes;
-  }
+  return ds_grove_grow(&h->grove, max_nodes, max_depth, tokens, parents, chances);
 }
 
 static void close_drafter(ds_drafter *drafter) { free(drafter); }

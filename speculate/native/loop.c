@@ -271,8 +271,8 @@ static int32_t advance(ds_decoder *d, level *l, int32_t length, int32_t room, in
   const ds_tree *tree = &d->tree;
   double began = now_ms();
   if (l->inner && l->inner->drafter && l->inner->drafter->observe) {
-    status = l->inner->drafter->observe(l->inner->drafter, d->ids + length - 1, tree->n_nodes + 1, logits,
-                                        l->engine->vocab);
+    status = l->inner->drafter->observe(l->inner->drafter, d->ids + length - 1, tree->parents,
+                                        tree->n_nodes + 1, logits, l->engine->vocab);
     if (status < 0) return status;
     double spent = now_ms() - began;
     l->inner->stats.busy_ms += spent;

@@ -1,9 +1,11 @@
 /* Reading a table of n-grams, and drafting by it. */
 #include "ngrams.h"
 #include "error.h"
+#include "growth.h"
 #include "schedule.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -142,6 +144,23 @@ static int32_t draft(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, i
   return max_draft;
 }
 
+/* The chance of a token is the model's own after the token before it alone. */
+static int32_t draft_tree(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_nodes,
+                          int32_t max_depth, int32_t *tokens, int32_t *parents, double *chances) {
+  const bigram_drafter *b = (const bigram_drafter *)drafter;
+  int32_t token = n_tail ? tail[n_tail - 1] : b->last, next[DS_MAX_DRAFT];
+  float probabilities[DS_MAX_DRAFT];
+  ds_growth growth;
+  ds_growth_begin(&growth, max_nodes, max_depth, tokens, parents, chances);
+  for (int32_t node = -1;; token = tokens[node]) {
+    int32_t n = ds_ngrams_next(b->ngrams, token, growth.max_nodes, next, probabilities);
+    if (n < 0) return n;
+    for (int32_t i = 0; i < n; ++i)
+      ds_growth_offer(&growth, node, next[i], fmin((double)probabilities[i], 1), i);
+    if ((node = ds_growth_take(&growth)) < 0) return growth.n_nodes;
+  }
+}
+
 static void close_drafter(ds_drafter *drafter) { free(drafter); }
 
 ds_drafter *ds_bigram_drafter_create(const ds_ngrams *ngrams) {
@@ -154,7 +173,8 @@ ds_drafter *ds_bigram_drafter_create(const ds_ngrams *ngrams) {
     ds_fail(DS_ERROR_MEMORY, "no memory for a drafter");
     return NULL;
   }
-  b->drafter = (ds_drafter){.begin = begin, .append = append, .draft = draft, .close = close_drafter};
+  b->drafter = (ds_drafter){
+      .begin = begin, .append = append, .draft = draft, .draft_tree = draft_tree, .close = close_drafter};
   b->ngrams = ngrams;
   b->last = NONE;
   return &b->drafter;

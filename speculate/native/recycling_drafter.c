@@ -112,9 +112,10 @@ static void learn_ranks(recycling_drafter *r, const int32_t *candidates, int32_t
   for (int k = 0; k < WIDTH; ++k) r->right[k] += candidates[k] == token;
 }
 
-static int32_t observe(ds_drafter *drafter, const int32_t *tokens, int32_t n_rows, const float *logits,
-                       int32_t vocab) {
+static int32_t observe(ds_drafter *drafter, const int32_t *tokens, const int32_t *parents, int32_t n_rows,
+                       const float *logits, int32_t vocab) {
   recycling_drafter *r = (recycling_drafter *)drafter;
+  (void)parents;
   leaders l;
   for (int32_t i = 0; i < n_rows; ++i) {
     int32_t status = check_token(r, tokens[i]);

@@ -117,15 +117,6 @@ uint8_t ds_bucket_of_chance(double chance) {
   return DS_GRADES + bucket_of(chance, limits);
 }
 
-double ds_expected_length(const ds_trust *trust, const uint8_t *buckets, int32_t n_draft) {
-  double reach = 1, expected = 0;
-  for (int32_t i = 0; i < n_draft; ++i) {
-    reach *= ds_trust_in(trust, buckets[i]);
-    expected += reach;
-  }
-  return expected;
-}
-
 void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, const ds_tree *tree, const int32_t *path,
                     int32_t n_accepted) {
   for (int32_t i = 0; i < tree->n_nodes; ++i) {

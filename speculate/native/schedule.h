@@ -63,9 +63,6 @@ int32_t ds_match_of_chance(double chance);
 /* How often a token in this bucket is accepted, where all before it are. */
 double ds_trust_in(const ds_trust *trust, uint8_t bucket);
 
-/* How many tokens of a chain with these buckets [n_draft] may be expected to be accepted. */
-double ds_expected_length(const ds_trust *trust, const uint8_t *buckets, int32_t n_draft);
-
 /* Of a proposal with these buckets, the nodes path[0 .. n_accepted) were accepted. */
 void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, const ds_tree *tree, const int32_t *path,
                     int32_t n_accepted);

@@ -28,7 +28,7 @@ static void check_tree(ds_drafter *drafter, const int32_t *tail, int32_t n_tail)
 
 /* One generation: tokens come in bunches, drafts are asked for behind tails, logits are shown. */
 static void generate(ds_drafter *drafter) {
-  int32_t tokens[64], tail[16], draft[20], support[20], total = 400;
+  int32_t tokens[64], tail[16], draft[20], support[20], parents[4], total = 400;
   float logits[5 * VOCAB];
   CHECK(drafter->begin(drafter, total) >= 0);
   while (total > 0) {
@@ -39,7 +39,8 @@ static void generate(ds_drafter *drafter) {
     CHECK(drafter->append(drafter, tokens, n) >= 0);
     if (drafter->observe) {
       for (int32_t i = 0; i < 5 * VOCAB; ++i) logits[i] = below(9) ? (float)(9 * uniform()) : NAN;
-      CHECK(drafter->observe(drafter, tokens, n < 5 ? n : 5, logits, VOCAB) >= 0);
+      for (int32_t i = 0; i < 4; ++i) parents[i] = below(2) ? i - 1 : below(i + 1) - 1;
+      CHECK(drafter->observe(drafter, tokens, parents, n < 5 ? n : 5, logits, VOCAB) >= 0);
     }
     int32_t count = drafter->draft(drafter, tail, n_tail, wanted, draft, support);
     CHECK(count >= 0 && count <= wanted);
@@ -80,21 +81,32 @@ static void exercise_recycling(void) {
       int32_t n = ds_recycling_candidates(drafter, token, candidates);
       CHECK(n >= 0 && n <= VOCAB);
     }
-    CHECK(drafter->observe(drafter, tokens, 0, NULL, 1) == DS_OK);
-    REFUSED(drafter->observe(drafter, tokens, 1, logits, VOCAB), "token 7 is outside");
+    CHECK(drafter->observe(drafter, tokens, NULL, 0, NULL, 1) == DS_OK);
+    REFUSED(drafter->observe(drafter, tokens, NULL, 1, logits, VOCAB), "token 7 is outside");
     REFUSED(drafter->append(drafter, tokens, 1), "token 7 is outside");
     REFUSED(drafter->draft(drafter, tokens, 1, 2, draft, support), "token 7 is outside");
     REFUSED(ds_recycling_candidates(drafter, -1, candidates), "token -1");
     REFUSED(ds_recycling_candidates(drafter, 1, NULL), "room");
     tokens[0] = 2;
-    CHECK(drafter->observe(drafter, tokens, 1, logits, 2 * VOCAB) == DS_OK); /* a wider level above */
-    CHECK(drafter->observe(drafter, tokens, 1, logits, 2) == DS_OK);         /* and a narrower one */
+    CHECK(drafter->observe(drafter, tokens, NULL, 1, logits, 2 * VOCAB) == DS_OK); /* a wider level above */
+    CHECK(drafter->observe(drafter, tokens, NULL, 1, logits, 2) == DS_OK);         /* and a narrower one */
     CHECK(ds_recycling_candidates(drafter, 2, candidates) == 2);
     tokens[0] = VOCAB;
     ds_drafter_close(drafter);
   }
   REFUSED(ds_recycling_candidates(NULL, 1, candidates), "a drafter");
   CHECK(!ds_recycling_drafter_create(0) && strstr(ds_error_message(), "vocab is 0"));
+}
+
+static void exercise_lookahead(void) {
+  for (int trial = 0; trial < 50; ++trial) {
+    ds_drafter *drafter = ds_lookahead_drafter_create(VOCAB);
+    CHECK(drafter);
+    for (int round = 0; round < 3; ++round) generate(drafter);
+    CHECK(drafter->observe(drafter, NULL, NULL, 0, NULL, 1) == DS_OK);
+    ds_drafter_close(drafter);
+  }
+  CHECK(!ds_lookahead_drafter_create(0) && strstr(ds_error_message(), "vocab is 0"));
 }
 
 enum { HISTORY_BYTES = 400000 };
@@ -335,6 +347,8 @@ static ds_drafter *create_suffix(void) {
 
 static ds_drafter *create_recycling(void) { return ds_recycling_drafter_create(VOCAB); }
 
+static ds_drafter *create_lookahead(void) { return ds_lookahead_drafter_create(VOCAB); }
+
 static ds_drafter *create_history(void) { return ds_history_drafter_create(HISTORY_BYTES); }
 
 static ds_datastore *opened;
@@ -346,6 +360,7 @@ int main(int n_words, char **words) {
   scratch = words[1];
   exercise_suffix_drafter();
   exercise_recycling();
+  exercise_lookahead();
   exercise_history();
   exercise_hybrid();
   exercise_ngrams();
@@ -353,6 +368,7 @@ int main(int n_words, char **words) {
   exercise_writing_without_memory();
   exercise_memory(create_suffix, 6);
   exercise_memory(create_recycling, 1);
+  exercise_memory(create_lookahead, 1);
   exercise_memory(create_history, 12);
   CHECK((opened = ds_datastore_open(scratch, VOCAB, NO_TOKENIZER)));
   exercise_memory(create_rest, 1);

@@ -8,6 +8,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .datastore import Datastore
 from .devices import choose_device, find_plan, spread_devices, why_not_tensorrt
@@ -41,7 +42,7 @@ from .manifest import (
     validate,
 )
 from .ngrams import Ngrams
-from .onnx_engine import OnnxEngine, OnnxRuntime, default_threads
+from .onnx_engine import OnnxEngine, OnnxRuntime, SkippingEngine, default_threads
 from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
 from .settings import Rule, Sampling
 
@@ -197,13 +198,16 @@ class Bundle:
         return Run(prompt_ids, begin, eos, self.tokenizer, max_new_tokens, stops, self._busy)
 
     def logits(self, token_ids: Sequence[int], engine: str = TARGET) -> Logits:
-        """float32 logits [T, V] of the token after each of `token_ids` [T], as one engine has them."""
+        """float32 logits [T, V] of the token after each of `token_ids` [T], as one engine has them; one that
+        shares the target's cache, as it has them where the target has read all tokens before."""
         if engine not in self.manifest.engines:
             raise BundleError(f"no engine {engine!r} in this bundle, only {', '.join(self.manifest.engines)}")
         ids = np.array(check_ids(token_ids, self.manifest.engines[engine].vocab_size), np.int32)
         runner = self.engine(engine)
         logits = np.empty((len(ids), runner.vocab_size), np.float32)
         with exclusive(self._busy):
+            if isinstance(runner, SkippingEngine):
+                return runner.read_along(ids)
             runner.reserve(len(ids))
             for start in range(0, len(ids), PREFILL_ROWS):
                 logits[start : start + PREFILL_ROWS] = runner.forward(
@@ -260,7 +264,9 @@ class Bundle:
         """One of the bundle's engines, loaded at the first call."""
         if name not in self._engines:
             entry = self.manifest.engines[name]
-            if self.devices[name] == "cuda":
+            if entry.skips:
+                engine = self._open_without(name, entry.skips.table(entry.num_layers))
+            elif self.devices[name] == "cuda":
                 engine = self._open_on_gpu(name, entry)
             else:
                 self._runtime = self._runtime or OnnxRuntime(self.threads)
@@ -285,6 +291,16 @@ class Bundle:
                 raise
             warnings.warn(f"{name} runs on stock operators: {error}", stacklevel=3)
             return OnnxEngine(name, resolve_inside(self.path, entry.portable), entry, runtime)
+
+    def _open_without(self, name: str, skips: NDArray[np.bool_]) -> Engine:
+        """The target without some of its layers."""
+        target = self.engine(TARGET)
+        if not isinstance(target, OnnxEngine):
+            raise BundleError(
+                f"{name} leaves out layers of the target's engine for the CPU, and the target runs on "
+                f'{self.devices[TARGET]}: give the device "cpu" or leave {name} out'
+            )
+        return SkippingEngine(name, target, skips)
 
     def _open_on_gpu(self, name: str, entry: EngineEntry) -> Engine:
         """TensorRT's engine for this GPU or, where the bundle has none that runs, ONNX Runtime's."""
@@ -317,19 +333,25 @@ class Bundle:
 
     def _choose_devices(self, device: str | Mapping[str, str]) -> tuple[dict[str, str], str]:
         """The device of every engine and, where "auto" left a GPU's engines unused, why. All engines of one
-        wish go the same way."""
-        engines = self.manifest.engines
+        wish go the same way, and those that share the target's cache go its."""
+        engines = {name: entry for name, entry in self.manifest.engines.items() if entry.skips is None}
         wishes = spread_devices(device, engines)
         chosen = {
             wish: choose_device(wish, [engines[name] for name in engines if wishes[name] == wish])
             for wish in dict.fromkeys(wishes.values())
         }
         why = next((reason for _, reason in chosen.values() if reason), "")
-        return {name: chosen[wish][0] for name, wish in wishes.items()}, why
+        devices = {name: chosen[wish][0] for name, wish in wishes.items()}
+        return {name: devices.get(name, devices[TARGET]) for name in self.manifest.engines}, why
 
     def _planned_ladder(self) -> list[Rung]:
-        counts = self.plan.num_speculative_tokens
-        return [Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS)) for name in self.plan.ladder]
+        """Without drafters that are parts of the target's CPU graph where that does not run."""
+        counts, engines = self.plan.num_speculative_tokens, self.manifest.engines
+        return [
+            Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS))
+            for name in self.plan.ladder
+            if name not in engines or not engines[name].skips or self.devices[TARGET] == "cpu"
+        ]
 
     def _planned_costs(self, rungs: list[Rung]) -> dict[str, list[float]] | None:
         """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes. They are

@@ -12,7 +12,6 @@ while sublayers do not get easier to miss as others go), so few are tried at eac
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -112,7 +111,8 @@ class Rehearsal:
             raise BundleError("skip_layers leaves out layers of the graph for the CPU")
         self.target, self.tried = target, 0
         self._num_layers = bundle.manifest.engines[TARGET].num_layers
-        room = target.max_seq_len - PREFILL_ROWS
+        self._chunk = min(PREFILL_ROWS, target.max_seq_len // 4)
+        room = target.max_seq_len - self._chunk
         count = max(1, min(len(prompts), room // (PROMPT_TOKENS + NEW_TOKENS)))
         new = min(NEW_TOKENS, room // count - len(prompts[0]))
         texts: list[list[int]] = []
@@ -125,10 +125,9 @@ class Rehearsal:
         self._choices = np.array(choices)
         self._ids = np.concatenate(texts).astype(np.int32)
         self._positions = np.concatenate([np.arange(len(text)) for text in texts])
-        is_read = np.concatenate([np.arange(len(text)) >= len(text) - new - 1 for text in texts]) & np.append(
-            self._positions[1:] > 0, False
-        )
-        self._rows = np.flatnonzero(is_read)  # the tokens right before those that were chosen
+        ends = np.cumsum([len(text) for text in texts])
+        # The tokens right before those that were chosen.
+        self._rows = np.concatenate([np.arange(end - new - 1, end - 1) for end in ends])
         self._read_texts()
 
     @property
@@ -136,9 +135,9 @@ class Rehearsal:
         return len(self._rows)
 
     def _read_texts(self) -> None:
-        self.target.reserve(len(self._ids) + PREFILL_ROWS)
-        for start in range(0, len(self._ids), PREFILL_ROWS):
-            rows = np.arange(start, min(start + PREFILL_ROWS, len(self._ids)))
+        self.target.reserve(len(self._ids) + self._chunk)
+        for start in range(0, len(self._ids), self._chunk):
+            rows = np.arange(start, min(start + self._chunk, len(self._ids)))
             self.target.forward(self._ids[rows], start, self._positions[rows], self._see(rows, start), 1)
 
     def _see(self, rows: np.ndarray, start: int) -> np.ndarray:
@@ -153,9 +152,9 @@ class Rehearsal:
         table = np.zeros(2 * self._num_layers, bool)
         table[list(skipped)] = True
         drafter = SkippingEngine("skip_layers", self.target, table.reshape(-1, 2))
-        said: list[Any] = []
-        for begin in range(0, len(self._rows), PREFILL_ROWS):
-            rows, end = self._rows[begin : begin + PREFILL_ROWS], len(self._ids)
+        said: list[np.ndarray] = []
+        for begin in range(0, len(self._rows), self._chunk):
+            rows, end = self._rows[begin : begin + self._chunk], len(self._ids)
             logits = drafter.forward(self._ids[rows], end, self._positions[rows], self._see(rows, end))
             said.append(logits.argmax(axis=-1))
         self.tried += 1
@@ -179,7 +178,7 @@ def search(sizes: Sequence[int], rest: int, agreement: Agreement, progress: Prog
     """The fastest choice on the greedy path; at least one sublayer is skipped, and one is not."""
     last = best = Choice(frozenset(), 1.0, 1.0, 0.0)
     shares = dict.fromkeys(range(len(sizes)), 1.0)  # of the agreement, that it left when last tried
-    total, idle = sum(sizes) + rest, 0
+    total, idle, tried = sum(sizes) + rest, 0, 0
     while idle < PATIENCE and len(last.skipped) < len(sizes) - 1:
         fresh: dict[int, Choice] = {}
 
@@ -190,11 +189,12 @@ def search(sizes: Sequence[int], rest: int, agreement: Agreement, progress: Prog
 
         while (likeliest := max(shares, key=hope)) not in fresh:
             fresh[likeliest] = weigh(last.skipped | {likeliest}, sizes, rest, agreement)
+            tried += 1
+            progress(len(last.skipped), len(sizes), f"sublayers skipped, {tried} tries")
             if last.agreement:
                 shares[likeliest] = fresh[likeliest].agreement / last.agreement
         last = fresh[likeliest]
         del shares[likeliest]
         idle = 0 if last.speedup > best.speedup else idle + 1
         best = last if idle == 0 else best
-        progress(len(last.skipped), len(sizes), "skipping sublayers")
     return best

@@ -179,7 +179,12 @@ MEASURING = (
     *("pipeline/machine.py", "pipeline/processor.py", "pipeline/replay.py", "pipeline/traces.py"),
     *("pipeline/rounds.py", "pipeline/compare.py"),
 )
-SKIP = Stage("skip", _skip, ("speculate", "pipeline/skips.py", "pipeline/pack.py"), (*RUNTIME, "onnx"))
+SKIP = Stage(
+    "skip",
+    _skip,
+    ("speculate", "pipeline/skips.py", "pipeline/pack.py", "export/onnx_files.py"),
+    (*RUNTIME, "onnx"),
+)
 NGRAMS = Stage("ngrams", _ngrams, ("speculate", "pipeline/ngrams.py", "pipeline/pack.py"), RUNTIME)
 TUNE = Stage(
     "tune",

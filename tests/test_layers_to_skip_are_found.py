@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from draftsmith.pipeline.pack import ENGINE_FILE, try_bundle
-from draftsmith.pipeline.preflight import check_model
+from draftsmith.pipeline.preflight import LEAST_CONTEXT, check_model
 from draftsmith.pipeline.progress import no_progress
 from draftsmith.pipeline.recipe import Recipe
 from draftsmith.pipeline.skips import (
@@ -25,6 +25,7 @@ from draftsmith.pipeline.traces import record
 from draftsmith.speculate.bundle import load
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.joint import Ensemble, generate_jointly
+from draftsmith.speculate.manifest import Plan
 from fake_engine import byte_tokenizer
 from safetensors.numpy import save_file
 from tiny_bundle import CONFIG, write_tiny_checkpoint
@@ -72,21 +73,26 @@ def test_the_speed_is_that_of_the_theorem():
         assert predict_speedup(agreement, cost) == pytest.approx(max(speeds), rel=1e-12)
 
 
+def export(folder, config) -> dict:
+    """The inputs of the stages after the export."""
+    write_tiny_checkpoint(folder / "model", quantized=False, config=config)
+    byte_tokenizer().save(str(folder / "model" / "tokenizer.json"))
+    (folder / "target").mkdir()
+    params = {"max_seq_len": None, "weights": ""}
+    EXPORT.run(Call({"model": folder / "model"}, {}, params, folder / "target", folder, no_progress))
+    return {"model": folder / "model", "engine target": folder / "target"}
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """(inputs of the stages after the export, a folder for more)"""
+    """(inputs of the stages after the export, a folder with tokens and for more)"""
     folder = tmp_path_factory.mktemp("stages")
-    write_tiny_checkpoint(folder / "model", quantized=False, config=LONG)
-    byte_tokenizer().save(str(folder / "model" / "tokenizer.json"))
-    call = Call({"model": folder / "model"}, {}, {"max_seq_len": None, "weights": ""},
-                folder / "target", folder / "work", no_progress)  # fmt: skip
-    call.out.mkdir()
-    EXPORT.run(call)
+    inputs = export(folder, LONG)
     (folder / "tokens").mkdir()
     windows = np.random.default_rng(0).integers(0, 256, (5, 80))
     save_file({"tokens": windows}, folder / "tokens" / "tokens.safetensors")
     (folder / "work").mkdir()
-    return {"model": folder / "model", "engine target": folder / "target"}, folder
+    return inputs, folder
 
 
 def test_the_agreement_is_that_of_single_texts(stages):
@@ -108,6 +114,13 @@ def test_the_agreement_is_that_of_single_texts(stages):
         shares.append(np.mean(alone))
     assert any(0 < share < 1 for share in shares)
     assert rehearsal.agreement(frozenset()) == 1.0
+
+
+def test_a_short_context_is_enough(tmp_path):
+    short = CONFIG.model_copy(update={"max_position_embeddings": LEAST_CONTEXT})
+    bundle = load(try_bundle(tmp_path, export(tmp_path, short)), threads=1)
+    rehearsal = Rehearsal(bundle, np.random.default_rng(1).integers(0, 256, (3, 64)).tolist())
+    assert rehearsal.positions > 50 and rehearsal.agreement(frozenset()) == 1.0
 
 
 def packed_shapes():
@@ -157,6 +170,8 @@ def test_without_the_operators_it_is_an_error_that_says_so(stages, tmp_path):
     assert len(portable.generate([1, 2], 4, ignore_eos=True).token_ids) == 4
     with pytest.raises(BundleError, match=r"skip: .* not of operators of ours .* run its graph for the CPU"):
         portable.generate([1, 2], 4, speculate=["skip"])
+    portable.plan = Plan(ladder=("suffix", "skip"))
+    assert portable.plan_for("auto")["ladder"] == ["suffix"], "a plan made on the CPU goes without it"
 
 
 @pytest.mark.parametrize(

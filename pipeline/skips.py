@@ -27,7 +27,7 @@ from .pack import ENGINE_FILE
 from .processor import num_threads
 from .progress import Progress, no_progress
 
-TEXTS, PROMPT_TOKENS, NEW_TOKENS = 4, 64, 64
+TEXTS, PROMPT_TOKENS, NEW_TOKENS = 8, 64, 32
 MAX_DRAFT = 16
 PATIENCE = 6  # sublayers that go without a gain before the search ends
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import onnx
 import typer
 from draftsmith.speculate.bundle import load
-from draftsmith.speculate.ladder import TARGET
+from draftsmith.speculate.levels import TARGET
 from draftsmith.speculate.manifest import EngineEntry
 from engines import num_bytes
 from measure import print_table

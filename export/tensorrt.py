@@ -50,7 +50,7 @@ def build_engine(
     Raises ModelError for what no builder here builds, for too little memory, and for what the builder
     refuses.
     """
-    builder = choose_builder(compute_capability)
+    builder = choose_builder(compute_capability, precision)
     check_memory((export / WEIGHTS).stat().st_size, available_memory())
     rows = sorted(set(rows))
     num_slots = -(-(max_seq_len + rows[-1] - 1) // ALIGNMENT) * ALIGNMENT
@@ -136,5 +136,8 @@ def _run_child(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise ModelError(f"{package} failed: {(child.stderr.strip().splitlines() or ['no word'])[-1]}")
     report = json.loads(lines[-1])
     if "error" in report:
-        raise ModelError(f"{package}: {report['error']}")
+        raise ModelError(
+            f"{package}: {report['error']}; without format: tensorrt in export the bundle is for the CPU and "
+            "for ONNX Runtime's GPU provider"
+        )
     return report

@@ -22,8 +22,6 @@ class Refused(Exception):
 def build(job: dict[str, Any]) -> dict[str, Any]:
     """Write the plan and the log of `job`. Raises Refused."""
     trt: Any = importlib.import_module(job["package"])
-    if job["package"] != RTX:
-        _check_gpu(job["compute_capability"][0])
     with Path(job["log"]).open("w", encoding="utf-8") as log:
         logger = _make_logger(trt, log)
         builder = trt.Builder(logger)
@@ -88,19 +86,6 @@ def _make_logger(trt: Any, log: Any) -> Any:
             return self.errors[0] if self.errors else otherwise
 
     return Logger()
-
-
-def _check_gpu(capability: str) -> None:
-    from ..speculate.driver import find_gpus
-
-    gpus, why_none = find_gpus()
-    if not gpus:
-        raise Refused(f"it builds for the GPU that it finds, and here is none: {why_none}")
-    if gpus[0].compute_capability != capability:
-        raise Refused(
-            f"it builds for the GPU that it finds, {gpus[0].name} of compute capability "
-            f"{gpus[0].compute_capability}, not {capability}"
-        )
 
 
 def main() -> None:

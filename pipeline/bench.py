@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from ..speculate.bundle import Bundle, load
 from ..speculate.manifest import CHAT_TEMPLATE
-from .figures import Run, describe_memory, summarise, summarise_categories
+from .figures import Run, compare_with_plan, describe_memory, summarise, summarise_categories
 from .machine import describe_machine
 from .processor import num_threads
 from .progress import Progress, no_progress
@@ -93,7 +93,10 @@ def bench(
         "divergences": divergences,
         **summarise(runs),
         "categories": summarise_categories(runs),
-        "memory": describe_memory(bundle, [*ladders.values()]),
+        "prediction": compare_with_plan(bundle.plan, runs, max_new_tokens)
+        if speculate == "auto" and bundle.plan_fits
+        else None,
+        "memory": describe_memory(bundle, runs),
         "disturbance": asdict(disturbance),
         "snapshot": _snapshot(bundle, [ids for _, ids in encoded], max_new_tokens, runs, reference)
         if greedy

@@ -5,6 +5,7 @@
         stage.json    its full key, what went into the key, and size, time and hash of every file
     work/<key>/       of a stage under way: the layers it has finished survive a crash
     locks/<key>       held while a stage is made
+    providers/        engines that ONNX Runtime's providers build of a bundle's graphs at the first call
 
 Nothing is at its final place before it is whole. No file is forced to disk: one that a power cut truncated no
 longer has its recorded size, so it is found damaged and made again.
@@ -12,7 +13,6 @@ longer has its recorded size, so it is found damaged and made again.
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..speculate.folders import default_root
 from .errors import RecipeError
 from .hashing import FileHashes, hash_file, hash_json, list_files, write_json
 
@@ -29,10 +30,6 @@ Record = dict[str, Any]  # what goes into a key: JSON data
 Make = Callable[[Path, Path], dict]  # (empty output folder, work folder) → the stage's report
 
 IN_USE = "in-use"
-
-
-def default_root() -> Path:
-    return Path(os.environ.get("DRAFTSMITH_CACHE") or "~/.cache/draftsmith").expanduser()
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,14 @@ import numpy as np
 
 from ..speculate.binding import ffi, lib
 from ..speculate.bundle import Bundle
+from ..speculate.costs import Costs
 from ..speculate.kernels import Pool
 from .compare import settle
 from .progress import Progress, no_progress
-from .replay import CallCosts
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 128)  # the last is a chunk of a prompt
-CONTEXT = 256  # slots in use while calls are timed
+CONTEXTS = (64, 256, 1024)  # slots in use while calls are timed
 READ_BYTES = 64 << 20  # more than the caches hold
-OTHER_CONTEXTS = (64, 1024)  # how much more or less one row costs there
 
 
 @dataclass
@@ -32,11 +31,9 @@ class CostMeter:
         engines = {name: self.bundle.engine(name) for name in ["target", *self.bundle.drafters]}
         slots = min(engine.max_seq_len for engine in engines.values())
         rows = [count for count in ROWS if 2 * count <= slots]
-        context = min(CONTEXT, slots - rows[-1])
-        others = [other for other in OTHER_CONTEXTS if other + rows[-1] <= slots and other != context]
-        calls = [(name, count, context) for name in engines for count in rows]
-        calls += [(name, 1, other) for name in engines for other in others]
-        deepest = max([context, *others])
+        contexts = [context for context in CONTEXTS if context + rows[-1] <= slots] or [slots - rows[-1]]
+        calls = [(name, count, context) for context in contexts for name in engines for count in rows]
+        deepest = contexts[-1]
         room, pool = np.ones(READ_BYTES, np.uint8), Pool(self.bundle.threads)
         ids = np.ones(max(deepest, rows[-1]), np.int32)  # what they say does not matter to the clock
         for engine in engines.values():
@@ -68,26 +65,27 @@ class CostMeter:
             for name in dict.fromkeys(name for name, _, _ in self.samples)
         }
 
-    def costs(self, overhead_ms: float = 0.0) -> CallCosts:
-        names = list(dict.fromkeys(name for name, _, _ in self.samples))
-        starts = [start for _, count, start in self.samples if count == 2]
-        context = starts[0]
-        rows = sorted({count for _, count, start in self.samples if start == context})
-        figure = {key: settle([[ms] for ms in times])[0] for key, times in self.samples.items()}
-        return CallCosts(
-            rows,
-            # A call of fewer rows does no more: where it seems to, that is noise, which only adds time.
-            {
-                name: np.minimum.accumulate([figure[name, n, context] for n in reversed(rows)])[::-1].tolist()
-                for name in names
-            },
-            context,
-            {
-                other: {name: figure[name, 1, other] - figure[name, 1, context] for name in names}
-                for other in sorted({start for _, _, start in self.samples} - {context})
-            },
-            overhead_ms,
-        )
+    def costs(self, overhead_ms: float = 0.0) -> Costs:
+        names = dict.fromkeys(name for name, _, _ in self.samples)
+        rows = sorted({count for _, count, _ in self.samples})
+        contexts = sorted({context for _, _, context in self.samples})
+        table = {
+            name: np.array(
+                [
+                    [settle([[ms] for ms in self.samples[name, count, context]])[0] for count in rows]
+                    for context in contexts
+                ]
+            )
+            for name in names
+        }
+        # A call of fewer rows, or behind fewer slots, does no more: where it seems to, that is noise, which
+        # only adds time.
+        for figures in table.values():
+            for axis in (0, 1):
+                figures[:] = np.flip(np.minimum.accumulate(np.flip(figures, axis), axis), axis)
+        milliseconds = {name: figures.tolist() for name, figures in table.items()}
+        axes = {"rows": rows, "contexts": contexts}
+        return Costs.model_validate({**axes, "milliseconds": milliseconds, "overhead_ms": overhead_ms})
 
 
 def weight_bytes(bundle: Bundle, engine: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from ..export.capabilities import ENTERPRISE, RTX
 from ..speculate.devices import installed_version
 from ..speculate.driver import find_gpus
-from .cache import default_root
+from ..speculate.folders import default_root
 from .hashing import package_version
 from .machine import describe_machine
 from .preflight import BUILD_PACKAGES
@@ -46,7 +46,7 @@ def diagnose() -> dict[str, Any]:
             "build a bundle": _why_not_build(),
             "build TensorRT engines": _why_not_package(RTX),
             "build them for 9.0, 10.0": _why_not_package(ENTERPRISE) or no_gpu,
-            "run TensorRT engines": _why_not_engines(no_gpu),
+            "run TensorRT engines": _why_not_engines(),
             "run ONNX Runtime on a GPU": _why_not_provider() or no_gpu,
             "compile CUDA kernels": _why_not_compile(),
             "run CUDA kernels": _why_not_kernels(),
@@ -91,8 +91,9 @@ def _why_not_package(package: str) -> str:
     return f"{package} is not installed: {how}"
 
 
-def _why_not_engines(no_gpu: str) -> str:
-    return no_gpu or (_why_not_package(RTX) and _why_not_package(ENTERPRISE) and _why_not_package(RTX))
+def _why_not_engines() -> str:
+    without_package = _why_not_package(RTX) and _why_not_package(ENTERPRISE) and _why_not_package(RTX)
+    return _why_not_kernels() or without_package  # memory and streams are the kernels' library's
 
 
 def _why_not_provider() -> str:

@@ -8,6 +8,7 @@ from itertools import zip_longest
 import numpy as np
 
 from ..speculate.bundle import Bundle
+from ..speculate.plan import PLAIN, Plan
 from .rounds import Rounds
 from .snapshot import Mode
 
@@ -43,11 +44,33 @@ def summarise_categories(runs: Sequence[Run]) -> dict[str, dict]:
     return {name: summarise([run for run in runs if run.category == name]) for name in names}
 
 
-def describe_memory(bundle: Bundle, ladders: Sequence[str | list[str]]) -> dict:
+def compare_with_plan(plan: Plan, runs: Sequence[Run], max_new_tokens: int) -> dict | None:
+    """Tokens/s, prompts included, that the plan foretells for generations of these lengths, beside those of
+    the runs, which followed it or decoded plainly."""
+    if plan.costs is None or not plan.choices:
+        return None
+    result = {}
+    for mode in ("plain", "speculative"):
+        tokens, predicted_ms, measured_ms = 0, 0.0, 0.0
+        for stats in (run.rounds.stats for run in runs if run.mode == mode):
+            prompt, new = stats["prompt_tokens"], stats["emitted"]
+            choice = plan.choose(prompt, max_new_tokens) if mode == "speculative" else None
+            tokens += new
+            predicted_ms += (choice or PLAIN).milliseconds(plan.costs, prompt, new)
+            measured_ms += stats["total_ms"]
+        result[mode] = {
+            "tokens_per_second": 1e3 * tokens / measured_ms,
+            "predicted_tokens_per_second": 1e3 * tokens / predicted_ms,
+            "prediction_error": measured_ms / predicted_ms - 1,
+        }
+    return result
+
+
+def describe_memory(bundle: Bundle, runs: Sequence[Run]) -> dict:
     """Bytes: the peak of this process so far, and what the engines that decoded map from their files."""
     import resource
 
-    used = {"target"} | {name for ladder in ladders for name in bundle.plan_for(ladder)["ladder"]}
+    used = {name for run in runs for name in run.rounds.stats["calls"]}
     weights = {
         name: sum(file.size for file in bundle.manifest.engine_files(name).values())
         for name in bundle.manifest.engines

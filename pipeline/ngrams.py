@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from ..speculate.bundle import load
 from ..speculate.engine import Engine
-from ..speculate.ladder import TARGET
+from ..speculate.levels import TARGET
 from ..speculate.manifest import NGRAMS
 from ..speculate.ngrams import write_table
 from .processor import num_threads

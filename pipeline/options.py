@@ -10,7 +10,10 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document, and
 Threads = Annotated[int | None, typer.Option(help="by default OMP_NUM_THREADS, else one a core")]
 Device = Annotated[
     str,
-    typer.Option(help="auto, cpu, cuda (TensorRT or ONNX Runtime), or portable: a GPU's graphs on the CPU"),
+    typer.Option(
+        help="auto, cpu, cuda (TensorRT or ONNX Runtime), onnx-cuda, onnx-tensorrt or onnx-rtx (ONNX Runtime "
+        "with that provider), or portable: a GPU's graphs on the CPU"
+    ),
 ]
 Ladder = Annotated[str, typer.Option(help="auto (the plan), none, or drafters such as suffix,int8")]
 Limit = Annotated[int | None, typer.Option(min=1, help="prompts to take, evenly over the file")]

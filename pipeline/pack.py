@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..speculate.levels import TARGET
 from ..speculate.manifest import (
     CHAT_TEMPLATE,
     DATASTORE,
@@ -20,7 +21,6 @@ from ..speculate.manifest import (
 )
 from .errors import RecipeError
 from .hashing import hash_file, list_files, package_version
-from .recipe import TARGET
 
 ENGINE_FILE = "engine.json"  # in an export: what the manifest says of the engine, and its files
 TENSORRT_FILE = "tensorrt.json"  # beside a TensorRT engine: what the manifest says of it

@@ -45,13 +45,19 @@ def draw(paint: Draw, alt: str, height: float = HEIGHT) -> str:
 
 
 def plot_costs(costs: Mapping[str, Any]) -> str:
-    """Milliseconds of a call against its rows, and the time to read the weights once."""
+    """Milliseconds of a call against its rows, with few to many slots of the cache in use, and the time to
+    read the weights once."""
+    shown = costs["contexts"][len(costs["contexts"]) // 2]
 
     def paint(axes) -> None:
         kept = [index for index, rows in enumerate(costs["rows"]) if rows <= MANY_ROWS]
         for (name, values), color in zip(costs["milliseconds"].items(), COLORS * 9, strict=False):
             rows = [costs["rows"][index] for index in kept]
-            axes.plot(rows, [values[index] for index in kept], "o-", ms=3, color=color, label=name)
+            for context, row in zip(costs["contexts"], values, strict=True):
+                style: dict[str, Any] = {"ls": "--", "lw": 0.8}
+                if context == shown:
+                    style = {"ls": "-", "marker": "o", "ms": 3, "label": name}
+                axes.plot(rows, [row[index] for index in kept], color=color, **style)
             if floor := costs.get("floor_ms", {}).get(name):
                 axes.axhline(floor, color=color, lw=1, ls=":")
         axes.set(xlabel="rows (tokens) in one call", ylabel="milliseconds", ylim=(0, None))

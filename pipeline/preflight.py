@@ -12,9 +12,10 @@ from ..model.layout import embed_shapes, head_shapes, layer_shapes, linear_shape
 from ..model.select import select_linears
 from ..speculate.datastore import Datastore
 from ..speculate.errors import BundleError
+from ..speculate.levels import TARGET
 from .errors import RecipeError
 from .hashing import hash_file
-from .recipe import TARGET, Drafter, Engine, Export, Recipe, SkipLayers
+from .recipe import Drafter, Engine, Export, Recipe, SkipLayers
 from .recipe_file import LoadedRecipe
 
 BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib")
@@ -39,7 +40,7 @@ def _check_exports(exports: Sequence[Export]) -> None:
     for index, export in enumerate(exports):
         if export.compute_capability:
             try:
-                choose_builder(export.compute_capability)
+                choose_builder(export.compute_capability, export.precision or "bfloat16")
             except ModelError as error:
                 raise RecipeError(f"export.{index}: {error}") from None
             if (other := named.setdefault(name_plan(export.compute_capability), index)) != index:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .recipe import TARGET
+from ..speculate.levels import TARGET
 
 
 def explain_candidates(plan: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..model.config import Dtype
-from ..speculate.levels import is_drafter, split_level
+from ..speculate.levels import TARGET, is_drafter, split_level
 
 # What other tools call our keys. Old habits work in a recipe; the published schema has our names only.
 ALIASES = {
@@ -41,7 +41,6 @@ HINTS = {
 FREE_DRAFTERS = ("suffix", "history", "recycling")  # no models, so every recipe has them
 CALLED_DRAFTERS = ("llma",)  # these draft from what a generation is given: references
 TABLE, STORE = "bigram", "rest"  # these draft from what the recipe asks for
-TARGET = "target"
 RESERVED = (*FREE_DRAFTERS, *CALLED_DRAFTERS, TABLE, STORE, TARGET, "none", "auto")
 
 

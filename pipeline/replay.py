@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from ..speculate.binding import ffi
+from ..speculate.costs import Costs
 from ..speculate.drafters import Drafter, Sources
-from ..speculate.ladder import TARGET, Rung, build_ladder
-from ..speculate.levels import is_drafter
+from ..speculate.ladder import Rung, build_ladder
+from ..speculate.levels import TARGET, is_drafter
+from ..speculate.plan import Work
 from ..speculate.settings import Sampling
 
 LIKELY = 8  # tokens that are kept of what the target found likely at a position
@@ -44,31 +46,7 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class CallCosts:
-    """Milliseconds of one call of each engine: at some row counts over a cache of `context` slots, linear
-    between them, and how much more or less at other contexts."""
-
-    rows: Sequence[int]
-    milliseconds: Mapping[str, Sequence[float]]
-    context: int = 0
-    contexts: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # to add, at one row
-    overhead_ms: float = 0.0  # of a round beside the calls: choice, text, bookkeeping
-
-    def of(self, engine: str, rows: int, context: int | None = None) -> float:
-        cost = float(np.interp(rows, self.rows, self.milliseconds[engine]))
-        if context is None or not self.contexts:
-            return cost
-        added = {self.context: 0.0} | {slots: more[engine] for slots, more in self.contexts.items()}
-        known = sorted(added)
-        return max(0.0, cost + float(np.interp(context, known, [added[slots] for slots in known])))
-
-    def spread(self, engine: str, num_rows: int) -> list[float]:
-        """Of 1 to num_rows rows, as the decode loop takes them."""
-        return [self.of(engine, rows) for rows in range(1, num_rows + 1)]
-
-
-@dataclass(frozen=True)
-class Plan:
+class Prediction:
     """A ladder (innermost first, the target implied), what each level proposes at most, and its predicted
     speed."""
 
@@ -77,6 +55,7 @@ class Plan:
     tokens_per_second: float
     tokens_per_target_call: float
     ms_per_token: Mapping[str, float] = field(default_factory=dict)  # by engine
+    work: Mapping[str, Work] = field(default_factory=dict)  # by engine
 
 
 @dataclass(frozen=True)
@@ -208,7 +187,7 @@ def replay(
     recording: Recording,
     ladder: Sequence[str],
     lengths: Mapping[str, int],
-    costs: CallCosts | None = None,
+    costs: Costs | None = None,
     sources: Sources | None = None,
 ) -> Calls:
     """Decode one recording again. Without costs, drafts are as long as `lengths` says. sources: what drafters
@@ -232,7 +211,7 @@ def replay(
     rows = 1 + max(lengths[name] for name in ladder) if ladder else 1
     tables = None
     if costs and ladder:
-        tables = {name: costs.spread(name, rows) for name in [TARGET, *ladder] if not is_drafter(name)}
+        tables = costs.spread(rows, num_prompt + count // 2)
     read = sources or Sources()
     drafters = TapeSources((), read.datastore, read.ngrams, known=known)
     decoder = build_ladder(rungs, engines.__getitem__, tables, drafters.open)
@@ -248,32 +227,45 @@ def predict(
     recordings: Iterable[Recording],
     ladder: Sequence[str],
     lengths: Mapping[str, int],
-    costs: CallCosts,
+    costs: Costs,
     sources: Sources | None = None,
-) -> Plan:
+) -> Prediction:
     """The pooled speed of one setting over all recordings, from the first token on; the drafters' reading of
     the prompt counts, the target's does not."""
     recordings = list(recordings)
     replays = [replay(recording, ladder, lengths, costs, sources) for recording in recordings]
     tokens = sum(len(recording.tokens) - 1 for recording in recordings)
     calls = sum(one.target_calls for one in replays)
-    spent = {
-        name: sum(costs.of(name, rows, slots) for one in replays for rows, slots in one.calls[name])
-        for name in [*(name for name in ladder if not is_drafter(name)), TARGET]
-    }
-    total = sum(spent.values()) + calls * costs.overhead_ms
-    shares = {name: ms / tokens for name, ms in spent.items()}
+    shares, work = {}, {}
+    for name in [*(name for name in ladder if not is_drafter(name)), TARGET]:
+        log = [call for one in replays for call in one.calls[name]]
+        shares[name] = float(costs.of(name, *np.array(log, int).reshape(-1, 2).T).sum()) / tokens
+        work[name] = _measure_work(
+            [
+                rows
+                for recording, one in zip(recordings, replays, strict=True)
+                for rows, slots in one.calls[name]
+                if slots >= len(recording.prompt)
+            ],
+            tokens,
+        )
+    spent = sum(shares.values()) + calls / tokens * costs.overhead_ms
     used = {name: lengths[name] for name in ladder}
-    return Plan(tuple(ladder), used, 1e3 * tokens / total, tokens / calls, shares)
+    return Prediction(tuple(ladder), used, 1e3 / spent, tokens / calls, shares, work)
+
+
+def _measure_work(rows: Sequence[int], tokens: int) -> Work:
+    """Of the calls behind the prompt."""
+    return Work(calls_per_token=len(rows) / tokens, rows_per_call=max(1.0, sum(rows) / max(1, len(rows))))
 
 
 def best_plan(
     recordings: Sequence[Recording],
     ladder: Sequence[str],
     options: Mapping[str, Sequence[int]],
-    costs: CallCosts,
+    costs: Costs,
     sources: Sources | None = None,
-) -> Plan:
+) -> Prediction:
     """The fastest draft lengths for `ladder` among `options` (level -> lengths): one level after another,
     from the outermost in, until none gets better alone. Lengths are upper bounds where the schedule cuts, so
     the order of the search hardly matters."""

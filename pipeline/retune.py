@@ -8,7 +8,7 @@ from typing import Any
 
 from ..speculate.bundle import Bundle, load
 from ..speculate.manifest import PLAN, RECIPE, REPORTS, read_json
-from ..speculate.manifest import Plan as BundlePlan
+from ..speculate.plan import Plan
 from .bench import bench
 from .describe import describe_measurements, resolve_recipe, write_documents
 from .gate_prompts import choose_prompts
@@ -39,7 +39,7 @@ def retune(
     plan = tune_bundle(bundle, [ids for _, ids in chosen], spec, progress)
     texts, facts = {PLAN: json.dumps(plan, indent=2) + "\n"}, {}
     if REPORTS in bundle.manifest.files:
-        bundle.plan = BundlePlan.model_validate(plan)
+        bundle.plan = Plan.model_validate(plan)
         shown = [replace(prompt, content=ids) for prompt, ids in chosen]
         measured = bench(bundle, shown, max_new_tokens=NEW_TOKENS, ignore_eos=True, progress=progress)
         more, facts = _tell_anew(bundle, plan, measured)

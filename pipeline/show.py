@@ -58,6 +58,11 @@ def show_bench(result: Result) -> str:
         lines += [format_table(_category_rows(result["categories"])), ""]
     if result["speedup"]:
         lines.append(f"speedup: {_speedup(result['speedup'])}, over {result['prompts']} prompts")
+    for mode, row in (result["prediction"] or {}).items():
+        lines.append(
+            f"{mode}: {row['predicted_tokens_per_second']:.1f} tokens/s by the plan, prompts included; "
+            f"{row['tokens_per_second']:.1f} when run ({row['prediction_error']:+.0%})"
+        )
     if result["identical"] is not None:
         lines.append(f"the same token for token: {result['identical']} of {result['prompts']} outputs")
     for row in result["divergences"]:

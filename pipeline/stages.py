@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..model.config import DecoderConfig
+from ..speculate.levels import TARGET
 from .gate_prompts import DEFAULT_PROMPTS
 from .hashing import hash_file, hash_json, write_json
 from .pack import ENGINE_FILE, TENSORRT_FILE, try_bundle
-from .recipe import TARGET, Drafter, Engine, Export, Recipe, Speculate
+from .recipe import Drafter, Engine, Export, Recipe, Speculate
 from .stage import Call, Stage, Task
 
 ARITHMETIC = ("torch", "numpy", "safetensors")

@@ -3,23 +3,24 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from ..speculate.bundle import Bundle, load
+from ..speculate.costs import Costs
 from ..speculate.drafters import Sources
-from ..speculate.levels import JOINT, SUFFIX, TREE, is_drafter, wants_tree
-from ..speculate.manifest import Plan as BundlePlan
+from ..speculate.levels import JOINT, SUFFIX, TARGET, TREE, is_drafter, wants_tree
+from ..speculate.plan import Candidate, Plan
 from .call_costs import CostMeter
 from .compare import settle
 from .machine import describe_machine
 from .processor import num_threads
 from .progress import Progress, no_progress
 from .recipe import Speculate
-from .replay import CallCosts, Plan, Recording, best_plan, predict
+from .replay import Prediction, Recording, best_plan, predict
 from .rounds import Rounds, decode_in_turn
 from .traces import record
 
@@ -29,6 +30,7 @@ COST_SWEEPS = 4  # before the recordings, and again after them
 FREE_LENGTHS = (2, 4, 8, 16)
 TREE_SIZES = (8, 16, 31)  # with the token before it a call of the rows that are timed
 ENGINE_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+LENGTHS = tuple(product((32, 128, 512, 1024), (32, 128, 512)))  # of prompts and outputs, to show
 LEAST_GAIN = 1.02  # predicted, over plain decoding: less is not worth a drafter
 CHECK_PROMPTS, CHECK_REPEATS = 4, 3
 
@@ -76,17 +78,27 @@ def tune_bundle(
         plans.append(best_plan(recordings, ladder, options, costs, sources))
         progress(index + 1, len(ladders), "predicting ladders")
     plans.sort(key=lambda plan: -plan.tokens_per_second)
-    best = _choose(spec, plans, plain, recordings, options, costs, sources)
-    table = _describe_costs(costs) | {"floor_ms": meter.floors()}
-    measured = check_prediction(bundle, recordings, spec, best, costs, table, sources, progress)
-    why = _say_why(spec, best, plain, measured)
-    if spec.ladder == "auto" and best.ladder and measured["speedup"] < 1:
-        best = plain
+    choices = _choose(spec, plans, plain, recordings, options, costs, sources)
+    slower: list[str] = []
+    while True:
+        best = choices[0]
+        measured = check_prediction(bundle, recordings, spec, best, costs, sources, progress)
+        if len(choices) == 1 or measured["speedup"] >= 1:
+            break
+        slower.append(_say_slower(choices.pop(0), plain, measured))
+    plan = Plan(
+        ladder=best.ladder,
+        num_speculative_tokens=dict(best.num_speculative_tokens),
+        verify=spec.verify,
+        costs=costs,
+        choices=tuple(_make_choice(choice) for choice in choices),
+    )
+    chosen = plan.model_dump(mode="json")
+    chosen["costs"]["floor_ms"] = meter.floors()
     return {
-        "ladder": list(best.ladder),
-        "num_speculative_tokens": dict(best.num_speculative_tokens),
-        "verify": spec.verify,
-        "why": why,
+        **chosen,
+        "by_length": _list_by_length(plan, bundle.manifest.engines[TARGET].max_seq_len),
+        "why": " ".join([*slower, _say_why(spec, best, plain, measured)]),
         "predicted": _figures(best, plain),
         "measured": measured,
         "candidates": [_figures(plan, plain) for plan in plans],
@@ -94,7 +106,6 @@ def tune_bundle(
             name: float(np.mean([recording.agreement(name) for recording in recordings]))
             for name in bundle.drafters
         },
-        "costs": table,
         "tuned_on": {
             "prompts": len(recordings),
             "prompt_tokens": float(np.mean([len(recording.prompt) for recording in recordings])),
@@ -110,17 +121,20 @@ def check_prediction(
     bundle: Bundle,
     recordings: Sequence[Recording],
     spec: Speculate,
-    best: Plan,
-    costs: CallCosts,
-    table: Mapping,
+    best: Prediction,
+    costs: Costs,
     sources: Sources,
     progress: Progress = no_progress,
 ) -> dict:
     """Run the choice beside plain decoding, in turn, and compare with what was predicted for these prompts:
     `prediction_error` is predicted / measured - 1. Nothing is read off an earlier run of the same prompt."""
     chosen = recordings[:CHECK_PROMPTS]
-    planned = {"ladder": best.ladder, "num_speculative_tokens": dict(best.num_speculative_tokens)}
-    bundle.plan = BundlePlan.model_validate({**planned, "verify": spec.verify, "costs": table})
+    bundle.plan = Plan(
+        ladder=best.ladder,
+        num_speculative_tokens=dict(best.num_speculative_tokens),
+        verify=spec.verify,
+        costs=costs,
+    )
     modes = {"plain": "none", "chosen": "auto"} if best.ladder else {"plain": "none"}
     timings: dict[str, list[list[Rounds]]] = {mode: [[] for _ in chosen] for mode in modes}
     for repeat in range(CHECK_REPEATS):
@@ -165,13 +179,13 @@ def _list_free_drafters(bundle: Bundle) -> list[str]:
     return list(dict.fromkeys([*lookups, *guesses, *hybrids, *trees]))
 
 
-def _list_ladders(free: Sequence[str], drafters: Sequence[str], costs: CallCosts) -> list[tuple[str, ...]]:
+def _list_ladders(free: Sequence[str], drafters: Sequence[str], costs: Costs) -> list[tuple[str, ...]]:
     """Each drafter alone, each on top of a cheaper one, and all of these with one below that is no model;
     trees for the target alone, since few of their tokens are left when a drafter has verified them."""
     pairs = [
         (inner, outer)
         for inner, outer in permutations(drafters, 2)
-        if costs.of(inner, 1) < costs.of(outer, 1)
+        if costs.milliseconds[inner][0] < costs.milliseconds[outer][0]
     ]
     ladders: list[tuple[str, ...]] = [(), *((name,) for name in drafters), *pairs]
     below = ((name, *ladder) for name in free for ladder in ladders if not (ladder and wants_tree(name)))
@@ -197,47 +211,67 @@ def _length_options(
 
 def _choose(
     spec: Speculate,
-    plans: Sequence[Plan],
-    plain: Plan,
+    plans: Sequence[Prediction],
+    plain: Prediction,
     recordings: Sequence[Recording],
     options: Mapping[str, Sequence[int]],
-    costs: CallCosts,
+    costs: Costs,
     sources: Sources,
-) -> Plan:
-    if spec.ladder == "auto":
-        return plans[0] if plans[0].tokens_per_second >= LEAST_GAIN * plain.tokens_per_second else plain
+) -> list[Prediction]:
+    """What the recipe names; else of `plans` (fastest first) those among which the lengths of prompt and
+    output may decide: the fastest for every set of models that read the prompt, unless fewer are as fast."""
     if spec.ladder == "none" or not spec.ladder:
-        return plain
-    return best_plan(recordings, tuple(spec.ladder), options, costs, sources)
+        return [plain]
+    if spec.ladder != "auto":
+        return [best_plan(recordings, tuple(spec.ladder), options, costs, sources)]
+    paying = [plan for plan in plans if plan.tokens_per_second >= LEAST_GAIN * plain.tokens_per_second]
+    choices: dict[frozenset[str], Prediction] = {}
+    for plan in [*paying, plain]:
+        choices.setdefault(frozenset(plan.work), plan)
+    faster = [*choices]
+    return [
+        plan
+        for models, plan in choices.items()
+        if not any(other < models for other in faster[: faster.index(models)])
+    ]
 
 
-def _describe_costs(costs: CallCosts) -> dict:
-    """In the form that a bundle's plan has them."""
-    return {
-        "context": costs.context,
-        "rows": list(costs.rows),
-        "milliseconds": {name: list(row) for name, row in costs.milliseconds.items()},
-        "other_contexts": {str(slots): dict(more) for slots, more in costs.contexts.items()},
-        "overhead_ms": costs.overhead_ms,
-    }
+def _make_choice(plan: Prediction) -> Candidate:
+    return Candidate(
+        ladder=plan.ladder, num_speculative_tokens=dict(plan.num_speculative_tokens), work=dict(plan.work)
+    )
 
 
-def _say_why(spec: Speculate, best: Plan, plain: Plan, measured: Mapping) -> str:
+def _list_by_length(plan: Plan, max_seq_len: int) -> list[dict]:
+    """Which ladder decodes prompts and outputs of some lengths, where that depends on them."""
+    if len(plan.choices) < 2:
+        return []
+    chosen = {lengths: plan.choose(*lengths) or plan for lengths in LENGTHS if sum(lengths) <= max_seq_len}
+    return [
+        {"prompt_tokens": prompt, "new_tokens": new, "ladder": list(choice.ladder)}
+        for (prompt, new), choice in chosen.items()
+    ]
+
+
+def _say_slower(plan: Prediction, plain: Prediction, measured: Mapping) -> str:
+    return (
+        f"{' → '.join(plan.ladder)} was predicted to be "
+        f"{plan.tokens_per_second / plain.tokens_per_second:.2f} times as fast as plain decoding, but was "
+        f"{measured['speedup']:.2f} times when it was run."
+    )
+
+
+def _say_why(spec: Speculate, best: Prediction, plain: Prediction, measured: Mapping) -> str:
     gain = best.tokens_per_second / plain.tokens_per_second
     if spec.ladder != "auto":
         speeds = f"{gain:.2f} times plain decoding by prediction, {measured['speedup']:.2f} when run"
         return f"Named by the recipe: {speeds}." if best.ladder else "The recipe names no drafter."
     if not best.ladder:
         return "No drafter is predicted to pay on this machine, so the target decodes alone."
-    if measured["speedup"] < 1:
-        return (
-            f"{' → '.join(best.ladder)} was predicted to be {gain:.2f} times as fast as plain decoding, but "
-            f"was {measured['speedup']:.2f} times when it was run, so the target decodes alone."
-        )
     return f"The fastest by prediction: {gain:.2f} times plain decoding, {measured['speedup']:.2f} when run."
 
 
-def _figures(plan: Plan, plain: Plan) -> dict:
+def _figures(plan: Prediction, plain: Prediction) -> dict:
     return {
         "ladder": list(plan.ladder),
         "num_speculative_tokens": dict(plan.num_speculative_tokens),

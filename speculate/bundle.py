@@ -11,21 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .datastore import Datastore
-from .devices import choose_device, find_plan, spread_devices, why_not_tensorrt
+from .devices import ONNX_PROVIDERS, choose_device, find_plan, spread_devices, why_not_tensorrt
 from .drafters import Drafter, Sources
 from .driver import find_gpus
 from .engine import Engine, Logits
 from .errors import BundleError
+from .folders import default_root
 from .generate import Generation, Run, exclusive
 from .ladder import (
     DEFAULT_NUM_SPECULATIVE_TOKENS,
-    TARGET,
     Rung,
     Speculate,
     build_ladder,
     check_names,
     choose_ladder,
 )
+from .levels import TARGET
 from .loop import PREFILL_ROWS, Decoder
 from .manifest import (
     CHAT_TEMPLATE,
@@ -34,7 +35,6 @@ from .manifest import (
     PLAN,
     TOKENIZER,
     EngineEntry,
-    Plan,
     check_files,
     read_json,
     read_manifest,
@@ -43,6 +43,7 @@ from .manifest import (
 )
 from .ngrams import Ngrams
 from .onnx_engine import OnnxEngine, OnnxRuntime, SkippingEngine, default_threads
+from .plan import Plan
 from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
 from .settings import Rule, Sampling
 
@@ -66,6 +67,7 @@ def load(
         own, if it has one.
     device: "cpu"; "cuda", which needs a GPU, its driver and TensorRT or ONNX Runtime for GPUs; or "auto": the
         GPU where the bundle has TensorRT engines that run here, else the CPU, with a warning if it has any.
+        "onnx-cuda", "onnx-tensorrt" or "onnx-rtx": the portable graphs on that provider of ONNX Runtime.
         "portable" runs on the CPU what engines for GPUs are built from, to see what they would say.
         Or one of these by engine, {"target": "cuda", "int8": "cpu"}.
     Raises BundleError if the folder is not a bundle, is damaged, or needs another version of draftsmith, and
@@ -94,7 +96,8 @@ class Bundle:
         self.manifest = read_manifest(path, engines=False)
         self.devices, self.why_cpu = self._choose_devices(device)
         self.plan = validate(Plan, read_json(path / PLAN), path / PLAN)
-        check_names(list(self.plan.ladder), self.manifest.engines)
+        for planned in (self.plan, *self.plan.choices):
+            check_names(list(planned.ladder), self.manifest.engines)
         self.tokenizer = load_tokenizer(path / TOKENIZER)
         self._check_vocabularies()
         self.datastore = self._open_datastore(datastore)
@@ -174,19 +177,21 @@ class Bundle:
         Errors in the arguments are raised here, before anything is decoded.
         """
         sampling = Sampling(temperature, top_k, top_p, seed, verify or self.plan.verify)
-        rungs = choose_ladder(
-            speculate, num_speculative_tokens, self._planned_ladder(), self.manifest.engines
-        )
+        if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise BundleError(f"max_new_tokens={max_new_tokens!r}: wanted at least 1")
+        prompt_ids = self.encode(prompt)
+        lengths = (len(prompt_ids), int(max_new_tokens))
+        rungs = self._choose_ladder(speculate, num_speculative_tokens, lengths)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(string, str) and string for string in stops):
             raise BundleError(f"stop={stop!r}: wanted strings that are not empty")
         sources = Sources(self._encode_references(references), self.datastore, self.ngrams, self._lasting)
         sources.check([rung.name for rung in rungs])
-        prompt_ids = self.encode(prompt)
-        self._check_room(len(prompt_ids), max_new_tokens, rungs)
+        self._check_room(*lengths, rungs)
         target = self.manifest.engines[TARGET]
         eos = frozenset() if ignore_eos else frozenset(target.eos_token_ids)
-        costs = self._planned_costs(rungs) if num_speculative_tokens is None else None
+        context = lengths[0] + lengths[1] // 2
+        costs = self._planned_costs(rungs, context) if num_speculative_tokens is None else None
         for name in self._engine_names(rungs):
             self.engine(name)
 
@@ -225,9 +230,19 @@ class Bundle:
         """The names of the engines other than the target."""
         return [name for name in self.manifest.engines if name != TARGET]
 
-    def plan_for(self, speculate: Speculate = "auto") -> dict[str, Any]:
-        """The ladder that `generate` would use, in the form of plan.json."""
-        rungs = choose_ladder(speculate, None, self._planned_ladder(), self.manifest.engines)
+    @property
+    def plan_fits(self) -> bool:
+        """Whether the plan's costs hold here: they are those of the CPU's graphs."""
+        return all(device == "cpu" for device in self.devices.values())
+
+    def plan_for(
+        self, speculate: Speculate = "auto", lengths: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """The ladder that `generate` would use, in the form of plan.json.
+
+        lengths: tokens of the prompt and of the output at most; else those that the plan was tuned on.
+        """
+        rungs = self._choose_ladder(speculate, None, lengths)
         return {
             "ladder": [rung.name for rung in rungs],
             "num_speculative_tokens": {rung.name: rung.num_speculative_tokens for rung in rungs},
@@ -268,6 +283,8 @@ class Bundle:
                 engine = self._open_without(name, entry.skips.table(entry.num_layers))
             elif self.devices[name] == "cuda":
                 engine = self._open_on_gpu(name, entry)
+            elif self.devices[name] in ONNX_PROVIDERS:
+                engine = self._open_on_onnx(name, entry, ONNX_PROVIDERS[self.devices[name]])
             else:
                 self._runtime = self._runtime or OnnxRuntime(self.threads)
                 engine = self._open(name, entry, self._runtime, self.devices[name] == "portable")
@@ -304,16 +321,24 @@ class Bundle:
 
     def _open_on_gpu(self, name: str, entry: EngineEntry) -> Engine:
         """TensorRT's engine for this GPU or, where the bundle has none that runs, ONNX Runtime's."""
-        from .onnx_gpu_engine import OnnxGpuEngine
         from .tensorrt_engine import TensorrtEngine, TensorrtRuntime
 
         gpu = find_gpus()[0][0]
         plan = find_plan(entry, gpu)
         if plan is None or why_not_tensorrt(entry, gpu):
-            return OnnxGpuEngine(name, resolve_inside(self.path, entry.portable or entry.graph), entry)
+            return self._open_on_onnx(name, entry, ONNX_PROVIDERS["onnx-cuda"])
         check_files(self.path, {plan.file: self.manifest.files[plan.file]})
         self._tensorrt = self._tensorrt or TensorrtRuntime(plan.builder)
         return TensorrtEngine(name, resolve_inside(self.path, plan.file), plan, entry, self._tensorrt)
+
+    def _open_on_onnx(self, name: str, entry: EngineEntry, provider: str) -> Engine:
+        """ONNX Runtime's, which keeps the engines that a provider builds for the next time."""
+        from .onnx_gpu_engine import OnnxGpuEngine
+
+        graph = resolve_inside(self.path, entry.portable or entry.graph)
+        folder = default_root() / "providers" / self.manifest.fingerprint(name)[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        return OnnxGpuEngine(name, graph, entry, provider, folder)
 
     def _open_datastore(self, path: str | Path | None) -> Datastore | None:
         if path is None and DATASTORE not in self.manifest.files:
@@ -344,30 +369,36 @@ class Bundle:
         devices = {name: chosen[wish][0] for name, wish in wishes.items()}
         return {name: devices.get(name, devices[TARGET]) for name in self.manifest.engines}, why
 
-    def _planned_ladder(self) -> list[Rung]:
-        """Without drafters that are parts of the target's CPU graph where that does not run."""
-        counts, engines = self.plan.num_speculative_tokens, self.manifest.engines
-        return [
+    def _choose_ladder(
+        self,
+        speculate: Speculate,
+        num_speculative_tokens: int | Mapping[str, int] | None,
+        lengths: tuple[int, int] | None,
+    ) -> list[Rung]:
+        """Who says how many tokens to draft means the plan's main ladder, whatever the lengths. Of its drafters
+        those that are part of the target's graph for the CPU are left out where that does not run."""
+        free = speculate == "auto" and num_speculative_tokens is None
+        best = self.plan.choose(*lengths) if free and lengths and self.plan_fits else None
+        best = best or self.plan
+        counts, engines = best.num_speculative_tokens, self.manifest.engines
+        planned = [
             Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS))
-            for name in self.plan.ladder
+            for name in best.ladder
             if name not in engines or not engines[name].skips or self.devices[TARGET] == "cpu"
         ]
+        return choose_ladder(speculate, num_speculative_tokens, planned, engines)
 
-    def _planned_costs(self, rungs: list[Rung]) -> dict[str, list[float]] | None:
-        """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes. They are
-        those of the CPU's graphs."""
-        others = any(self.devices[name] != "cpu" for name in self._engine_names(rungs))
-        if self.plan.costs is None or not rungs or others:
+    def _planned_costs(self, rungs: list[Rung], context: int) -> dict[str, list[float]] | None:
+        """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes."""
+        if self.plan.costs is None or not rungs or not self.plan_fits:
             return None
-        return self.plan.costs.spread(1 + max(rung.num_speculative_tokens for rung in rungs))
+        return self.plan.costs.spread(1 + max(rung.num_speculative_tokens for rung in rungs), context)
 
     def _engine_names(self, rungs: list[Rung]) -> list[str]:
         return [TARGET, *(rung.name for rung in rungs if rung.name in self.manifest.engines)]
 
     def _check_room(self, prompt_tokens: int, max_new_tokens: int, rungs: list[Rung]) -> None:
-        if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise BundleError(f"max_new_tokens={max_new_tokens!r}: wanted at least 1")
-        wanted = prompt_tokens + int(max_new_tokens)
+        wanted = prompt_tokens + max_new_tokens
         for name in self._engine_names(rungs):
             slots = self.manifest.engines[name].max_seq_len
             if wanted <= slots:

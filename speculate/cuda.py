@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .driver import find_gpus
+from .driver import find_gpus, supported_cuda
 from .errors import BundleError
 
 LIBRARY = "libdraftsmith_cuda.so"
@@ -18,7 +18,16 @@ def why_no_cuda() -> str:
     """Why CUDA kernels cannot run here, in one line; empty if they can."""
     if not find_library().is_file():
         return "the CUDA kernels are not built: install draftsmith from source where nvcc is on PATH"
-    return find_gpus()[1]
+    gpus, reason = find_gpus()
+    if not gpus:
+        return reason
+    has, needs = supported_cuda(), open_library()[1].ds_cuda_runtime_version()
+    if has // 1000 < needs // 1000:
+        return (
+            f"the NVIDIA driver supports CUDA {_name_version(has)} and the CUDA kernels need "
+            f"{_name_version(needs)}: install a newer driver"
+        )
+    return ""
 
 
 def find_library() -> Path:
@@ -115,6 +124,10 @@ class Graph:
 
     def launch(self) -> None:
         call("ds_cuda_launch_graph", self._handle, self._stream.handle)
+
+
+def _name_version(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _host(array: np.ndarray) -> Any:

@@ -3,23 +3,26 @@
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, cast
 
 from .cuda import why_no_cuda
 from .driver import Gpu, find_gpus
 from .errors import BundleError
 from .manifest import EngineEntry, TensorrtEntry
 
-Device = Literal["auto", "cpu", "cuda", "portable"]
-DEVICES = ("auto", "cpu", "cuda", "portable")
+Device = Literal["cpu", "cuda", "portable", "onnx-cuda", "onnx-tensorrt", "onnx-rtx"]
+ONNX_PROVIDERS = {
+    "onnx-cuda": "CUDAExecutionProvider",
+    "onnx-tensorrt": "TensorrtExecutionProvider",
+    "onnx-rtx": "NvTensorRTRTXExecutionProvider",
+}
+DEVICES = ("auto", "cpu", "cuda", "portable", *ONNX_PROVIDERS)
 
 
-def choose_device(
-    device: str, engines: Iterable[EngineEntry]
-) -> tuple[Literal["cpu", "cuda", "portable"], str]:
+def choose_device(device: str, engines: Iterable[EngineEntry]) -> tuple[Device, str]:
     """The device that `device` means here and, where "auto" leaves a GPU's engines unused, why.
 
-    Raises BundleError for "cuda" where something is missing, naming it.
+    Raises BundleError for a GPU where something is missing, naming it.
     """
     if device not in DEVICES:
         raise BundleError(f"device={device!r}: wanted one of {', '.join(DEVICES)}")
@@ -30,12 +33,16 @@ def choose_device(
         return "portable", ""
     if device == "cpu" or (device == "auto" and not any(entry.tensorrt for entry in entries)):
         return "cpu", ""
-    reasons = [reason for entry in entries if (reason := why_not_on_gpu(entry))]
+    provider = ONNX_PROVIDERS.get(device)
+    if provider:
+        reasons = [why for entry in entries if (why := find_gpus()[1] or why_not_onnx(entry, provider))]
+    else:
+        reasons = [why for entry in entries if (why := why_not_on_gpu(entry))]
     if not reasons:
-        return "cuda", ""
+        return cast(Device, device) if provider else "cuda", ""
     if device == "auto":
         return "cpu", reasons[0]
-    raise BundleError(f"device cuda: {reasons[0]}; --device cpu runs this bundle here")
+    raise BundleError(f"device {device}: {reasons[0]}; --device cpu runs this bundle here")
 
 
 def why_not_on_gpu(entry: EngineEntry) -> str:
@@ -57,7 +64,7 @@ def find_plan(entry: EngineEntry, gpu: Gpu) -> TensorrtEntry | None:
 def why_not_tensorrt(entry: EngineEntry, gpu: Gpu) -> str:
     plan = find_plan(entry, gpu)
     if plan is None:
-        return f"no TensorRT engine for {gpu.name} (compute capability {gpu.compute_capability})"
+        return f"no TensorRT engine for {gpu.name}: build with compute_capability {gpu.compute_capability}"
     return why_not_builder(plan.builder)
 
 
@@ -86,12 +93,12 @@ def installed_version(package: str) -> str:
     return "an unknown version"
 
 
-def why_not_onnx(entry: EngineEntry) -> str:
+def why_not_onnx(entry: EngineEntry, provider: str = "CUDAExecutionProvider") -> str:
     from .onnx_gpu_engine import why_no_provider
 
     if entry.portable is None:
         return "the bundle has no portable graph for ONNX Runtime"
-    return why_no_provider("CUDAExecutionProvider")
+    return why_no_provider(provider)
 
 
 def spread_devices(device: str | Mapping[str, str], names: Iterable[str]) -> dict[str, str]:

@@ -30,6 +30,13 @@ def find_gpus() -> tuple[list[Gpu], str]:
     return [_describe(driver, device) for device in range(count.value)], ""
 
 
+def supported_cuda() -> int:
+    """The newest CUDA that the driver supports, such as 13000 for 13.0. Only where `find_gpus` found some."""
+    version = ctypes.c_int()
+    ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
 def _describe(driver: ctypes.CDLL, index: int) -> Gpu:
     device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
     driver.cuDeviceGet(ctypes.byref(device), index)

@@ -17,7 +17,7 @@ from .bundle import Bundle, Prompt
 from .engine import Engine
 from .errors import BundleError
 from .generate import FinishReason, exclusive
-from .ladder import TARGET
+from .levels import TARGET
 from .loop import NativeEngines, native_sampling
 from .manifest import TOKENIZER
 from .settings import Sampling

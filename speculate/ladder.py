@@ -9,10 +9,9 @@ from .binding import lib
 from .drafters import Drafter, Sources
 from .engine import Engine
 from .errors import BundleError
-from .levels import DRAFTERS, JOINT, check_parts, is_drafter, wants_tree
+from .levels import DRAFTERS, JOINT, TARGET, check_parts, is_drafter, wants_tree
 from .loop import Decoder, Level
 
-TARGET = "target"
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
 MAX_NUM_SPECULATIVE_TOKENS: int = lib.DS_MAX_DRAFT
 

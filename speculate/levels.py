@@ -1,10 +1,11 @@
-"""What the levels of a ladder are called: drafters that are no models, alone, several as one, and as trees.
+"""What the levels of a ladder are called: target, drafters that are no models, hybrids of them, and trees.
 
 Names only, so that a recipe can be checked without the native library.
 """
 
 from .errors import BundleError
 
+TARGET = "target"  # the level that ends every ladder
 SUFFIX = "suffix"
 
 DRAFTERS = {

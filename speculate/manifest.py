@@ -2,7 +2,6 @@
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -115,39 +114,6 @@ class Manifest(BaseModel):
         """SHA-256 in hex of what an engine runs on the CPU: tells models apart."""
         hashes = [file.sha256 for _, file in sorted(self.engine_files(engine).items())]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-class Costs(BaseModel):
-    """Milliseconds of one call of every engine, measured at some row counts."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    rows: tuple[int, ...] = Field(min_length=1)
-    milliseconds: dict[str, tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]]
-
-    @model_validator(mode="after")
-    def _check_table(self) -> Self:
-        if any(low >= high for low, high in pairwise((0, *self.rows))):
-            raise ValueError("rows must rise from 1 or more")
-        if any(len(row) != len(self.rows) for row in self.milliseconds.values()):
-            raise ValueError("milliseconds must have one figure for each entry of rows")
-        return self
-
-    def spread(self, num_rows: int) -> dict[str, list[float]]:
-        """By engine, those of 1 to num_rows rows: linear between the measured ones."""
-        wanted = range(1, num_rows + 1)
-        return {name: np.interp(wanted, self.rows, row).tolist() for name, row in self.milliseconds.items()}
-
-
-class Plan(BaseModel):
-    """plan.json: the measured choice that ``speculate="auto"`` follows."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
-
-    ladder: tuple[str, ...] = Field(default=(), strict=False)  # innermost first, without the target
-    num_speculative_tokens: dict[str, int] = {}
-    verify: Literal["token", "block", "exact"] = "block"
-    costs: Costs | None = None
 
 
 def read_manifest(bundle: Path, *, engines: bool = True) -> Manifest:

@@ -4,18 +4,24 @@ ONNX Runtime falls back to the CPU without an error where a provider cannot star
 refused.
 """
 
+import importlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .binding import lib
 from .engine import Ids, Logits, check_room
 from .errors import BundleError
 from .manifest import EngineEntry
 
-# Of the wheels onnxruntime-gpu and onnxruntime-ep-nv-tensorrt-rtx-cu13.
-PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+RTX = "NvTensorRTRTXExecutionProvider"  # a plugin, which has to be registered
+PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", RTX)
+
+_MOST_ROWS: int = lib.DS_PREFILL_ROWS + lib.DS_MAX_DRAFT  # of one call: the end of a prompt and a draft
+_RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 
 
 def why_no_provider(provider: str) -> str:
@@ -24,9 +30,28 @@ def why_no_provider(provider: str) -> str:
         import onnxruntime
     except ImportError:
         return "onnxruntime is not installed: pip install 'draftsmith[gpu]'"
+    if provider == RTX:
+        if find_spec(_RTX_PACKAGE) is None:
+            return f"{_RTX_PACKAGE} is not installed: pip install onnxruntime-ep-nv-tensorrt-rtx-cu13"
+        return _register_rtx(onnxruntime)
     if provider in onnxruntime.get_available_providers():
         return ""
     return f"ONNX Runtime has no {provider}: pip install 'draftsmith[gpu]' in place of onnxruntime"
+
+
+def _register_rtx(onnxruntime: Any) -> str:
+    """Make the plugin known to ONNX Runtime, once in a process. Returns why that was not possible, or ""."""
+    if not _find_devices(onnxruntime, RTX):
+        try:
+            plugin: Any = importlib.import_module(_RTX_PACKAGE)
+            onnxruntime.register_execution_provider_library(RTX, plugin.get_library_path())
+        except Exception as error:  # of a class of its own for every cause
+            return f"ONNX Runtime does not load {RTX}: {' '.join(str(error).split()):.300}"
+    return "" if _find_devices(onnxruntime, RTX) else f"{RTX} finds no GPU that it runs on"
+
+
+def _find_devices(onnxruntime: Any, provider: str) -> list[Any]:
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider]
 
 
 class OnnxGpuEngine:
@@ -57,9 +82,13 @@ class OnnxGpuEngine:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         settings = provider_options(provider, entry, cache_folder)
         try:
-            self._session: Any = onnxruntime.InferenceSession(
-                str(graph), options, providers=[(provider, settings)]
-            )
+            if provider == RTX:
+                options.add_provider_for_devices(_find_devices(onnxruntime, RTX)[:1], settings)
+                self._session: Any = onnxruntime.InferenceSession(str(graph), options)
+            else:
+                self._session = onnxruntime.InferenceSession(
+                    str(graph), options, providers=[(provider, settings)]
+                )
         except Exception as error:  # of a class of its own for every cause
             words = " ".join(str(error).split())
             raise BundleError(f"{name}: {provider} does not open {graph.name}: {words:.300}") from error
@@ -142,11 +171,11 @@ def provider_options(provider: str, entry: EngineEntry, cache_folder: Path | Non
         return ",".join(f"{key}:{shape}" for key, shape in inputs.items())
 
     most = entry.max_seq_len
-    prefix = "nv" if provider == "NvTensorRTRTXExecutionProvider" else "trt"
+    prefix = "nv" if provider == RTX else "trt"
     options = {
         f"{prefix}_profile_min_shapes": shapes(1, min(256, most)),
         f"{prefix}_profile_opt_shapes": shapes(8, min(2048, most)),
-        f"{prefix}_profile_max_shapes": shapes(128, most),
+        f"{prefix}_profile_max_shapes": shapes(_MOST_ROWS, most),
     }
     if cache_folder is not None and prefix == "trt":
         options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache_folder)}

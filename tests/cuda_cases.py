@@ -1,8 +1,9 @@
 """Random cases for the CUDA kernels, emulated or on a GPU, held against the C core."""
 
 import numpy as np
-from draftsmith.speculate import sampling, verify
+from draftsmith.speculate import kernels, sampling, verify
 from draftsmith.speculate.binding import check, ffi, lib, view
+from draftsmith.speculate.cuda_linear import FORMATS, MOST_ROWS
 
 LARGEST_VOCAB, LONGEST_DRAFT = 50_000, 16
 
@@ -123,3 +124,51 @@ def reference_tree(rule, p, q, tokens, parents, uniforms):
     )
     check(status)
     return accepted[: counts[0]].tolist(), counts[1]
+
+
+def draw_weight(rng, format, n, k):
+    """[n, k], of a 2:4 format with two, one or none that is not zero in each group of four inputs."""
+    if format.startswith("int8"):
+        weight = rng.integers(-127, 128, (n, k), dtype=np.int8)
+    else:
+        weight = rng.normal(size=(n, k)).astype(np.float16)
+    if format.endswith("2_4"):
+        order = rng.permuted(np.tile(np.arange(4), (n, k // 4, 1)), axis=2)
+        kept = rng.choice(3, (n, k // 4, 1), p=[0.1, 0.2, 0.7])
+        weight[(order >= kept).reshape(n, k)] = 0
+    return weight
+
+
+def check_linear(cuda, rng, format, n, k, num_rows):
+    """int8: the sums of int64, and to the bit what the C core gives. float16: near float64, and a row gives
+    the same bits whatever stands beside it."""
+    weight = draw_weight(rng, format, n, k)
+    packed = cuda.pack(format, weight)
+    if format.startswith("int8"):
+        x = rng.integers(-127, 128, (num_rows, k), dtype=np.int8)
+        ones = np.ones(max(n, num_rows), np.float32)
+        sums = x.astype(np.int64) @ weight.T.astype(np.int64)
+        assert (cuda.linear(format, packed, n, x, ones, ones) == sums.astype(np.float32)).all()
+        scales = rng.uniform(1e-4, 1e-2, n).astype(np.float32)
+        pool = kernels.Pool(1)
+        rows = kernels.quantize_rows(pool, rng.normal(size=(num_rows, k)).astype(np.float32))
+        quantized, row_scales, _ = kernels.split_rows(rows, k)
+        expected = kernels.linear(pool, kernels.make_linear(weight, format, scales), rows)
+        found = cuda.linear(format, packed, n, np.ascontiguousarray(quantized), scales, row_scales)
+        assert (found == expected).all()
+    else:
+        x = rng.normal(size=(num_rows, k)).astype(np.float16)
+        found = cuda.linear(format, packed, n, x)
+        wide, transposed = x.astype(np.float64), weight.T.astype(np.float64)
+        assert (np.abs(found - wide @ transposed) <= 1e-6 * (np.abs(wide) @ np.abs(transposed))).all()
+        row = rng.integers(num_rows)
+        assert (cuda.linear(format, packed, n, x[row : row + 1].copy()) == found[row]).all()
+
+
+def check_linears(cuda, rng, num_cases):
+    for case in range(num_cases):
+        cuda.order(case % 5)
+        format = FORMATS[case % len(FORMATS)]
+        step = 64 if format == "int8_2_4" else 32
+        n, k = 16 * int(rng.integers(1, 4)), step * int(rng.integers(1, 20))
+        check_linear(cuda, rng, format, n, k, num_rows=int(rng.integers(1, MOST_ROWS + 1)))

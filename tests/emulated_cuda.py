@@ -2,11 +2,13 @@
 
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cffi
 import numpy as np
 import pytest
+from draftsmith.speculate.cuda_linear import FORMATS
 from draftsmith.speculate.native import _cuda_cdefs
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +35,32 @@ def compile_emulated(out: Path, *sources: Path) -> None:
     command = [compiler, *FLAGS, str(together), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def compile_changed(folder: Path, sources: Sequence[str], file: str, change: Callable[[str], str]) -> Path:
+    """Those .cu files, compiled in `folder` with the text of one file of the kernels changed."""
+    native = folder / "native"
+    (native / "cuda").mkdir(parents=True)
+    for path in [*SOURCES.parent.glob("*.h"), *SOURCES.iterdir()]:
+        text = path.read_text()
+        if path.name == file:
+            text = change(text)
+            assert text != path.read_text()
+        (native / path.relative_to(SOURCES.parent)).write_text(text)
+    compile_emulated(folder / "changed.so", *(native / "cuda" / name for name in sources))
+    return folder / "changed.so"
+
+
+def without_barrier(number: int) -> Callable[[str], str]:
+    """A change of a source: one barrier is gone."""
+
+    def change(text: str) -> str:
+        parts = text.split("__syncthreads();")
+        kept = ["__syncthreads();"] * (len(parts) - 2)
+        kept.insert(number, ";")
+        return "".join(part + end for part, end in zip(parts, [*kept, ""], strict=True))
+
+    return change
 
 
 class Emulated:
@@ -100,3 +128,16 @@ class Emulated:
         pointers = np.array([cache.ctypes.data for cache in caches], np.uint64)
         row = width * caches[0].itemsize
         self.call("ds_cuda_compact", pointers, len(caches), heads, num_slots, row, slots, len(slots), start)
+
+    def pack(self, format: str, weight: np.ndarray) -> np.ndarray:
+        number, (n, k) = FORMATS.index(format), weight.shape
+        packed = np.empty(self.lib.ds_cuda_packed_size(number, n, k), np.uint8)
+        pointers = [self.ffi.cast("void *", array.ctypes.data) for array in (weight, packed)]
+        assert self.lib.ds_cuda_pack(number, n, k, *pointers) == 0
+        return packed
+
+    def linear(self, format: str, packed, n: int, x, scales=None, row_scales=None) -> np.ndarray:
+        y = np.full((len(x), n), np.nan, np.float32)
+        rows, k = x.shape
+        self.call("ds_cuda_linear", FORMATS.index(format), n, k, packed, scales, rows, x, row_scales, y)
+        return y

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from cuda_cases import check_chains
-from draftsmith.speculate import cuda
+from cuda_cases import check_chains, check_linears
+from draftsmith.speculate import cuda, cuda_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,10 +57,35 @@ class OnDevice:
             self.call("ds_cuda_verify_greedy", verdict, len(draft), logits.shape[1], logits, draft).tolist()
         )
 
+    def pack(self, format, weight):
+        return cuda_linear.pack(weight, format)
+
+    def linear(self, format, packed, n, x, scales=None, row_scales=None):
+        number = cuda_linear.FORMATS.index(format)
+        y = np.empty((len(x), n), np.float32)
+        rows, k = x.shape
+        return self.call("ds_cuda_linear", y, number, n, k, packed, scales, rows, x, row_scales)
+
 
 def test_laws_and_verdicts():
     check_chains(OnDevice(), np.random.default_rng(0), 2_000, largest_vocab=3_000)
     check_chains(OnDevice(), np.random.default_rng(1), 100)
+
+
+def test_linears():
+    check_linears(OnDevice(), np.random.default_rng(2), 200)
+
+
+def test_a_linear_reads_and_writes_where_the_device_is():
+    """As the benchmark calls it."""
+    rng, stream = np.random.default_rng(3), cuda.Stream()
+    weight, x = rng.normal(size=(32, 64)).astype(np.float16), rng.normal(size=(5, 64)).astype(np.float16)
+    linear = cuda_linear.Linear(weight, "float16", stream)
+    rows, out = cuda.Buffer(x.nbytes).write(x, stream), cuda.Buffer(5 * 32 * 4)
+    linear.multiply(rows, 5, out)
+    y = out.read(np.empty((5, 32), np.float32), stream)
+    stream.wait()
+    np.testing.assert_allclose(y, x.astype(np.float64) @ weight.T.astype(np.float64), atol=1e-4)
 
 
 def test_a_recorded_graph_runs_again():

@@ -14,7 +14,14 @@ import pytest
 from cuda_cases import check_chains, check_kseq, check_trees
 from draftsmith.speculate import sampling, verify
 from draftsmith.speculate.errors import BundleError
-from emulated_cuda import SOURCES, Emulated, EmulatorError, compile_emulated
+from emulated_cuda import (
+    SOURCES,
+    Emulated,
+    EmulatorError,
+    compile_changed,
+    compile_emulated,
+    without_barrier,
+)
 
 NUM_CASES, MANY_CASES = 120, 100_000
 
@@ -104,23 +111,6 @@ def barriers():
     return found
 
 
-def without_barrier(folder, file, number):
-    """A copy of the kernels that lacks one barrier."""
-    native = folder / "native"
-    (native / "cuda").mkdir(parents=True)
-    for path in [*SOURCES.parent.glob("*.h"), *SOURCES.iterdir()]:
-        text = path.read_text()
-        if path.name == file:
-            parts = text.split("__syncthreads();")
-            text = "__syncthreads();".join(parts[: number + 1]) + "".join(
-                f";{part}" if i == 0 else f"__syncthreads();{part}"
-                for i, part in enumerate(parts[number + 1 :])
-            )
-        (native / path.relative_to(SOURCES.parent)).write_text(text)
-    compile_emulated(folder / "libverify.so", *(native / "cuda" / path.name for path in KERNELS))
-    return folder / "libverify.so"
-
-
 @pytest.mark.parametrize(
     ("file", "number"),
     [
@@ -129,7 +119,7 @@ def without_barrier(folder, file, number):
     ],
 )
 def test_a_missing_barrier_is_noticed(tmp_path, file, number):
-    library = without_barrier(tmp_path, file, number)
+    library = compile_changed(tmp_path, [path.name for path in KERNELS], file, without_barrier(number))
     # In a process of its own: what is read too early may be an address.
     code = (
         "import sys, numpy as np; from pathlib import Path;"

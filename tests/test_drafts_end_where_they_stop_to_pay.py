@@ -113,7 +113,12 @@ def test_equal_seeds_give_equal_samples_and_equal_calls():
 
 
 PLAN = {"ladder": ["int8"], "num_speculative_tokens": {"int8": 6}}
-DEAR = {"rows": [1, 2, 8], "milliseconds": {"target": [1, 1, 1.6], "int8": [1.5, 1.5, 1.5]}}
+DEAR = {
+    "rows": [1, 2, 8],
+    "contexts": [0],
+    "milliseconds": {"target": [[1, 1, 1.6]], "int8": [[1.5, 1.5, 1.5]]},
+}
+ONE = {"rows": [1], "contexts": [0]}
 
 
 def test_a_plans_costs_hold_unless_the_caller_says_how_long(tmp_path):
@@ -127,11 +132,14 @@ def test_a_plans_costs_hold_unless_the_caller_says_how_long(tmp_path):
 @pytest.mark.parametrize(
     ("costs", "words"),
     [
-        ({"rows": [2, 1], "milliseconds": {}}, "rows must rise"),
-        ({"rows": [], "milliseconds": {}}, "rows"),
-        ({"rows": [1, 2], "milliseconds": {"target": [1.0]}}, "one figure for each"),
-        ({"rows": [1], "milliseconds": {"target": [0.0]}}, "greater than 0"),
-        ({"rows": [1]}, "milliseconds"),
+        (ONE | {"rows": [2, 1], "milliseconds": {}}, "rows must rise"),
+        (ONE | {"rows": [], "milliseconds": {}}, "rows"),
+        (ONE | {"contexts": [9, 9], "milliseconds": {}}, "contexts must rise"),
+        (ONE | {"rows": [1, 2], "milliseconds": {"target": [[1.0]]}}, "one figure for each"),
+        (ONE | {"milliseconds": {"target": [[1.0], [1.0]]}}, "one list for each"),
+        (ONE | {"milliseconds": {"target": [[0.0]]}}, "greater than 0"),
+        ({"rows": [1], "milliseconds": {}}, "contexts"),
+        (ONE, "milliseconds"),
     ],
 )
 def test_costs_that_make_no_table_are_refused(tmp_path, costs, words):

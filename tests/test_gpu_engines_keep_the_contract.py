@@ -14,10 +14,10 @@ from device_stand_ins import Context, Graph, Memory, Stream
 from draftsmith.export.portable import export_onnx
 from draftsmith.model.store import Checkpoint
 from draftsmith.speculate import bundle as bundles
-from draftsmith.speculate import devices, driver, tensorrt_engine
+from draftsmith.speculate import cuda, devices, driver, onnx_gpu_engine, tensorrt_engine
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.manifest import EngineEntry, TensorrtEntry
-from draftsmith.speculate.onnx_gpu_engine import OnnxGpuEngine, check_provider, provider_options
+from draftsmith.speculate.onnx_gpu_engine import RTX, OnnxGpuEngine, check_provider, provider_options
 from fake_engine import FakeEngine, write_bundle
 from graph_session import GraphSession, entry_of
 
@@ -52,6 +52,7 @@ int cuDeviceGet(int *d, int i) { *d = i; return 0; }
 int cuDeviceGetName(char *s, int n, int d) { s[0] = 'G'; s[1] = 0; return 0; }
 int cuDeviceTotalMem_v2(unsigned long *m, int d) { *m = 1ul << 34; return 0; }
 int cuDeviceGetAttribute(int *v, int a, int d) { *v = a == 75 ? 12 : 0; return 0; }
+int cuDriverGetVersion(int *v) { *v = 13010; return 0; }
 int cuGetErrorName(int e, const char **s) { *s = "CUDA_ERROR_NO_DEVICE"; return 0; }
 """
 
@@ -72,6 +73,20 @@ def test_gpus_are_found_through_the_driver_alone(tmp_path, monkeypatch, status, 
     subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     monkeypatch.setattr(driver, "DRIVER", str(library))
     assert driver.find_gpus() == (gpus, why)
+    assert driver.supported_cuda() == 13010
+
+
+@pytest.mark.parametrize(
+    ("supported", "why"), [(12080, "CUDA 12.8 and the CUDA kernels need 13.0: install"), (13000, "")]
+)
+def test_a_driver_too_old_for_the_kernels_is_named(tmp_path, monkeypatch, supported, why):
+    library = SimpleNamespace(ds_cuda_runtime_version=lambda: 13000)
+    monkeypatch.setattr(cuda, "find_gpus", lambda: ([ADA], ""))
+    monkeypatch.setattr(cuda, "supported_cuda", lambda: supported)
+    monkeypatch.setattr(cuda, "open_library", lambda: (None, library))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cuda, "find_library", lambda: tmp_path / "file")
+    assert why in cuda.why_no_cuda() and bool(cuda.why_no_cuda()) == bool(why)
 
 
 def test_a_missing_driver_is_named(monkeypatch):
@@ -88,7 +103,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(devices, "find_gpus", lambda: ([gpu], ""))
         monkeypatch.setattr(devices, "find_spec", lambda name: tensorrt or None)
         monkeypatch.setattr(devices, "installed_version", lambda name: tensorrt)
-        monkeypatch.setattr(devices, "why_not_onnx", lambda entry: onnx)
+        monkeypatch.setattr(devices, "why_not_onnx", lambda entry, provider="": onnx)
 
     return seem
 
@@ -111,7 +126,7 @@ def test_auto_takes_the_gpu_only_for_engines_that_run_there(machine):
         ),
         (
             {"gpu": driver.Gpu("H100", "9.0", 1)},
-            r"no TensorRT engine for H100 \(compute capability 9.0\); none",
+            r"no TensorRT engine for H100: build with compute_capability 9\.0; none",
         ),
         ({"tensorrt": ""}, r"tensorrt_rtx is not installed: pip install 'tensorrt-rtx-cu13==1\.7\.1\.116'"),
         (
@@ -260,17 +275,109 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(monkeypatch, tmp_path):
 
 
 def test_a_provider_that_is_not_there_is_named():
-    with pytest.raises(BundleError, match=r"has no NvTensorRT.*pip install 'draftsmith\[gpu\]'"):
-        OnnxGpuEngine("target", "model.onnx", ENTRY, "NvTensorRTRTXExecutionProvider")
+    with pytest.raises(BundleError, match=r"has no TensorrtEx.*pip install 'draftsmith\[gpu\]'"):
+        OnnxGpuEngine("target", "model.onnx", ENTRY, "TensorrtExecutionProvider")
+    with pytest.raises(BundleError, match=r"nv_tensorrt_rtx is not installed: pip install onnxruntime-ep-nv"):
+        OnnxGpuEngine("target", "model.onnx", ENTRY, RTX)
+
+
+class Plugin:
+    """Stands for ONNX Runtime and the package of the RTX provider."""
+
+    def __init__(self, monkeypatch, fails="", has_gpu=True, runs_on=RTX):
+        self.registered, self.added = [], []
+        self.fails, self.has_gpu, self.runs_on = fails, has_gpu, runs_on
+        monkeypatch.setitem(sys.modules, "onnxruntime", self)
+        monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", self)
+        monkeypatch.setattr(onnx_gpu_engine, "find_spec", lambda name: name)
+
+    def get_library_path(self):
+        return "librtx.so"
+
+    def register_execution_provider_library(self, name, path):
+        if self.fails:
+            raise RuntimeError(self.fails)
+        self.registered.append((name, path))
+
+    def get_ep_devices(self):
+        names = ["CPUExecutionProvider", *([RTX, RTX] if self.registered and self.has_gpu else [])]
+        return [SimpleNamespace(ep_name=name) for name in names]
+
+    def SessionOptions(self):
+        return SimpleNamespace(
+            add_session_config_entry=lambda *entry: None,
+            add_provider_for_devices=lambda devices, settings: self.added.append((devices, settings)),
+        )
+
+    def InferenceSession(self, graph, options):
+        return SimpleNamespace(get_providers=lambda: [self.runs_on, "CPUExecutionProvider"])
+
+
+def test_the_rtx_plugin_is_registered_once_and_given_its_shapes_and_cache(monkeypatch, tmp_path):
+    plugin = Plugin(monkeypatch)
+    for _ in range(2):
+        OnnxGpuEngine("target", tmp_path / "model.onnx", ENTRY, RTX, tmp_path)
+    assert plugin.registered == [(RTX, "librtx.so")]
+    devices, settings = plugin.added[0]
+    assert [device.ep_name for device in devices] == [RTX], "the first GPU"
+    assert "past_key_values.0.key:1x1x100x4" in settings["nv_profile_max_shapes"]
+    assert settings["nv_runtime_cache_path"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("seems", "said"),
+    [
+        ({"fails": "libcuda.so.1: cannot\nopen"}, f"does not load {RTX}: libcuda.so.1: cannot open"),
+        ({"has_gpu": False}, f"{RTX} finds no GPU"),
+        ({"runs_on": "CPUExecutionProvider"}, f"{RTX} could not start and ONNX Runtime fell back to CPU"),
+    ],
+)
+def test_an_rtx_plugin_that_cannot_run_is_named(monkeypatch, tmp_path, seems, said):
+    Plugin(monkeypatch, **seems)
+    with pytest.raises(BundleError, match=f"^target: .*{said}") as refused:
+        OnnxGpuEngine("target", tmp_path / "model.onnx", ENTRY, RTX)
+    assert "\n" not in str(refused.value)
 
 
 def test_providers_that_build_engines_get_the_shapes_of_the_cache(tmp_path):
     options = provider_options("TensorrtExecutionProvider", ENTRY, tmp_path)
     assert "past_key_values.1.value:1x1x100x4" in options["trt_profile_max_shapes"]
-    assert "attention_mask:1x1x128x100" in options["trt_profile_max_shapes"]
+    assert "attention_mask:1x1x192x100" in options["trt_profile_max_shapes"]
     assert options["trt_engine_cache_path"] == str(tmp_path)
     options = provider_options("NvTensorRTRTXExecutionProvider", ENTRY, tmp_path)
     assert options["nv_runtime_cache_path"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "provider"),
+    [
+        ("onnx-cuda", "CUDAExecutionProvider"),
+        ("onnx-tensorrt", "TensorrtExecutionProvider"),
+        ("onnx-rtx", RTX),
+    ],
+)
+def test_a_provider_is_chosen_by_the_name_of_its_device(machine, monkeypatch, tmp_path, device, provider):
+    machine()
+    opened = []
+
+    class Opened:
+        def __init__(self, *arguments):
+            opened.append(arguments)
+            self.vocab_size = arguments[2].vocab_size
+
+    monkeypatch.setattr(onnx_gpu_engine, "OnnxGpuEngine", Opened)
+    monkeypatch.setenv("DRAFTSMITH_CACHE", str(tmp_path / "cache"))
+    folder = write_bundle(tmp_path / "bundle", {"target": {"portable": "target/cpu.onnx"}, "int8": {}})
+    bundles.load(folder, device=device).engine("target")
+    name, graph, _, wanted, cache = opened[0]
+    assert (name, graph, wanted) == ("target", folder / "target" / "cpu.onnx", provider)
+    assert cache.is_dir() and cache.parent == tmp_path / "cache" / "providers"
+    monkeypatch.setattr(devices, "find_gpus", lambda: ([], "no NVIDIA driver: x"))
+    with pytest.raises(BundleError, match=f"device {device}: no NVIDIA driver: x; --device cpu runs"):
+        bundles.load(folder, device=device)
+    machine(onnx="no such provider")
+    with pytest.raises(BundleError, match=f"device {device}: no such provider; --device cpu runs"):
+        bundles.load(folder, device=device)
 
 
 def test_what_is_bound_gives_the_graphs_own_logits(tiny_checkpoint, tmp_path):

@@ -26,7 +26,7 @@ from draftsmith.pipeline.traces import record
 from draftsmith.speculate.bundle import load
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.joint import Ensemble, generate_jointly
-from draftsmith.speculate.manifest import Plan
+from draftsmith.speculate.plan import Plan
 from fake_engine import byte_tokenizer
 from safetensors.numpy import save_file
 from tiny_bundle import CONFIG, write_tiny_checkpoint

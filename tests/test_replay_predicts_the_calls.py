@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from decoding import decode
-from draftsmith.pipeline.replay import CallCosts, Plan, Recording, best_plan, predict, replay
+from draftsmith.pipeline.replay import Prediction, Recording, best_plan, predict, replay
+from draftsmith.speculate.costs import Costs
 from draftsmith.speculate.datastore import Datastore, write_datastore
 from draftsmith.speculate.drafters import Sources
 from draftsmith.speculate.ladder import Rung, build_ladder
@@ -14,14 +15,22 @@ from fake_engine import FakeEngine, FakeGuest
 NUM_TOKENS = 40
 ROWS = (1, 2, 4, 8, 16, 32)
 NOISE = {"target": 0.0, "int8": 1.2, "tiny": 2.0}
+MILLISECONDS = {"target": 15.0, "int8": 6.0, "tiny": 2.0}
 LADDERS = [["suffix"], ["int8"], ["suffix", "int8"], ["tiny", "int8"], ["suffix", "tiny", "int8"]]
 LENGTHS = [
     {"suffix": 1, "int8": 1, "tiny": 1},
     {"suffix": 3, "int8": 4, "tiny": 2},
     {"suffix": 8, "int8": 7, "tiny": 5},
 ]
-COSTS = CallCosts(ROWS, {name: [ms * (1 + 0.02 * r) for r in ROWS] for name, ms in
-                         (("target", 15.0), ("int8", 6.0), ("tiny", 2.0))})  # fmt: skip
+
+
+def make_costs(rows, overhead_ms=0.0, **milliseconds) -> Costs:
+    """That do not depend on the context."""
+    tables = {name: (tuple(row),) for name, row in milliseconds.items()}
+    return Costs(rows=tuple(rows), contexts=(0,), milliseconds=tables, overhead_ms=overhead_ms)
+
+
+COSTS = make_costs(ROWS, **{name: [ms * (1 + 0.02 * r) for r in ROWS] for name, ms in MILLISECONDS.items()})
 
 
 class Counted(FakeEngine):
@@ -59,7 +68,7 @@ def record_greedily(engines, prompt, guests=()) -> Recording:
 
 
 def decode_for_real(engines, ladder, lengths, prompt, costs=None):
-    tables = {name: costs.spread(name, 9) for name in engines} if costs else None
+    tables = costs.spread(9, len(prompt)) if costs else None
     decode(engines, [Rung(name, lengths[name]) for name in ladder], prompt, NUM_TOKENS, costs=tables)
     return {name: [call for call in engines[name].log if name != "target" or call[1] >= len(prompt)]
             for name in engines if name in [*ladder, "target"]}  # fmt: skip
@@ -116,21 +125,26 @@ def test_time_with_scheduled_lengths_is_that_of_decoding(ladder):
 
 
 def COSTS_OF(calls) -> float:
-    return sum(COSTS.of(name, rows) for name, log in calls.items() for rows, _ in log)
+    return sum(float(COSTS.of(name, *call)) for name, log in calls.items() for call in log)
 
 
 def test_a_plain_run_is_one_call_a_token():
     recording = Recording([1, 2], np.array([1, 2, 1, 2, 3]), {})
-    costs = CallCosts((1,), {"target": [2.0]}, overhead_ms=0.5)
+    costs = make_costs([1], 0.5, target=[2.0])
     plan = predict([recording], (), {}, costs)
     assert (plan.tokens_per_target_call, plan.tokens_per_second) == (1.0, 1000 / 2.5)
 
 
 def test_costs_depend_on_rows_and_context():
-    costs = CallCosts((1, 3), {"e": [10.0, 14.0]}, 100, {50: {"e": -1.0}, 200: {"e": 4.0}})
-    assert costs.of("e", 2) == 12.0 and costs.spread("e", 3) == [10.0, 12.0, 14.0]
-    assert costs.of("e", 2, 100) == 12.0 and costs.of("e", 1, 50) == 9.0 and costs.of("e", 1, 150) == 12.0
-    assert costs.of("e", 9, 10) == 13.0
+    tables = {"e": ((10.0, 14.0), (12.0, 18.0), (20.0, 28.0))}
+    costs = Costs(rows=(1, 3), contexts=(50, 100, 200), milliseconds=tables)
+    assert costs.of("e", 2, 50) == 12.0 and costs.of("e", 9, 10) == 14.0
+    assert costs.of("e", 1, 75) == 11.0 and costs.of("e", 3, 150) == 23.0
+    assert costs.of("e", 1, 300) == 28.0, "beyond the last context on a straight line"
+    assert costs.of("e", np.array([1, 2]), np.array([100, 200])).tolist() == [12.0, 24.0]
+    assert costs.spread(3, 75) == {"e": [11.0, 13.5, 16.0]}
+    flat = make_costs([1, 128], e=[2.0, 129.0])
+    assert flat.of_reading("e", 300) == 129.0 + 129.0 + flat.of("e", 44, 0)
 
 
 def test_the_best_lengths_follow_the_costs():
@@ -140,14 +154,13 @@ def test_the_best_lengths_follow_the_costs():
     recording = Recording([0], right, {"int8": right}, {"int8": np.full(count, 9.0)})
     options = {"int8": (1, 2, 4, 8)}
 
-    def best(target_ms: list[float]) -> Plan:
-        return best_plan(
-            [recording], ("int8",), options, CallCosts((1, 9), {"target": target_ms, "int8": [0.1, 0.1]})
-        )
+    def best(target_ms: list[float]) -> Prediction:
+        costs = make_costs([1, 9], target=target_ms, int8=[0.1, 0.1])
+        return best_plan([recording], ("int8",), options, costs)
 
     assert best([1.0, 1.0]).num_speculative_tokens == {"int8": 8}
     dear = best([1.0, 90.0])
-    plain = predict([recording], (), {}, CallCosts((1, 9), {"target": [1.0, 90.0]}))
+    plain = predict([recording], (), {}, make_costs([1, 9], target=[1.0, 90.0]))
     assert dear.tokens_per_second < 1.1 * plain.tokens_per_second
     assert dear.tokens_per_target_call < best([1.0, 1.0]).tokens_per_target_call
 

@@ -46,9 +46,17 @@ PLAN = {
     },
     "candidates": CANDIDATES,
     "greedy_agreement": {"int8": 0.94, "tiny": 0.5},
+    "by_length": [
+        {"prompt_tokens": 32, "new_tokens": 128, "ladder": ["suffix", "int8"]},
+        {"prompt_tokens": 1024, "new_tokens": 32, "ladder": ["suffix"]},
+    ],
     "costs": {
         "rows": ROWS,
-        "milliseconds": {"target": [15.0 + r for r in ROWS], "int8": [8.0 + r / 2 for r in ROWS]},
+        "contexts": [64, 1024],
+        "milliseconds": {
+            "target": [[15.0 + r for r in ROWS], [19.0 + r for r in ROWS]],
+            "int8": [[8.0 + r / 2 for r in ROWS], [11.0 + r for r in ROWS]],
+        },
         "floor_ms": {"target": 12.0, "int8": 6.0},
     },
 }

@@ -15,6 +15,10 @@ from draftsmith.export.portable import export_onnx
 from draftsmith.export.precision import list_float_products, list_split_inputs, lower_precision
 from draftsmith.model.errors import ModelError
 from draftsmith.model.load import load_model
+from draftsmith.pipeline.errors import RecipeError
+from draftsmith.pipeline.preflight import check_recipe
+from draftsmith.pipeline.recipe import Recipe
+from draftsmith.speculate.driver import Gpu
 from quantized import quantize_checkpoint
 
 LAYERS, SLOTS = 3, 96
@@ -74,6 +78,7 @@ def test_sparse_tactics_are_those_that_the_builder_names():
     [
         (["8.9", "5.2"], "compute_capability '5.2' is unknown; there are: 7.5, 8.0, .*9.0, 10.0"),
         (["8.9", "8.9"], "names one twice"),
+        (["8.9", "7.5"], "7.5 has no bfloat16; give it an entry of its own with precision: float16"),
         (["8.9", "9.0"], "give 9.0 an entry of its own"),
         (["9.0"], "needs the package tensorrt, which is not installed: pip install tensorrt"),
         (
@@ -86,6 +91,41 @@ def test_what_cannot_be_built_is_named_with_the_way_out(monkeypatch, wanted, mes
     monkeypatch.setattr(capabilities, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=message):
         capabilities.choose_builder(wanted)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "why", "message"),
+    [
+        (
+            [],
+            "no NVIDIA driver: x",
+            "for the GPU that it finds, and here is none: no NVIDIA driver: x; build",
+        ),
+        (
+            [Gpu("RTX 4090", "8.9", 1)],
+            "",
+            "and that is RTX 4090, 8.9; build on a machine with such",
+        ),
+        ([Gpu("H100", "9.0", 1), Gpu("RTX 4090", "8.9", 1)], "", ""),
+    ],
+)
+def test_a_gpu_that_is_built_for_must_be_there(monkeypatch, gpus, why, message):
+    """Found by the preflight, before any stage has cost time."""
+    monkeypatch.setattr(capabilities, "find_spec", lambda name: name)
+    monkeypatch.setattr(capabilities, "find_gpus", lambda: (gpus, why))
+    recipe = Recipe.model_validate(
+        {
+            "version": 1,
+            "model": {"source": "a/b"},
+            "export": [{"format": "tensorrt", "compute_capability": ["9.0"], "max_seq_len": 256}],
+        }
+    )
+    if not message:
+        check_recipe(recipe)
+        return
+    with pytest.raises(RecipeError, match=message) as refused:
+        check_recipe(recipe)
+    assert str(refused.value).startswith("export.0: ") and "\n" not in str(refused.value)
 
 
 def test_too_little_memory_is_found_before_the_builder_starts():

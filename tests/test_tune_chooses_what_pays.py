@@ -13,7 +13,8 @@ from draftsmith.pipeline.recipe_file import load_recipe
 from draftsmith.pipeline.tune import tune_bundle
 from draftsmith.speculate.bundle import Bundle
 from draftsmith.speculate.levels import is_drafter
-from draftsmith.speculate.manifest import Plan, read_manifest
+from draftsmith.speculate.manifest import read_manifest
+from draftsmith.speculate.plan import Plan
 from fake_engine import BYTE_VOCAB, FakeEngine, open_bundle, write_bundle, write_manifest
 from test_report_stands_alone import PLAN
 
@@ -75,7 +76,7 @@ def test_a_cheap_good_drafter_is_chosen_and_its_speed_foreseen(tune_with):
     assert ("tiny", "int8") not in ladders  # the dearer one would draft for the cheaper
     assert Plan.model_validate(json.loads(json.dumps(plan))).costs is not None
     assert plan["costs"]["rows"][:2] == [1, 2] and plan["costs"]["rows"][-1] >= 32
-    assert plan["costs"]["milliseconds"]["target"][0] == pytest.approx(15.0 * 1.03, rel=0.01)
+    assert plan["costs"]["milliseconds"]["target"][0][0] == pytest.approx(15.0 * 1.03, rel=0.01)
 
 
 def test_none_wins_where_nothing_pays(tune_with):
@@ -163,4 +164,4 @@ def test_a_call_whose_timing_was_disturbed_does_not_make_longer_ones_dear():
     meter = call_costs.CostMeter(
         cast(Bundle, None), samples={("target", rows, 256): ms for rows, ms in times.items()}
     )
-    assert meter.costs().milliseconds["target"] == [10.0, 10.0, 11.0, 11.0]
+    assert meter.costs().milliseconds["target"] == ((10.0, 10.0, 11.0, 11.0),)

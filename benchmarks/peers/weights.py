@@ -23,7 +23,10 @@ GGUF_TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,
     "f16": gguf.GGMLQuantizationType.F16,
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "q4_1": gguf.GGMLQuantizationType.Q4_1,
+    "q4_0": gguf.GGMLQuantizationType.Q4_0,
 }
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}
 
 
 def load_source(bundle: Path, work: Path) -> Checkpoint:
@@ -91,7 +94,7 @@ def write_gguf(checkpoint: Checkpoint, out: Path, variant: str) -> Path:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(_rope_theta(checkpoint))
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7}[variant])
+    writer.add_file_type(FILE_TYPES[variant])
     _add_tokenizer(writer, checkpoint)
     kind = GGUF_TYPES[variant]
     for name, tensor in _tensors(checkpoint):

@@ -43,7 +43,7 @@ struct fiber {
   state at;
   int line;
   unsigned parity;    /* of its shuffles: who is one ahead writes the other buffer */
-  uint64_t offers[2]; /* what it gives to the others of its warp */
+  char offers[2][40]; /* what it gives to the others of its warp */
 };
 
 inline std::vector<fiber> fibers;
@@ -171,14 +171,15 @@ inline void launch(int blocks, int threads, std::function<void()> kernel) {
 template <typename T> unsigned offer(T value, int line) {
   fiber &f = fibers[current];
   unsigned buffer = f.parity++ % 2;
-  memcpy(&f.offers[buffer], &value, sizeof value);
+  static_assert(sizeof value <= sizeof f.offers[0], "no room for it");
+  memcpy(f.offers[buffer], &value, sizeof value);
   wait(AT_WARP, line);
   return buffer;
 }
 
 template <typename T> T take(int lane, unsigned buffer) {
   T value;
-  memcpy(&value, &fibers[current / WARP * WARP + lane].offers[buffer], sizeof value);
+  memcpy(&value, fibers[current / WARP * WARP + lane].offers[buffer], sizeof value);
   return value;
 }
 
@@ -201,6 +202,8 @@ inline uint32_t ballot(bool vote, int line) {
 #define __shfl_xor_sync(mask, value, bits) emulator::shuffle(value, emulator::current % 32 ^ (bits), __LINE__)
 #define __ballot_sync(mask, vote) emulator::ballot(vote, __LINE__)
 #define __ffs(x) __builtin_ffs(x)
+
+#include "emulated_mma.h"
 
 #define LAUNCH(kernel, blocks, threads, stream, ...)                                                         \
   ((void)(stream), emulator::launch((blocks), (threads), [&] { kernel(__VA_ARGS__); }))

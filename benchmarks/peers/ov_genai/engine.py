@@ -1,5 +1,7 @@
-"""OpenVINO GenAI: reads a .gguf file itself; its prompt lookup. Variant "f32" forces float32, else its own
-choice of precision holds."""
+"""OpenVINO GenAI: reads a .gguf file itself; its prompt lookup, or with "+int8" a draft model, the q8_0.gguf
+beside the model. Variant "f32" forces float32, else its own choice of precision holds."""
+
+from pathlib import Path
 
 import numpy as np
 import openvino as ov  # pyright: ignore[reportMissingImports]
@@ -21,17 +23,25 @@ class _Streamer(genai.StreamerBase):
 
 def load(model: str, variant: str, speculate: bool, threads: int):
     options: dict = {"INFERENCE_NUM_THREADS": threads}
-    if variant == "f32":
+    target, _, draft = variant.partition("+")
+    if target == "f32":
         options |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         options |= {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     scheduler = genai.SchedulerConfig()
     scheduler.enable_prefix_caching = False  # every prompt is read anew, as everywhere
     scheduler.max_num_batched_tokens = 2048
-    pipeline = genai.LLMPipeline(model, "CPU", options, prompt_lookup=speculate, scheduler_config=scheduler)
+    options["scheduler_config"] = scheduler
+    if draft:
+        options["draft_model"] = genai.draft_model(str(Path(model).with_name("q8_0.gguf")), "CPU")
+    else:
+        options["prompt_lookup"] = speculate
+    pipeline = genai.LLMPipeline(model, "CPU", **options)
 
     def generate(ids, count, emit):
         config = genai.GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False)
-        if speculate:
+        if draft:
+            config.num_assistant_tokens = 4
+        elif speculate:
             config.num_assistant_tokens, config.max_ngram_size = 5, 3
         prompt = np.array([ids], np.int64)
         inputs = genai.TokenizedInputs(ov.Tensor(prompt), ov.Tensor(np.ones_like(prompt)))

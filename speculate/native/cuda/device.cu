@@ -9,6 +9,8 @@ const char *ds_cuda_error_message(int32_t status) {
   return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
 
+int32_t ds_cuda_runtime_version(void) { return CUDART_VERSION; }
+
 int32_t ds_cuda_allocate(void **pointer, int64_t size) {
   return cudaMalloc(pointer, static_cast<size_t>(size));
 }

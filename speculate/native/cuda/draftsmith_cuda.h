@@ -20,6 +20,9 @@ extern "C" {
 /* What a status says, in words. */
 DS_API const char *ds_cuda_error_message(int32_t status);
 
+/* The CUDA that the library was built with, such as 13000 for 13.0: a driver must support its major version. */
+DS_API int32_t ds_cuda_runtime_version(void);
+
 /* ---- The device ---------------------------------------------------------------------------------------- */
 
 /* Memory, streams and graphs, so that whoever drives engines needs no other binding of CUDA. Host pointers may
@@ -87,6 +90,33 @@ DS_API int32_t ds_cuda_verify_kseq(int32_t n_drafts, int32_t vocab, const double
 DS_API int32_t ds_cuda_compact(void *const *caches, int32_t n_caches, int32_t n_heads, int64_t n_slots,
                                int32_t bytes_a_row, const int32_t *slots, int32_t n_path, int32_t start,
                                void *stream);
+
+/* ---- Linear layers ------------------------------------------------------------------------------------- */
+
+/* Weights for tensor cores: n outputs, a multiple of 16, and k inputs, a multiple of the number given here. Of the
+ * 2:4 ones an output keeps at most two in every group of four inputs. fragments.h says how they are packed. */
+enum ds_cuda_format {
+  DS_CUDA_INT8 = 0,        /* 32 */
+  DS_CUDA_INT8_2_4 = 1,    /* 64 */
+  DS_CUDA_FLOAT16 = 2,     /* 16 */
+  DS_CUDA_FLOAT16_2_4 = 3, /* 32 */
+};
+enum { DS_CUDA_LINEAR_ROWS = 32 };
+
+/* Bytes of a packed weight, or -1 for a format or a size that there is not. */
+DS_API int64_t ds_cuda_packed_size(int32_t format, int32_t n, int32_t k);
+
+/* Pack weight [n, k], int8 or the bits of float16. Both pointers are host memory, `packed` at a multiple of 4. An
+ * error where a group of a 2:4 weight has more than two that are not zero. */
+DS_API int32_t ds_cuda_pack(int32_t format, int32_t n, int32_t k, const void *weight, void *packed);
+
+/* y [n_rows, n] = x W^T, float32, of 1 to DS_CUDA_LINEAR_ROWS rows. x [n_rows, k] is of the weights' type, `packed`
+ * and x at multiples of 16 bytes.
+ * int8     sums are exact: (float)sum * (row_scales[row] * scales[output]), each step rounded, as in
+ *          ds_linear_int8. row_scales [n_rows], scales [n]
+ * float16  sums are float32, in an order that depends on k alone. Both scales are NULL. */
+DS_API int32_t ds_cuda_linear(int32_t format, int32_t n, int32_t k, const void *packed, const float *scales,
+                              int32_t n_rows, const void *x, const float *row_scales, float *y, void *stream);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,72 @@
+"""plan.json: the measured choice that ``speculate="auto"`` follows."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .costs import Costs
+from .levels import TARGET
+
+
+class Work(BaseModel):
+    """How much one engine has to do."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    calls_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    rows_per_call: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+
+
+class Candidate(BaseModel):
+    """A ladder, and what its engines were predicted to do for a token, the reading of the prompt aside."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    ladder: tuple[str, ...] = Field(strict=False)  # innermost first, without the target
+    num_speculative_tokens: dict[str, int]
+    work: dict[str, Work]
+
+    def milliseconds(self, costs: Costs, prompt_tokens: int, new_tokens: int) -> float:
+        """Of a whole generation: every engine reads the prompt, then decodes at its middle length."""
+        context = prompt_tokens + new_tokens // 2
+        decoding = self.work[TARGET].calls_per_token * costs.overhead_ms + sum(
+            work.calls_per_token * float(costs.of(name, work.rows_per_call, context))
+            for name, work in self.work.items()
+        )
+        reading = sum(costs.of_reading(name, prompt_tokens) for name in self.work)
+        return reading + (new_tokens - 1) * decoding
+
+
+PLAIN = Candidate(
+    ladder=(), num_speculative_tokens={}, work={TARGET: Work(calls_per_token=1.0, rows_per_call=1.0)}
+)
+
+
+class Plan(BaseModel):
+    """The ladder for prompts like those that it was tuned on, and the `choices`, of which it is the first.
+    For other lengths of prompt and output another may be faster, since a drafter that is a model has to read
+    the prompt too."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    ladder: tuple[str, ...] = Field(default=(), strict=False)  # innermost first, without the target
+    num_speculative_tokens: dict[str, int] = {}
+    verify: Literal["token", "block", "exact"] = "block"
+    costs: Costs | None = None
+    choices: tuple[Candidate, ...] = Field(default=(), strict=False)
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> Self:
+        for name in (name for choice in self.choices for name in choice.work):
+            if self.costs is None or name not in self.costs.milliseconds:
+                raise ValueError(f"choices need the costs of {name}")
+        if any(TARGET not in choice.work for choice in self.choices):
+            raise ValueError(f"choices need the work of {TARGET}")
+        return self
+
+    def choose(self, prompt_tokens: int, new_tokens: int) -> Candidate | None:
+        """The fastest for a generation of these lengths; None for a plan without choices."""
+        costs = self.costs
+        if costs is None or not self.choices:
+            return None
+        return min(self.choices, key=lambda choice: choice.milliseconds(costs, prompt_tokens, new_tokens))

@@ -375,8 +375,8 @@ class Bundle:
         num_speculative_tokens: int | Mapping[str, int] | None,
         lengths: tuple[int, int] | None,
     ) -> list[Rung]:
-        """Who says how many tokens to draft means the plan's main ladder, whatever the lengths. Of its drafters
-        those that are part of the target's graph for the CPU are left out where that does not run."""
+        """Who says how many tokens to draft means the plan's main ladder, whatever the lengths. Drafters
+        that are part of the target's graph for the CPU are left out where that does not run."""
         free = speculate == "auto" and num_speculative_tokens is None
         best = self.plan.choose(*lengths) if free and lengths and self.plan_fits else None
         best = best or self.plan

@@ -38,6 +38,7 @@ class _CpuBuilder:
         self.mask = graph.input("attention_mask", TensorProto.BOOL, [BATCH, 1, TOKENS, SLOTS])
         self.num_logits = graph.input(LOGITS, TensorProto.INT64, [1])
         self.rows = TOKENS  # what the operators' outputs have as their second dimension
+        self.part: dict[str, int] = {}  # the sublayer that they belong to, if any
 
     def embed(self) -> str:
         if not self.config.tied_head:
@@ -63,10 +64,11 @@ class _CpuBuilder:
             )
             if len(qkv) == 1 and len(gate_up) == 1 and not self.config.post_norms:
                 return self._whole(hidden, layer, [qkv[0], o[0], gate_up[0], down[0]])
-            norm = f"{name}.input_layernorm"
+            norm, self.part = f"{name}.input_layernorm", {"sublayer": 2 * layer}
             qkv = self._join([self._linear(linear, hidden, norm=norm) for linear in qkv])
             hidden = self._add(o, self._attend(qkv, layer), hidden, f"{name}.post_attention_norm")
-            mixed = self._activate(gate_up, hidden, f"{name}.post_attention_layernorm")
+            norm, self.part = f"{name}.post_attention_layernorm", {"sublayer": 2 * layer + 1}
+            mixed = self._activate(gate_up, hidden, norm)
             return self._add(down, mixed, hidden, f"{name}.post_mlp_norm")
 
     def _whole(self, hidden: str, layer: int, linears: list[PackedLinear]) -> str:
@@ -78,11 +80,11 @@ class _CpuBuilder:
             weights += self._parts(linear, norms.get(role, ""))
             activation = self.config.activation if role == "up" else "identity"
             law |= {f"{role}_{key}": value for key, value in _law_of(linear, activation).items()}
-        law |= self._norm(norms["qkv"])[1]
+        law |= self._norm(norms["qkv"])[1] | {"sublayer": 2 * layer}
         return self._with_cache("Layer", hidden, layer, self.config.hidden_size, weights, **law)
 
     def head(self, hidden: str) -> None:
-        graph = self.graph
+        graph, self.part = self.graph, {}
         first, end = graph.op("Neg", self.num_logits), graph.ints(2**31 - 1)
         hidden = graph.op("Slice", hidden, first, end, graph.ints(1))
         self.rows = LOGITS
@@ -97,7 +99,8 @@ class _CpuBuilder:
 
     def _attend(self, qkv: str, layer: int) -> str:
         width = self.config.num_heads * self.config.head_dim
-        return self._with_cache("Attend", qkv, layer, width, [], epsilon=self.config.norm_eps)
+        law = self.part | {"epsilon": self.config.norm_eps}
+        return self._with_cache("Attend", qkv, layer, width, [], **law)
 
     def _with_cache(
         self, kind: str, x: str, layer: int, width: int, weights: list[str], **attributes: Any
@@ -146,6 +149,7 @@ class _CpuBuilder:
         if not self.config.post_norms:
             return self._linear(linear, mixed, residual=hidden)
         inputs, law = self._norm(post_norm)
+        law |= self.part
         mixed = self._float("Norm", [self._linear(linear, mixed), *inputs], self.config.hidden_size, **law)
         return self.graph.op("Add", hidden, mixed)
 
@@ -172,7 +176,7 @@ class _CpuBuilder:
         output: str = "",
     ) -> str:
         """A linear of `x` or of its norm."""
-        law = _law_of(linear, activation) | self._norm(norm or "model.norm")[1]
+        law = _law_of(linear, activation) | self._norm(norm or "model.norm")[1] | self.part
         return self._float("Linear", [x, *self._parts(linear, norm), residual], linear.n, output, **law)
 
     def _parts(self, linear: PackedLinear, norm: str) -> list[str]:

@@ -90,3 +90,13 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
         part.unlink()
         raise
     part.replace(path)
+
+
+def list_weight_bytes(graph: Path, location: str) -> dict[str, int]:
+    """Of the initializers of a graph that lie in the file `location` beside it: bytes, by name."""
+    sizes: dict[str, int] = {}
+    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+        facts = {entry.key: entry.value for entry in tensor.external_data}
+        if facts.get("location") == location:
+            sizes[tensor.name] = int(facts["length"])
+    return sizes

@@ -89,6 +89,8 @@ class CostMeter:
 
 
 def weight_bytes(bundle: Bundle, engine: str) -> int:
-    """Of the file beside an engine's graph that holds its weights."""
+    """Of the file beside an engine's graph that holds its weights, what a call reads."""
+    if skips := bundle.manifest.engines[engine].skips:
+        return round(skips.bytes_read * weight_bytes(bundle, "target"))
     graph, files = bundle.manifest.engines[engine].graph, bundle.manifest.engine_files(engine)
     return sum(file.size for path, file in files.items() if path != graph)

@@ -17,8 +17,11 @@ PROVENANCE = ("model", "weights", "recipe_sha256", "calibration", "packages")  #
 BENCH_FIGURES = ("settings", "prompts", "identical", "divergences", "plain", "speculative", "speedup")
 
 
-def resolve_recipe(recipe: Recipe, chosen: Mapping[str, Any]) -> Recipe:
-    """The recipe with the ladder and the draft lengths that tuning chose, where it left them open.
+def resolve_recipe(
+    recipe: Recipe, chosen: Mapping[str, Any], skipped: Mapping[str, Mapping[str, Any]] | None = None
+) -> Recipe:
+    """The recipe with the ladder and the draft lengths that tuning chose, and with the layers `skipped` by
+    drafters that were searched, where it left them open.
 
     An `auto` smoothing strength stays: it is a choice for every fold of the model, and the report lists them.
     """
@@ -27,6 +30,8 @@ def resolve_recipe(recipe: Recipe, chosen: Mapping[str, Any]) -> Recipe:
         data["speculate"]["ladder"] = chosen["ladder"] or "none"
     if recipe.speculate.num_speculative_tokens == "auto":
         data["speculate"]["num_speculative_tokens"] = chosen["num_speculative_tokens"]
+    for name, layers in (skipped or {}).items():
+        data["drafters"][name]["skip_layers"] = layers
     return Recipe.model_validate(data)
 
 

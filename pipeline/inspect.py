@@ -15,7 +15,7 @@ def inspect(bundle_dir: Path) -> dict[str, Any]:
     for name, engine in manifest.engines.items():
         folder = engine.graph.rpartition("/")[0]
         size = sum(file.size for path, file in manifest.files.items() if path.startswith(f"{folder}/"))
-        engines[name] = engine.model_dump() | {"bytes": size}
+        engines[name] = engine.model_dump() | {"bytes": 0 if engine.skips else size}
     return {
         "bundle": str(bundle_dir),
         "files_checked": len(manifest.files),

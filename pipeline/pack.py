@@ -73,7 +73,8 @@ def lay_out(
     compiled: Mapping[str, Sequence[Path]] | None = None,
     tables: Mapping[str, Path] | None = None,
 ) -> Layout:
-    """A bundle of exports by engine, the tokenizer of the checkpoint `model`, and `texts` by file name.
+    """A bundle of exports by engine, the target first, the tokenizer of the checkpoint `model`, and `texts`
+    by file name. An export that says what it skips is the target's otherwise.
     `compiled`: the folders of TensorRT's engines, by engine; `tables`: what drafters read, by file name."""
     sources: dict[str, Path] = {}
     files: dict[str, dict] = {}
@@ -81,6 +82,10 @@ def lay_out(
     for name, export in engines.items():
         prefix = TARGET if name == TARGET else f"drafters/{name}"
         entry = json.loads((export / ENGINE_FILE).read_text())
+        if "skips" in entry:
+            shared = {key: value for key, value in entries[TARGET].items() if key != "tensorrt"}
+            entries[name] = shared | entry
+            continue
         for file, facts in entry.pop("files").items():
             sources[f"{prefix}/{file}"] = export / file
             files[f"{prefix}/{file}"] = facts

@@ -15,7 +15,7 @@ from ..speculate.errors import BundleError
 from ..speculate.levels import TARGET
 from .errors import RecipeError
 from .hashing import hash_file
-from .recipe import Engine, Export, Recipe
+from .recipe import Drafter, Engine, Export, Recipe, SkipLayers
 from .recipe_file import LoadedRecipe
 
 BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib")
@@ -97,6 +97,8 @@ def check_model(recipe: Recipe, config: DecoderConfig, cache: Path, out: Path) -
         where = TARGET if name == TARGET else f"drafters.{name}"
         try:
             _check_engine(engine, config)
+            if isinstance(engine, Drafter):
+                _check_skips(engine, config)
         except ValueError as error:
             raise RecipeError(f"{where}.{error}") from None
     limits = [export.max_seq_len for export in recipe.export if export.max_seq_len]
@@ -125,7 +127,8 @@ def estimate_disk(recipe: Recipe, config: DecoderConfig) -> tuple[int, int]:
     plain = stored * parameters
     # The embedding stays, and a tied head becomes a matrix of its own. A checkpoint has 4 bits in a byte too.
     int8 = parameters + stored * embedding
-    engines = [recipe.target, *recipe.drafters.values()]
+    copies = [drafter for drafter in recipe.drafters.values() if not drafter.skip_layers]
+    engines = [recipe.target, *copies]
     quantized = [engine.quantize for engine in engines if engine.quantize]
     smoothed = {settings.model_dump_json() for settings in quantized if settings.smoothing_strength != "none"}
     kept = plain + 4 * parameters * len(smoothed)  # in float32, once for all that smooth alike
@@ -163,6 +166,19 @@ def _check_engine(engine: Engine, config: DecoderConfig) -> None:
                         f"prune: {name} has {width} inputs, which do not divide into groups of {group}; "
                         "add it to ignore or set mask_structure: unstructured"
                     )
+
+
+def _check_skips(drafter: Drafter, config: DecoderConfig) -> None:
+    if not isinstance(skips := drafter.skip_layers, SkipLayers):
+        return
+    for part, layers in (("attention", skips.attention), ("mlp", skips.mlp)):
+        if layers and layers[-1] >= config.num_layers:
+            raise ValueError(
+                f"skip_layers.{part}: there is no layer {layers[-1]}; the model's are 0 to "
+                f"{config.num_layers - 1}"
+            )
+    if len(skips.attention) + len(skips.mlp) == 2 * config.num_layers:
+        raise ValueError("skip_layers: all layers are skipped, so nothing is left to draft with")
 
 
 def _check_room(recipe: Recipe, config: DecoderConfig, cache: Path, out: Path) -> Iterator[str]:

@@ -187,6 +187,45 @@ class Engine(Section):
         return self
 
 
+LayerIndex = Annotated[int, Field(ge=0)]
+
+
+class SkipLayers(Section):
+    attention: list[LayerIndex] = Field(default=[], description="layers whose attention is left out")
+    mlp: list[LayerIndex] = Field(default=[], description="layers whose MLP is left out")
+
+
+def _by_sublayer(value: Any) -> Any:
+    """A list is one of whole layers. Sorted, so that it is the same recipe and the same key of the cache."""
+    if isinstance(value, list):
+        value = SkipLayers(attention=value, mlp=value)
+    if not isinstance(value, SkipLayers):
+        return value
+    if not (value.attention or value.mlp):
+        raise ValueError("no layer is named, so it would cost what the target costs; wanted some, or auto")
+    return SkipLayers(attention=sorted(set(value.attention)), mlp=sorted(set(value.mlp)))
+
+
+class Drafter(Engine):
+    """A compressed copy of the model, or the target itself without some of its layers."""
+
+    skip_layers: Annotated[
+        Literal["auto"] | list[LayerIndex] | SkipLayers | None, AfterValidator(_by_sublayer)
+    ] = Field(
+        default=None,
+        description="layers of the target, whose weights and cache it shares, to leave out; auto: searched",
+    )
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "Drafter":
+        if self.skip_layers and (self.prune or self.quantize):
+            raise ValueError(
+                "skip_layers shares the target's weights, so it takes neither prune nor quantize: "
+                "give those to the target or to another drafter"
+            )
+        return self
+
+
 class Rest(Section):
     datastore: str = Field(min_length=1, description="a file by `draftsmith datastore`, put into the bundle")
 
@@ -280,7 +319,7 @@ class Recipe(Section):
     target: Engine = Field(
         default=Engine(), description="what is served, and what every output is lossless to"
     )
-    drafters: dict[str, Engine] = Field(default={}, description="compressed copies of the model, by name")
+    drafters: dict[str, Drafter] = Field(default={}, description="cheap stand-ins for the model, by name")
     speculate: Speculate = Speculate()
     export: list[Export] = Field(default=[Export(format="onnx", device="cpu")], min_length=1)
     gate: Gate = Gate()
@@ -294,9 +333,10 @@ class Recipe(Section):
                     f"drafters.{name}: wanted a name of lower-case letters, digits, - and _ that is none of "
                     f"{', '.join(RESERVED)}"
                 )
-            if drafter.prune is None and drafter.quantize is None:
+            if not (drafter.prune or drafter.quantize or drafter.skip_layers):
                 raise ValueError(
-                    f"drafters.{name}: neither prune nor quantize, so it would cost what the target costs"
+                    f"drafters.{name}: neither prune nor quantize nor skip_layers, so it would cost what the "
+                    "target costs"
                 )
             self._check_devices(f"drafters.{name}", drafter)
         self._check_devices(TARGET, self.target)

@@ -40,6 +40,7 @@ class Recording:
     choices: Mapping[str, np.ndarray]  # drafter -> int [T], given the prompt and the target's tokens before
     leads: Mapping[str, np.ndarray] = field(default_factory=dict)  # first logit over second, float [T]
     likely: np.ndarray | None = None  # int [T, LIKELY]: the target's likeliest tokens, the first is `tokens`
+    guests: frozenset[str] = frozenset()  # drafters in the target's cache
 
     def agreement(self, drafter: str) -> float:
         return float(np.mean(self.choices[drafter] == self.tokens))
@@ -121,6 +122,14 @@ class TapeEngine:
             logits[row - count, choices] = -1e-3 * np.arange(len(choices))
             logits[row - count, choices[0]] = max(float(self._leads[place]), 1e-3)
         return logits
+
+
+class TapeGuest(TapeEngine):
+    """One in the cache of another."""
+
+    def __init__(self, host: TapeEngine, *tape: Any) -> None:
+        super().__init__(*tape)
+        self.host, self._agrees = host, host._agrees
 
 
 class TapeDrafter:
@@ -219,16 +228,17 @@ def replay(
     engines = {TARGET: TapeEngine(text, num_prompt, likely, sure, off, vocab)}
     for index, name in enumerate(recording.choices, 1):
         choices = places[num_prompt + index * count : num_prompt + (index + 1) * count]
-        leads = recording.leads.get(name, sure)
-        engines[name] = TapeEngine(text, num_prompt, choices, leads, off + index * count, vocab)
+        tape = (text, num_prompt, choices, recording.leads.get(name, sure), off + index * count, vocab)
+        shares = name in recording.guests
+        engines[name] = TapeGuest(engines[TARGET], *tape) if shares else TapeEngine(*tape)
     rungs = [Rung(name, lengths[name]) for name in ladder]
     rows = 1 + max(lengths[name] for name in ladder) if ladder else 1
     tables = None
     if costs and ladder:
         tables = costs.spread(rows, num_prompt + count // 2)
     read = sources or Sources()
-    tape = TapeSources((), read.datastore, read.ngrams, known=known)
-    decoder = build_ladder(rungs, engines.__getitem__, tables, tape.open)
+    drafters = TapeSources((), read.datastore, read.ngrams, known=known)
+    decoder = build_ladder(rungs, engines.__getitem__, tables, drafters.open)
     decoder.begin(text[:num_prompt].tolist(), count, Sampling())
     output = [token for tokens in iter(decoder.step, []) for token in tokens]
     assert output == text[num_prompt:].tolist(), "the loop left the target's own text"

@@ -1,12 +1,13 @@
 """The stages of a build, and which of them a recipe asks for.
 
-    load → calibrate → smooth → prune → quantize → export → compile → ngrams → tune → check → bench
+    load → calibrate → smooth → prune → quantize → export → skip → compile → ngrams → tune → check → bench
 
 Smoothing, pruning, quantizing and exporting happen once for every engine; engines that ask for the same thing
 share it. Smoothing comes first, so that the mask is chosen on the grid that quantization will use; a pruned
-int8 engine is pruned and quantized jointly, and the quantize stage then adds what is left. Compiling makes
-TensorRT engines of the exported graphs; what it makes is not the same to the byte every time, and nothing
-after it reads it.
+int8 engine is pruned and quantized jointly, and the quantize stage then adds what is left. A drafter that
+skips layers goes through none of this: it is the exported target without what one stage chooses. Compiling
+makes TensorRT engines of the exported graphs; what it makes is not the same to the byte every time, and
+nothing after it reads it.
 """
 
 import json
@@ -20,7 +21,7 @@ from ..speculate.levels import TARGET
 from .gate_prompts import DEFAULT_PROMPTS
 from .hashing import hash_file, hash_json, write_json
 from .pack import ENGINE_FILE, TENSORRT_FILE, try_bundle
-from .recipe import Engine, Export, Recipe, Speculate
+from .recipe import Drafter, Engine, Export, Recipe, Speculate
 from .stage import Call, Stage, Task
 
 ARITHMETIC = ("torch", "numpy", "safetensors")
@@ -121,6 +122,19 @@ def _compile(call: Call) -> dict:
     return report
 
 
+def _skip(call: Call) -> dict:
+    from .skips import choose_skips
+
+    return choose_skips(
+        try_bundle(call.work, call.inputs),
+        call.inputs["tokens"],
+        call.params["skip_layers"],
+        call.params["weights"],
+        call.out,
+        call.progress,
+    )
+
+
 def _ngrams(call: Call) -> dict:
     from .ngrams import write_ngrams
 
@@ -166,6 +180,12 @@ MEASURING = (
     *("pipeline/machine.py", "pipeline/processor.py", "pipeline/replay.py", "pipeline/traces.py"),
     *("pipeline/rounds.py", "pipeline/compare.py"),
 )
+SKIP = Stage(
+    "skip",
+    _skip,
+    ("speculate", "pipeline/skips.py", "pipeline/pack.py", "export/onnx_files.py"),
+    (*RUNTIME, "onnx"),
+)
 NGRAMS = Stage("ngrams", _ngrams, ("speculate", "pipeline/ngrams.py", "pipeline/pack.py"), RUNTIME)
 TUNE = Stage(
     "tune",
@@ -193,7 +213,7 @@ class Plan:
     load: Task
     tokens: Task
     checkpoints: dict[str, Task] = field(default_factory=dict)  # by engine, the target first
-    exports: dict[str, Task] = field(default_factory=dict)
+    exports: dict[str, Task] = field(default_factory=dict)  # or what is skipped of the target's
     engines: dict[str, list[Task]] = field(default_factory=dict)  # TensorRT's, by engine
     ngrams: Task | None = None
 
@@ -232,6 +252,11 @@ def plan_tasks(
     graphs = [export for export in recipe.export if export.format == "onnx"]
     limit = min((export.max_seq_len for export in graphs if export.max_seq_len), default=None)
     for name, engine in {TARGET: recipe.target, **recipe.drafters}.items():
+        if isinstance(engine, Drafter) and engine.skip_layers:
+            params = engine.model_dump(include={"skip_layers"}) | {"weights": describe_weights(engine)}
+            target = {f"engine {TARGET}": plan.exports[TARGET]}
+            plan.exports[name] = task(SKIP, name, params, model=load, tokens=tokens, **target)
+            continue
         model = load
         prune, quantize = engine.prune, engine.quantize
         if quantize and quantize.smoothing_strength != "none":
@@ -285,6 +310,8 @@ def describe_engine(export: Export, speculate: Speculate) -> dict[str, Any]:
 
 def describe_weights(engine: Engine) -> str:
     """What a manifest calls the weights of an engine; empty for those of the model itself."""
+    if isinstance(engine, Drafter) and engine.skip_layers:
+        return "of the target, without some layers"
     structure = ""
     if engine.prune:
         sparse = engine.prune.mask_structure

@@ -19,7 +19,8 @@ def record(bundle: Bundle, prompt: Sequence[int], drafters: Sequence[str], max_n
     likely = np.argsort(-rows, axis=-1, kind="stable")[:, :LIKELY]
     for name in drafters:
         choices[name], leads[name] = _read_along(bundle, name, prompt, output.token_ids)
-    return Recording(prompt, np.asarray(output.token_ids), choices, leads, likely)
+    guests = frozenset(name for name in drafters if bundle.manifest.engines[name].skips)
+    return Recording(prompt, np.asarray(output.token_ids), choices, leads, likely, guests)
 
 
 def measure_agreement(

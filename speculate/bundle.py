@@ -8,6 +8,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .datastore import Datastore
 from .devices import ONNX_PROVIDERS, choose_device, find_plan, spread_devices, why_not_tensorrt
@@ -41,7 +42,7 @@ from .manifest import (
     validate,
 )
 from .ngrams import Ngrams
-from .onnx_engine import OnnxEngine, OnnxRuntime, default_threads
+from .onnx_engine import OnnxEngine, OnnxRuntime, SkippingEngine, default_threads
 from .plan import Plan
 from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
 from .settings import Rule, Sampling
@@ -202,13 +203,16 @@ class Bundle:
         return Run(prompt_ids, begin, eos, self.tokenizer, max_new_tokens, stops, self._busy)
 
     def logits(self, token_ids: Sequence[int], engine: str = TARGET) -> Logits:
-        """float32 logits [T, V] of the token after each of `token_ids` [T], as one engine has them."""
+        """float32 logits [T, V] of the token after each of `token_ids` [T], as one engine has them; one that
+        shares the target's cache, as it has them where the target has read all tokens before."""
         if engine not in self.manifest.engines:
             raise BundleError(f"no engine {engine!r} in this bundle, only {', '.join(self.manifest.engines)}")
         ids = np.array(check_ids(token_ids, self.manifest.engines[engine].vocab_size), np.int32)
         runner = self.engine(engine)
         logits = np.empty((len(ids), runner.vocab_size), np.float32)
         with exclusive(self._busy):
+            if isinstance(runner, SkippingEngine):
+                return runner.read_along(ids)
             runner.reserve(len(ids))
             for start in range(0, len(ids), PREFILL_ROWS):
                 logits[start : start + PREFILL_ROWS] = runner.forward(
@@ -275,7 +279,9 @@ class Bundle:
         """One of the bundle's engines, loaded at the first call."""
         if name not in self._engines:
             entry = self.manifest.engines[name]
-            if self.devices[name] == "cuda":
+            if entry.skips:
+                engine = self._open_without(name, entry.skips.table(entry.num_layers))
+            elif self.devices[name] == "cuda":
                 engine = self._open_on_gpu(name, entry)
             elif self.devices[name] in ONNX_PROVIDERS:
                 engine = self._open_on_onnx(name, entry, ONNX_PROVIDERS[self.devices[name]])
@@ -302,6 +308,16 @@ class Bundle:
                 raise
             warnings.warn(f"{name} runs on stock operators: {error}", stacklevel=3)
             return OnnxEngine(name, resolve_inside(self.path, entry.portable), entry, runtime)
+
+    def _open_without(self, name: str, skips: NDArray[np.bool_]) -> Engine:
+        """The target without some of its layers."""
+        target = self.engine(TARGET)
+        if not isinstance(target, OnnxEngine):
+            raise BundleError(
+                f"{name} leaves out layers of the target's engine for the CPU, and the target runs on "
+                f'{self.devices[TARGET]}: give the device "cpu" or leave {name} out'
+            )
+        return SkippingEngine(name, target, skips)
 
     def _open_on_gpu(self, name: str, entry: EngineEntry) -> Engine:
         """TensorRT's engine for this GPU or, where the bundle has none that runs, ONNX Runtime's."""
@@ -342,15 +358,16 @@ class Bundle:
 
     def _choose_devices(self, device: str | Mapping[str, str]) -> tuple[dict[str, str], str]:
         """The device of every engine and, where "auto" left a GPU's engines unused, why. All engines of one
-        wish go the same way."""
-        engines = self.manifest.engines
+        wish go the same way, and those that share the target's cache go its."""
+        engines = {name: entry for name, entry in self.manifest.engines.items() if entry.skips is None}
         wishes = spread_devices(device, engines)
         chosen = {
             wish: choose_device(wish, [engines[name] for name in engines if wishes[name] == wish])
             for wish in dict.fromkeys(wishes.values())
         }
         why = next((reason for _, reason in chosen.values() if reason), "")
-        return {name: chosen[wish][0] for name, wish in wishes.items()}, why
+        devices = {name: chosen[wish][0] for name, wish in wishes.items()}
+        return {name: devices.get(name, devices[TARGET]) for name in self.manifest.engines}, why
 
     def _choose_ladder(
         self,
@@ -358,13 +375,18 @@ class Bundle:
         num_speculative_tokens: int | Mapping[str, int] | None,
         lengths: tuple[int, int] | None,
     ) -> list[Rung]:
-        """Who says how many tokens to draft means the plan's main ladder, whatever the lengths."""
+        """Who says how many tokens to draft means the plan's main ladder, whatever the lengths. Drafters
+        that are part of the target's graph for the CPU are left out where that does not run."""
         free = speculate == "auto" and num_speculative_tokens is None
         best = self.plan.choose(*lengths) if free and lengths and self.plan_fits else None
         best = best or self.plan
-        counts = best.num_speculative_tokens
-        planned = [Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS)) for name in best.ladder]
-        return choose_ladder(speculate, num_speculative_tokens, planned, self.manifest.engines)
+        counts, engines = best.num_speculative_tokens, self.manifest.engines
+        planned = [
+            Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS))
+            for name in best.ladder
+            if name not in engines or not engines[name].skips or self.devices[TARGET] == "cpu"
+        ]
+        return choose_ladder(speculate, num_speculative_tokens, planned, engines)
 
     def _planned_costs(self, rungs: list[Rung], context: int) -> dict[str, list[float]] | None:
         """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes."""

@@ -76,6 +76,14 @@ class MovingEngine(Engine, Protocol):
 
 
 @runtime_checkable
+class GuestEngine(Engine, Protocol):
+    """An engine in the cache of another, its host: what one of them writes the other reads. It writes only
+    slots that its host is going to write again before it reads them."""
+
+    host: Engine
+
+
+@runtime_checkable
 class DeviceEngine(Engine, Protocol):
     """An engine whose logits can stay on its device."""
 

@@ -149,6 +149,10 @@ def generate_jointly(
     if other is bundle and name not in bundle.drafters:
         known = ", ".join(bundle.drafters) or "none"
         raise BundleError(f"{bundle.path} has no drafter {name!r} to decode with, only {known}")
+    if bundle.manifest.engines[name].skips:
+        raise BundleError(
+            f"{name} shares the target's cache, and a joint law needs two: name another drafter"
+        )
     if other is not bundle:
         _check_tokenizers(bundle, other)
     ids = bundle.encode(prompt)

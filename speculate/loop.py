@@ -9,7 +9,7 @@ import numpy as np
 
 from .binding import check, ffi, lib
 from .drafters import Drafter
-from .engine import Decision, DeviceEngine, Engine, MovingEngine
+from .engine import Decision, DeviceEngine, Engine, GuestEngine, MovingEngine
 from .onnx_engine import OnnxEngine
 from .settings import Sampling
 from .verify import RULES
@@ -133,6 +133,9 @@ class NativeEngines:
             else:
                 self._calls.append(EngineCalls(engine))
                 self._handles[engine] = self._calls[-1].handle
+        for calls in self._calls:
+            if isinstance(calls.engine, GuestEngine):
+                calls.handle.host = self._handles[calls.engine.host]
 
     def handle(self, engine: Engine | None) -> Any:
         return self._handles[engine] if engine else ffi.NULL

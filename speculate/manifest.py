@@ -3,9 +3,11 @@
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import BundleError
 
@@ -45,6 +47,23 @@ class TensorrtEntry(BaseModel):
     num_slots: int = Field(ge=1)  # of the cache
 
 
+class Skips(BaseModel):
+    """What a drafter leaves out of the target, whose weights and cache it shares."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    attention: tuple[Annotated[int, Field(ge=0)], ...] = Field(strict=False)  # layers whose attention is
+    mlp: tuple[Annotated[int, Field(ge=0)], ...] = Field(strict=False)  # layers whose MLP is
+    bytes_read: float = Field(gt=0, le=1)  # of the target's weights, by one call
+
+    def table(self, num_layers: int) -> NDArray[np.bool_]:
+        """bool [num_layers, 2]: whether attention and MLP of each layer are left out."""
+        table = np.zeros((num_layers, 2), bool)
+        for part, layers in enumerate((self.attention, self.mlp)):
+            table[list(layers), part] = True
+        return table
+
+
 class EngineEntry(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -59,6 +78,7 @@ class EngineEntry(BaseModel):
     eos_token_ids: tuple[int, ...] = Field(default=(), strict=False)
     bos_token_id: int | None = None
     tensorrt: tuple[TensorrtEntry, ...] = Field(default=(), strict=False)
+    skips: Skips | None = None  # of the target, whose graph this then is
 
 
 class Manifest(BaseModel):
@@ -70,8 +90,23 @@ class Manifest(BaseModel):
     engines: dict[str, EngineEntry]
     files: dict[str, FileEntry]
 
+    @model_validator(mode="after")
+    def _check_skips(self) -> Self:
+        for name, engine in self.engines.items():
+            if engine.skips is None:
+                continue
+            target = self.engines.get("target")
+            if target is None or engine is target or engine.graph != target.graph:
+                raise ValueError(f"{name} leaves out layers of a graph that is not the target's")
+            if any(layer >= engine.num_layers for layer in (*engine.skips.attention, *engine.skips.mlp)):
+                raise ValueError(f"{name} leaves out layers that its {engine.num_layers} are not")
+        return self
+
     def engine_files(self, engine: str) -> dict[str, FileEntry]:
-        """The graph that an engine runs on the CPU and, beside it, the file of its weights: by path."""
+        """The graph that an engine runs on the CPU and, beside it, the file of its weights: by path. None of
+        one that shares the target's."""
+        if self.engines[engine].skips:
+            return {}
         stem = self.engines[engine].graph.rpartition(".")[0]
         return {path: file for path, file in self.files.items() if path.rpartition(".")[0] == stem}
 

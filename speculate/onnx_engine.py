@@ -1,8 +1,9 @@
-"""An engine on ONNX Runtime's CPU provider: a thin wrapper around `native/onnx.h`."""
+"""Engines on ONNX Runtime's CPU provider: a thin wrapper around `native/onnx.h`."""
 
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,13 +57,19 @@ class OnnxEngine:
     """Runs a graph of the kind that `export` writes (batch 1)."""
 
     def __init__(self, name: str, graph: Path, entry: EngineEntry, runtime: OnnxRuntime) -> None:
+        ort_threads = 1 if graph.name == Path(entry.graph).name else runtime.threads
+        self._own(
+            lib.ds_onnx_open(runtime.handle, os.fsencode(graph), entry.max_seq_len, ort_threads),
+            name,
+            str(graph),
+        )
+
+    def _own(self, handle: Any, name: str, source: str) -> None:
+        if handle == ffi.NULL:
+            check(lib.DS_ERROR_ENGINE, source)
         self.calls = 0
         self.rows = 0
         self._name = name
-        ort_threads = 1 if graph.name == Path(entry.graph).name else runtime.threads
-        handle = lib.ds_onnx_open(runtime.handle, os.fsencode(graph), entry.max_seq_len, ort_threads)
-        if handle == ffi.NULL:
-            check(lib.DS_ERROR_ENGINE, str(graph))
         self.handle = ffi.gc(handle, lambda engine: engine.close(engine))
         self.vocab_size = int(self.handle.vocab)
         self.max_seq_len = int(self.handle.max_seq_len)
@@ -99,3 +106,35 @@ class OnnxEngine:
         self.rows += count
         values = ffi.buffer(logits[0], wanted * self.vocab_size * 4)
         return np.frombuffer(values, np.float32).reshape(wanted, self.vocab_size)
+
+
+class SkippingEngine(OnnxEngine):
+    """Another engine without some of its sublayers, in that one's session and cache (`ds_onnx_skip`)."""
+
+    def __init__(self, name: str, host: OnnxEngine, skips: NDArray[np.bool_]) -> None:
+        """skips: bool [num_layers, 2], of the attention and the MLP of each layer."""
+        self.host = host
+        table = np.ascontiguousarray(skips, np.uint8)
+        self._own(lib.ds_onnx_skip(host.handle, view("uint8_t[]", table), table.size), name, name)
+
+    def read_along(self, token_ids: Ids) -> Logits:
+        """float32 logits [T, V] after each of `token_ids` [T], as the first token of a draft there has them:
+        the host has read all tokens before.
+
+        A chunk is read by the host, then again behind it, where each row sees the host's rows before it and
+        itself. Chunks get shorter towards the end of the cache; there the very last token has no slot behind
+        it and takes the host's, which nobody reads again.
+        """
+        logits = np.empty((len(token_ids), self.vocab_size), np.float32)
+        slots = min(self.max_seq_len, len(token_ids) + lib.DS_PREFILL_ROWS)
+        self.reserve(slots)
+        start = 0
+        while start < len(token_ids):
+            chunk = token_ids[start : start + min(lib.DS_PREFILL_ROWS, max(1, (slots - start) // 2))]
+            self.host.forward(chunk, start, num_logits=1)
+            first = min(start + len(chunk), slots - 1)
+            rows, seen = np.arange(len(chunk)), np.arange(first + len(chunk))
+            mask = (seen < start + rows[:, None]) | (seen == first + rows[:, None])
+            logits[start : start + len(chunk)] = self.forward(chunk, first, start + rows, mask)
+            start += len(chunk)
+        return logits

@@ -41,6 +41,7 @@ class FakeEngine:
         self.calls = self.rows = 0
         self._settings = (vocab_size, seed, noise, own, scale, padding, pad_logit)
         self._slots = np.full(max_seq_len, -1, np.int64)
+        self._by_guest = np.zeros(max_seq_len, bool)  # slots that a guest wrote last
         self._known: dict[bytes, np.ndarray] = {}
 
     def reserve(self, num_slots: int) -> None:
@@ -55,6 +56,7 @@ class FakeEngine:
         self.calls += 1
         self.rows += len(token_ids)
         self._slots[start : start + len(token_ids)] = token_ids
+        self._by_guest[start : start + len(token_ids)] = isinstance(self, FakeGuest)
         first = 0 if num_logits is None else len(token_ids) - num_logits
         if mask is None:
             assert position_ids is None
@@ -65,6 +67,8 @@ class FakeEngine:
                 "a row sees itself and what is before it"
             )
             assert position_ids[i] == sees.sum() - 1, "a position is the number of tokens before it"
+            by_guest = self._by_guest[: start + len(token_ids)][sees].any()
+            assert isinstance(self, FakeGuest) or not by_guest, "a row sees what a guest wrote"
         return np.stack(
             [
                 self.logits_after(self._slots[: start + len(token_ids)][mask[i]])
@@ -75,6 +79,7 @@ class FakeEngine:
     def keep(self, start, slots) -> None:
         assert np.all(np.diff(slots) > 0) and slots[0] >= start
         self._slots[start : start + len(slots)] = self._slots[slots]
+        self._by_guest[start : start + len(slots)] = self._by_guest[slots]
 
     def logits_after(self, tokens) -> np.ndarray:
         """float32 [V]: the logits after a sequence of tokens."""
@@ -86,6 +91,15 @@ class FakeEngine:
             logits = scale * logits + noise * _normal(visible, 1000 + own, vocab_size)
             self._known[key] = np.concatenate([logits, np.full(padding, pad_logit)]).astype(np.float32)
         return self._known[key]
+
+
+class FakeGuest(FakeEngine):
+    """A model of its own in the cache of another, which must never read what this one wrote."""
+
+    def __init__(self, host: FakeEngine, **settings) -> None:
+        super().__init__(host.vocab_size, max_seq_len=host.max_seq_len, **settings)
+        self.host = host
+        self._slots, self._by_guest = host._slots, host._by_guest
 
 
 def _normal(tokens: np.ndarray, seed: int, size: int) -> np.ndarray:

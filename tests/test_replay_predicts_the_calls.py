@@ -10,7 +10,7 @@ from draftsmith.speculate.drafters import Sources
 from draftsmith.speculate.ladder import Rung, build_ladder
 from draftsmith.speculate.ngrams import Ngrams, write_table
 from draftsmith.speculate.settings import Sampling
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, FakeGuest
 
 NUM_TOKENS = 40
 ROWS = (1, 2, 4, 8, 16, 32)
@@ -45,11 +45,17 @@ class Counted(FakeEngine):
         return super().forward(token_ids, start, *rest, **named)
 
 
+class CountedGuest(FakeGuest, Counted):
+    def __init__(self, host, **settings):
+        super().__init__(host, **settings)
+        self.log = []  # its host is asked for room
+
+
 def make_engines(seed, vocab=3):
     return {name: Counted(vocab, seed, noise, own=1 + i) for i, (name, noise) in enumerate(NOISE.items())}
 
 
-def record_greedily(engines, prompt) -> Recording:
+def record_greedily(engines, prompt, guests=()) -> Recording:
     tokens = list(prompt)
     for _ in range(NUM_TOKENS):
         tokens.append(int(np.argmax(engines["target"].logits_after(tokens))))
@@ -58,7 +64,7 @@ def record_greedily(engines, prompt) -> Recording:
         rows = np.stack([engines[name].logits_after(tokens[:end]) for end in range(len(prompt), len(tokens))])
         choices[name] = rows.argmax(-1)
         leads[name] = np.sort(rows, -1)[:, -1] - np.sort(rows, -1)[:, -2]
-    return Recording(list(prompt), np.array(tokens[len(prompt) :]), choices, leads)
+    return Recording(list(prompt), np.array(tokens[len(prompt) :]), choices, leads, guests=frozenset(guests))
 
 
 def decode_for_real(engines, ladder, lengths, prompt, costs=None):
@@ -82,6 +88,24 @@ def test_calls_of_fixed_lengths_are_those_of_decoding(seed, lengths):
             assert foreseen.calls == real
         else:  # it expects no inner acceptance where a level has left the target's text
             assert len(real["int8"]) <= len(foreseen.calls["int8"])
+
+
+@pytest.mark.parametrize("ladder", [["int8"], ["suffix", "int8"], ["tiny", "int8"]])
+def test_a_drafter_in_the_targets_cache_reads_no_prompt(ladder):
+    prompt, lengths = [0, 1, 2, 1, 0, 1, 2], LENGTHS[1]
+    for seed in range(6):
+        engines = make_engines(seed)
+        engines |= {
+            name: CountedGuest(engines["target"], seed=seed, noise=NOISE[name], own=own)
+            for own, name in enumerate(("int8", "tiny"), 2)
+        }
+        recording = record_greedily(engines, prompt, ["int8", "tiny"])
+        foreseen = replay(recording, ladder, lengths)
+        real = decode_for_real(engines, ladder, lengths, prompt)
+        assert foreseen.calls["target"] == real["target"]
+        assert len(ladder) > 1 or foreseen.calls == real
+        for calls in (foreseen.calls, real):
+            assert min(slots for name in ladder if name in calls for _, slots in calls[name]) >= len(prompt)
 
 
 @pytest.mark.parametrize("ladder", LADDERS)

@@ -15,7 +15,7 @@ from draftsmith.speculate.binding import ffi
 from draftsmith.speculate.ladder import Rung
 from draftsmith.speculate.settings import Sampling
 from draftsmith.speculate.verify import RULES, TREE_RULES
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, FakeGuest
 
 # The loop asks the rules for trees, which on a chain are those for chains.
 RULE_NAMES = {TREE_RULES["rrs"]: "token", TREE_RULES["traversal"]: "block", RULES["exact"]: "exact"}
@@ -143,8 +143,10 @@ def largest_error(law, expected):
 
 
 def three_engines(vocab_size, seed):
+    target = FakeEngine(vocab_size, seed, scale=1)
     return {
-        "target": FakeEngine(vocab_size, seed, scale=1),
+        "target": target,
+        "skip": FakeGuest(target, seed=seed, noise=0.9, own=3, scale=1),
         "int8": FakeEngine(vocab_size, seed, noise=0.6, own=1, scale=1),
         "tiny": FakeEngine(vocab_size, seed, noise=1.2, own=2, scale=1),
     }
@@ -159,6 +161,9 @@ LADDERS = [
     ([Rung("suffix", 2), Rung("int8", 3)], 4),
     ([Rung("tiny", 2), Rung("int8", 2)], 4),
     ([Rung("suffix", 1), Rung("tiny", 1), Rung("int8", 2)], 4),
+    ([Rung("skip", 2)], 4),
+    ([Rung("suffix-tree", 3), Rung("skip", 2)], 4),
+    ([Rung("skip", 1), Rung("int8", 2)], 4),
 ]
 
 

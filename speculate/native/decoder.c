@@ -23,6 +23,15 @@ static int32_t check_costs(const ds_level *levels, int32_t i) {
   return DS_OK;
 }
 
+static int32_t check_host(const ds_level *levels, int32_t n_levels, int32_t i) {
+  const ds_engine *engine = levels[i].engine;
+  if (!engine || !engine->host) return DS_OK;
+  for (int32_t k = i + 1; k < n_levels; ++k)
+    if (levels[k].engine == engine->host) return DS_OK;
+  return ds_fail(DS_ERROR_ARGUMENT, "the engine of level %d drafts in the cache of one that is not above it",
+                 i);
+}
+
 static int32_t check_levels(const ds_level *levels, int32_t n_levels) {
   if (!levels || n_levels < 1 || n_levels > DS_MAX_LEVELS)
     return ds_fail(DS_ERROR_ARGUMENT, "a decoder of %d levels; 1 to %d are wanted", n_levels, DS_MAX_LEVELS);
@@ -46,7 +55,8 @@ static int32_t check_levels(const ds_level *levels, int32_t n_levels) {
     for (int32_t k = 0; k < i; ++k)
       if (levels[k].engine == l->engine)
         return ds_fail(DS_ERROR_ARGUMENT, "levels %d and %d share an engine and so its cache", k, i);
-    int32_t status = check_costs(levels, i);
+    int32_t status = check_host(levels, n_levels, i);
+    if (status == DS_OK) status = check_costs(levels, i);
     if (status != DS_OK) return status;
   }
   return DS_OK;
@@ -150,6 +160,19 @@ static int32_t count_slots(const level *l, int32_t n_tokens) {
   return wanted < most ? wanted : most;
 }
 
+/* Room in a level's cache for itself and its guests; a guest has none of its own. */
+static int32_t reserve(const ds_decoder *d, const level *l, int32_t n_tokens) {
+  if (l->engine->host) return DS_OK;
+  int32_t n_slots = 0;
+  for (int32_t i = 0; i < d->n_levels; ++i) {
+    const level *user = &d->levels[i];
+    if (user != l && !(user->engine && user->engine->host == l->engine)) continue;
+    int32_t wanted = count_slots(user, n_tokens);
+    if (n_slots < wanted) n_slots = wanted;
+  }
+  return l->engine->reserve(l->engine, n_slots);
+}
+
 /* All that a generation of n_tokens needs. */
 static int32_t allocate(ds_decoder *d, int32_t n_tokens, int32_t n_eos) {
   int complete = 1;
@@ -217,7 +240,7 @@ int32_t ds_decoder_begin(ds_decoder *d, const ds_sampling *sampling, const int32
   for (int32_t i = 0; i < d->n_levels && status == DS_OK; ++i) {
     level *l = &d->levels[i];
     reset(l);
-    status = l->engine ? l->engine->reserve(l->engine, count_slots(l, n_prompt + max_new_tokens))
+    status = l->engine ? reserve(d, l, n_prompt + max_new_tokens)
                        : l->drafter->begin(l->drafter, n_prompt + max_new_tokens);
     if (status > 0) status = DS_OK;
   }

@@ -8,7 +8,8 @@
 
 enum { DS_MOST_ROWS = DS_PREFILL_ROWS + DS_MAX_DRAFT /* of one call */ };
 
-/* Invariant of an engine: cache slot i holds token i of the sequence for every i < `kept`. The newest token is
+/* Invariant of an engine: cache slot i holds token i of the sequence for every i < `kept`, of a guest in its host's
+ * cache, where the first slots are as the host wrote them: a guest's `kept` is never below its host's. The newest token is
  * never in the cache yet, so a round without drafts is a call with one row, and after a fully accepted
  * proposal the next call also reads its last token, which nobody had to read before. */
 typedef struct level level;

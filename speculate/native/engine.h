@@ -3,6 +3,8 @@
  * Cache      Slot i belongs to token i of the sequence, or to a node of a tree behind it. Nothing is ever erased: a
  *            call that starts at a smaller slot overwrites what a rejected draft left there, and no token sees a
  *            slot behind its own.
+ * Guests     An engine may live in the cache of another, its host: what one of them writes the other reads. A guest
+ *            writes only slots that its host is going to write again before it reads them.
  * Errors     A callback returns DS_OK or a negative ds_status, as a rule DS_ERROR_ENGINE, and says why with
  *            ds_set_error. It stays with the generation: whatever was under way is over.
  * Threads    One call at a time, from the thread that asked the loop for tokens.
@@ -41,6 +43,7 @@ struct ds_engine {
   /* NULL, or for an engine on a device: the verdict of ds_verify_chain on the logits after the last
    * n_draft + 1 tokens of its last call. Then forward may be called with `logits` NULL and leave them there. */
   int32_t (*decide)(ds_engine *engine, const ds_decision *decision, int32_t *n_accepted, int32_t *next_token);
+  ds_engine *host; /* whose cache this one shares; NULL: it has its own */
 };
 
 #endif

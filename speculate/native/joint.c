@@ -135,10 +135,11 @@ ds_joint *ds_joint_create(ds_engine *first, ds_engine *second) {
       ds_fail(DS_ERROR_ARGUMENT, "model %d has no functions or no vocabulary", m);
       return NULL;
     }
-  if (first == second || first->vocab != second->vocab) {
+  int is_shared = first == second || first->host || second->host;
+  if (is_shared || first->vocab != second->vocab) {
     ds_fail(DS_ERROR_ARGUMENT,
-            first == second ? "both models are one engine, and so one cache"
-                            : "vocabularies of %d and %d tokens have no joint law",
+            is_shared ? "both models are one engine, or share a cache"
+                      : "vocabularies of %d and %d tokens have no joint law",
             first->vocab, second->vocab);
     return NULL;
   }

@@ -21,6 +21,10 @@
  * reads them, in their order; once there is a verdict, the path that stands moves together, and from there on all
  * is as with a chain. Such a tree is chosen, not sampled, whatever its shape.
  *
+ * A guest (engine.h) drafts in the cache of its host, a level above it. The host reads again whatever follows
+ * the tokens that it kept, and a guest writes nowhere else, so no draft's rows are left when the host reads them.
+ * In turn all that the host kept is there for the guest: it never reads the prompt.
+ *
  * Uniforms are counter-based, each level with a stream of its own. Under DS_RULE_EXACT they are keyed by
  * position alone: then an output token is a function of the seed and the tokens before it, whatever was
  * drafted; and a drafter that draws with its verifier's uniform guesses its token far more often than with
@@ -217,10 +221,13 @@ static int32_t cut_at_eos(const ds_decoder *d, int32_t start, int32_t count) {
 
 /* ---- Rounds -------------------------------------------------------------------------------------------- */
 
-/* Of what was proposed, only the first `length` tokens of the sequence stand. */
-static void roll_back(level *l, int32_t length) {
-  for (; l && l->engine; l = l->inner)
+/* Of what was proposed to `verifier` only the first `length` tokens of the sequence stand. Its guests' rows were
+ * overwritten by its own. */
+static void roll_back(level *verifier, int32_t length) {
+  for (level *l = verifier; l && l->engine; l = l->inner) {
     if (l->kept > length) l->kept = length;
+    if (l->engine->host == verifier->engine) l->kept = verifier->kept;
+  }
 }
 
 /* The accepted tokens move together behind the first `length`, in the array and in the cache. */

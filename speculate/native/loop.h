@@ -23,7 +23,8 @@ extern "C" {
 enum { DS_MAX_LEVELS = 8, DS_MAX_DRAFT = 64, DS_PREFILL_ROWS = 128 /* of a call that reads a prompt */ };
 
 /* One level of a ladder. Each drafts for the next and verifies the one before; the last is the target, whose
- * vocabulary rules: a drafter may know fewer ids (it never drafts the rest) or more (those are masked). */
+ * vocabulary rules: a drafter may know fewer ids (it never drafts the rest) or more (those are masked). The host
+ * of a guest (engine.h) is the engine of a level above it. */
 typedef struct ds_level {
   ds_engine *engine;   /* NULL: `drafter`, which needs no drafter of its own and so comes first */
   int32_t n_draft;     /* the longest proposal to the level above, 1 .. DS_MAX_DRAFT; 0 for the target */

@@ -25,6 +25,13 @@ DS_API const char *ds_onnx_isa(const ds_onnx *onnx); /* the instruction set of i
  * NULL, and an error, if the file is not such a graph. */
 DS_API ds_engine *ds_onnx_open(ds_onnx *onnx, const char *graph, int32_t max_seq_len, int32_t n_ort_threads);
 
+/* `host`, an engine of ds_onnx_open on a graph of ours, without some of its sublayers: a drafter of it that has no
+ * weights and no cache of its own (Zhang et al., "Draft & Verify", arXiv 2309.08168). Rows that the host has read
+ * need not be read again.
+ * skips [n_sublayers]    0 or 1, for attention and MLP of each layer in turn; not all may be 1
+ * The host must stay open as long as calls are made. NULL, and an error, where its graph has other sublayers. */
+DS_API ds_engine *ds_onnx_skip(ds_engine *host, const uint8_t *skips, int32_t n_sublayers);
+
 #ifdef __cplusplus
 }
 #endif

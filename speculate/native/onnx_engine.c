@@ -454,3 +454,64 @@ ds_engine *ds_onnx_open(ds_onnx *onnx, const char *graph, int32_t max_seq_len, i
   close_engine(&engine->base);
   return NULL;
 }
+
+/* ---- The same without some sublayers --------------------------------------------------------------------- */
+
+typedef struct {
+  ds_engine base;
+  uint8_t skips[]; /* by sublayer */
+} guest_engine;
+
+static onnx_engine *host_of(const ds_engine *base) { return (onnx_engine *)base->host; }
+
+static int32_t reserve_of_guest(ds_engine *base, int32_t n_slots) { return reserve(base->host, n_slots); }
+
+static int32_t forward_of_guest(ds_engine *base, int32_t n_rows, const int32_t *token_ids, int32_t start,
+                                const int64_t *positions, const uint8_t *mask, int32_t n_logits,
+                                const float **logits) {
+  ds_operators_skip(host_of(base)->operators, ((guest_engine *)base)->skips);
+  int32_t status = forward(base->host, n_rows, token_ids, start, positions, mask, n_logits, logits);
+  ds_operators_skip(host_of(base)->operators, NULL);
+  return status;
+}
+
+static int32_t keep_of_guest(ds_engine *base, int32_t start, const int32_t *slots, int32_t n_slots) {
+  return keep(base->host, start, slots, n_slots);
+}
+
+static void close_guest(ds_engine *base) { free(base); }
+
+ds_engine *ds_onnx_skip(ds_engine *host, const uint8_t *skips, int32_t n_sublayers) {
+  if (!host || host->forward != forward || !skips) {
+    ds_fail(DS_ERROR_ARGUMENT, "no engine of ONNX Runtime, or nothing said of what to skip");
+    return NULL;
+  }
+  int32_t n_own = ds_operators_count(((onnx_engine *)host)->operators), n_skipped = 0;
+  if (n_own < 1 || n_own != n_sublayers) {
+    ds_fail(DS_ERROR_ARGUMENT,
+            n_own < 1 ? "its graph is not of operators of ours that can be skipped (%d of %d sublayers): "
+                        "export it again, and run its graph for the CPU"
+                      : "its graph has %d sublayers, not %d",
+            (int)n_own, (int)n_sublayers);
+    return NULL;
+  }
+  for (int32_t i = 0; i < n_own; ++i) n_skipped += skips[i] != 0;
+  if (n_skipped == n_own) {
+    ds_fail(DS_ERROR_ARGUMENT, "all %d sublayers are skipped: nothing is left to draft with", (int)n_own);
+    return NULL;
+  }
+  guest_engine *guest = calloc(1, sizeof *guest + (size_t)n_own);
+  if (!guest) {
+    ds_fail(DS_ERROR_MEMORY, "no memory for an engine");
+    return NULL;
+  }
+  guest->base = (ds_engine){.vocab = host->vocab,
+                            .max_seq_len = host->max_seq_len,
+                            .reserve = reserve_of_guest,
+                            .forward = forward_of_guest,
+                            .close = close_guest,
+                            .keep = keep_of_guest,
+                            .host = host};
+  memcpy(guest->skips, skips, (size_t)n_own);
+  return &guest->base;
+}

@@ -24,6 +24,11 @@
  *              Overwrites qkv, which nobody else may read. Writes the cache in place where past and present are
  *              the same memory.
  *
+ * Nodes of a decoder layer have the attribute "sublayer": 2 * layer for those of its attention, one more for those
+ * of its MLP; a Layer, which is both, has the first. While a sublayer is skipped (ds_operators_skip), its nodes
+ * give what the residual stream would have without it: their residual, or zeros where they have none. A skipped
+ * attention neither reads nor writes the cache.
+ *
  * A node keeps what it reads between runs, and a session's nodes share memory: its runs must follow one another.
  */
 #include "operators.h"
@@ -58,9 +63,11 @@ typedef struct {
 typedef struct step {
   ds_linear linear;
   const float *norm_weight, *norm_bias;
+  int32_t sublayer; /* or NO_SUBLAYER */
   struct step *before, *next;
 } step;
 
+enum { NO_SUBLAYER = -1, MAX_SUBLAYERS = 1 << 16 };
 enum { QKV, O, UP, DOWN, N_STEPS };
 enum { STEP_INPUTS = 6, FIRST_STEP = 11 /* input of a Layer */ };
 
@@ -71,6 +78,7 @@ struct kernel {
   ds_operators *owner;
   step steps[N_STEPS]; /* a Linear has one */
   ds_heads heads;
+  int32_t sublayer; /* the first of its own, or NO_SUBLAYER */
   int64_t norm, window;
   float epsilon, multiplier;
 };
@@ -97,6 +105,8 @@ struct ds_operators {
   ds_pool *pool;
   OrtCustomOpDomain *domain;
   step *last_step; /* of those created so far; nodes are created in the order in which they run */
+  int32_t n_sublayers;
+  const uint8_t *skips; /* [n_sublayers], or NULL: none */
   buffer buffers[N_BUFFERS];
   operator operators[N_KINDS];
 };
@@ -211,7 +221,27 @@ static OrtStatus *read_norm(kernel *node, const OrtKernelInfo *info) {
   return node->api->KernelInfoGetAttribute_float(info, "epsilon", &node->epsilon);
 }
 
-static OrtStatus *read_step(kernel *node, const OrtKernelInfo *info, const char *prefix, step *s) {
+/* Graphs made before layers could be skipped do not number them. */
+static OrtStatus *read_sublayer(kernel *node, const OrtKernelInfo *info, int32_t n_own) {
+  OrtStatus *missing = read_int(node, info, "", "sublayer", &node->sublayer);
+  if (missing) {
+    node->api->ReleaseStatus(missing);
+    node->sublayer = NO_SUBLAYER;
+    return NULL;
+  }
+  if (node->sublayer < 0 || node->sublayer > MAX_SUBLAYERS - n_own)
+    return refuse(node, "the number of its sublayer is not one");
+  if (node->owner->n_sublayers < node->sublayer + n_own) node->owner->n_sublayers = node->sublayer + n_own;
+  return NULL;
+}
+
+static bool skips(const ds_operators *owner, int32_t sublayer) {
+  return owner->skips && sublayer != NO_SUBLAYER && owner->skips[sublayer];
+}
+
+static OrtStatus *read_step(kernel *node, const OrtKernelInfo *info, const char *prefix, int32_t sublayer,
+                            step *s) {
+  s->sublayer = sublayer;
   TRY(read_weight_kind(node, info, prefix, &s->linear));
   TRY(read_int(node, info, prefix, "activation", &s->linear.activation));
   s->before = node->owner->last_step;
@@ -284,20 +314,37 @@ static OrtStatus *prepare_rows(kernel *node, const step *s, int32_t n_rows, cons
                                    node->epsilon, quantizes ? NULL : out, 0, quantizes ? out : NULL));
 }
 
+static const ds_linear *find_next(const ds_operators *owner, const step *s) {
+  const step *next = s->next;
+  while (next && skips(owner, next->sublayer)) next = next->next;
+  return next && next->linear.weight ? &next->linear : NULL;
+}
+
 /* y = the linear of x, plus the residual. */
 static OrtStatus *run_step(kernel *node, const step *s, int32_t n_rows, const float *x, const float *residual,
                            float *y) {
   const void *rows = NULL;
-  const ds_linear *next = s->next && s->next->linear.weight ? &s->next->linear : NULL;
+  const ds_linear *next = find_next(node->owner, s);
   TRY(prepare_rows(node, s, n_rows, x, &rows));
   return report(node, s->linear.format >= DS_INT8
                           ? ds_linear_int8(node->owner->pool, &s->linear, n_rows, rows, residual, y, next)
                           : ds_linear_float(node->owner->pool, &s->linear, n_rows, rows, residual, y, next));
 }
 
+/* What a skipped node gives: `from`, or zeros. */
+static OrtStatus *pass_on(const float *from, int64_t count, float *y) {
+  size_t n_bytes = (size_t)count * sizeof *y;
+  if (from)
+    memcpy(y, from, n_bytes);
+  else
+    memset(y, 0, n_bytes);
+  return NULL;
+}
+
 static OrtStatus *read_linear(kernel *node, const OrtKernelInfo *info) {
+  TRY(read_sublayer(node, info, 1));
   TRY(read_norm(node, info));
-  return read_step(node, info, "", &node->steps[0]);
+  return read_step(node, info, "", node->sublayer, &node->steps[0]);
 }
 
 static OrtStatus *compute_linear(kernel *node, OrtKernelContext *context) {
@@ -309,6 +356,7 @@ static OrtStatus *compute_linear(kernel *node, OrtKernelContext *context) {
   TRY(read_rows(node, context, s->linear.k, &x));
   TRY(read_data(node, context, 1 + STEP_INPUTS, count_rows(&x) * (int64_t)s->linear.n, &residual));
   TRY(make_rows(node, context, &x, s->linear.n, &y));
+  if (skips(node->owner, s->sublayer)) return pass_on(residual, count_rows(&x) * (int64_t)s->linear.n, y);
   return run_step(node, s, count_rows(&x), x.data, residual, y);
 }
 
@@ -327,6 +375,11 @@ static OrtStatus *compute_embed(kernel *node, OrtKernelContext *context) {
   return report(node, ds_embed(table, count_rows(&ids), ids.data, node->multiplier, x));
 }
 
+static OrtStatus *read_norm_node(kernel *node, const OrtKernelInfo *info) {
+  TRY(read_sublayer(node, info, 1));
+  return read_norm(node, info);
+}
+
 static OrtStatus *compute_norm(kernel *node, OrtKernelContext *context) {
   tensor x, weight;
   const float *bias;
@@ -335,6 +388,7 @@ static OrtStatus *compute_norm(kernel *node, OrtKernelContext *context) {
   TRY(read_rows(node, context, weight.dims[0], &x));
   TRY(read_data(node, context, 2, weight.dims[0], &bias));
   TRY(make_rows(node, context, &x, weight.dims[0], &y));
+  if (skips(node->owner, node->sublayer)) return pass_on(NULL, count_rows(&x) * weight.dims[0], y);
   return report(node,
                 ds_norm_rows(node->owner->pool, (int32_t)node->norm, count_rows(&x), (int32_t)weight.dims[0],
                              x.data, weight.data, bias, node->epsilon, y, 0, NULL));
@@ -358,13 +412,18 @@ static OrtStatus *compute_list_slots(kernel *node, OrtKernelContext *context) {
                                     (int32_t)node->window, slots, counts));
 }
 
-static OrtStatus *read_attend(kernel *node, const OrtKernelInfo *info) {
+static OrtStatus *read_heads(kernel *node, const OrtKernelInfo *info) {
   int64_t n_heads;
   TRY(node->api->KernelInfoGetAttribute_int64(info, "num_heads", &n_heads));
   TRY(node->api->KernelInfoGetAttribute_float(info, "scale", &node->heads.scale));
   TRY(node->api->KernelInfoGetAttribute_float(info, "epsilon", &node->heads.norm_eps));
   node->heads.n_heads = (int32_t)n_heads;
   return NULL;
+}
+
+static OrtStatus *read_attend(kernel *node, const OrtKernelInfo *info) {
+  TRY(read_sublayer(node, info, 1));
+  return read_heads(node, info);
 }
 
 static OrtStatus *read_rotary(kernel *node, OrtKernelContext *context) {
@@ -414,6 +473,19 @@ static int64_t count_projected(const ds_heads *heads) {
   return (heads->n_heads + 2 * (int64_t)heads->n_kv_heads) * heads->head_dim;
 }
 
+/* Outputs 1 and 2, which hold what the caches held before. */
+static OrtStatus *pass_caches(const kernel *node, OrtKernelContext *context, const context_of_rows *c,
+                              float **keys, float **values) {
+  const ds_heads *heads = &node->heads;
+  size_t n_bytes = sizeof **keys * (size_t)c->positions.dims[0] * (size_t)heads->n_kv_heads *
+                   (size_t)heads->max_slots * (size_t)heads->head_dim;
+  TRY(make_output(node, context, 1, 4, c->past_keys.dims, keys));
+  TRY(make_output(node, context, 2, 4, c->past_keys.dims, values));
+  if (*keys != c->past_keys.data) memcpy(*keys, c->past_keys.data, n_bytes);
+  if (*values != c->past_values.data) memcpy(*values, c->past_values.data, n_bytes);
+  return NULL;
+}
+
 /* y [B, S, heads * D] from qkv [B, S, (heads + 2 kv heads) * D], which is overwritten; outputs 1 and 2. */
 static OrtStatus *attend(kernel *node, OrtKernelContext *context, const context_of_rows *c, float *qkv,
                          float *y) {
@@ -421,12 +493,8 @@ static OrtStatus *attend(kernel *node, OrtKernelContext *context, const context_
   ds_pool *pool = node->owner->pool;
   int64_t n_rows = c->positions.dims[1];
   int64_t cache_size = (int64_t)heads->n_kv_heads * heads->max_slots * heads->head_dim;
-  size_t n_bytes = (size_t)(c->positions.dims[0] * cache_size) * sizeof(float);
   float *keys, *values;
-  TRY(make_output(node, context, 1, 4, c->past_keys.dims, &keys));
-  TRY(make_output(node, context, 2, 4, c->past_keys.dims, &values));
-  if (keys != c->past_keys.data) memcpy(keys, c->past_keys.data, n_bytes);
-  if (values != c->past_values.data) memcpy(values, c->past_values.data, n_bytes);
+  TRY(pass_caches(node, context, c, &keys, &values));
   for (int64_t b = 0; b < c->positions.dims[0]; ++b, keys += cache_size, values += cache_size) {
     float *x = qkv + b * n_rows * count_projected(heads);
     if (c->write_index[b] < 0 || c->write_index[b] > heads->max_slots)
@@ -446,12 +514,16 @@ static OrtStatus *attend(kernel *node, OrtKernelContext *context, const context_
 static OrtStatus *compute_attend(kernel *node, OrtKernelContext *context) {
   tensor qkv;
   context_of_rows around;
-  float *y;
+  float *y, *keys, *values;
   TRY(read_tensor(node, context, 0, 3, &qkv));
   TRY(read_context(node, context, qkv.dims, &around));
   if (qkv.dims[2] != count_projected(&node->heads))
     return refuse(node, "rows have the wrong width for the heads");
   TRY(make_rows(node, context, &qkv, count_attended(&node->heads), &y));
+  if (skips(node->owner, node->sublayer)) {
+    TRY(pass_caches(node, context, &around, &keys, &values));
+    return pass_on(NULL, count_rows(&qkv) * count_attended(&node->heads), y);
+  }
   return attend(node, context, &around, qkv.data, y);
 }
 
@@ -459,9 +531,13 @@ static OrtStatus *compute_attend(kernel *node, OrtKernelContext *context) {
 
 static OrtStatus *read_layer(kernel *node, const OrtKernelInfo *info) {
   static const char *const prefixes[N_STEPS] = {"qkv_", "o_", "up_", "down_"};
-  TRY(read_attend(node, info));
+  TRY(read_sublayer(node, info, 2));
+  TRY(read_heads(node, info));
   TRY(read_norm(node, info));
-  for (int i = 0; i < N_STEPS; ++i) TRY(read_step(node, info, prefixes[i], &node->steps[i]));
+  for (int i = 0; i < N_STEPS; ++i) {
+    int32_t own = node->sublayer == NO_SUBLAYER ? NO_SUBLAYER : node->sublayer + (i >= UP);
+    TRY(read_step(node, info, prefixes[i], own, &node->steps[i]));
+  }
   return NULL;
 }
 
@@ -480,14 +556,21 @@ static OrtStatus *compute_layer(kernel *node, OrtKernelContext *context) {
       s[DOWN].linear.n != width)
     return refuse(node, "its linears do not fit each other");
   int32_t n_rows = count_rows(&x);
-  TRY(reserve_rows(node, PROJECTED, n_rows, s[QKV].linear.n, &qkv));
-  TRY(reserve_rows(node, ATTENDED, n_rows, s[O].linear.k, &attended));
-  TRY(reserve_rows(node, MIDDLE, n_rows, width, &middle));
-  TRY(reserve_rows(node, WIDE, n_rows, inner, &wide));
   TRY(make_rows(node, context, &x, width, &y));
-  TRY(run_step(node, &s[QKV], n_rows, x.data, NULL, qkv));
-  TRY(attend(node, context, &around, qkv, attended));
-  TRY(run_step(node, &s[O], n_rows, attended, x.data, middle));
+  if (skips(node->owner, s[O].sublayer)) {
+    float *keys, *values;
+    TRY(pass_caches(node, context, &around, &keys, &values));
+    middle = x.data;
+  } else {
+    TRY(reserve_rows(node, PROJECTED, n_rows, s[QKV].linear.n, &qkv));
+    TRY(reserve_rows(node, ATTENDED, n_rows, s[O].linear.k, &attended));
+    TRY(reserve_rows(node, MIDDLE, n_rows, width, &middle));
+    TRY(run_step(node, &s[QKV], n_rows, x.data, NULL, qkv));
+    TRY(attend(node, context, &around, qkv, attended));
+    TRY(run_step(node, &s[O], n_rows, attended, x.data, middle));
+  }
+  if (skips(node->owner, s[DOWN].sublayer)) return pass_on(middle, (int64_t)n_rows * width, y);
+  TRY(reserve_rows(node, WIDE, n_rows, inner, &wide));
   TRY(run_step(node, &s[UP], n_rows, middle, NULL, wide));
   return run_step(node, &s[DOWN], n_rows, wide, middle, y);
 }
@@ -500,7 +583,7 @@ static OrtStatus *compute_layer(kernel *node, OrtKernelContext *context) {
 static const operator_kind KINDS[N_KINDS] = {
     {"Embed", "LU", "F", read_embed, compute_embed},
     {"Linear", "F" LINEAR "f", "F", read_linear, compute_linear},
-    {"Norm", "FFf", "F", read_norm, compute_norm},
+    {"Norm", "FFf", "F", read_norm_node, compute_norm},
     {"ListSlots", "B", "II", read_window, compute_list_slots},
     {"Attend", "F" ROWS_AROUND, "FFF", read_attend, compute_attend},
     {"Layer", "F" ROWS_AROUND LINEAR LINEAR LINEAR LINEAR, "FFF", read_layer, compute_layer},
@@ -622,6 +705,10 @@ ds_operators *ds_operators_add(const OrtApi *api, OrtSessionOptions *options, ds
   ds_operators_free(operators);
   return NULL;
 }
+
+int32_t ds_operators_count(const ds_operators *operators) { return operators->n_sublayers; }
+
+void ds_operators_skip(ds_operators *operators, const uint8_t *skipped) { operators->skips = skipped; }
 
 void ds_operators_free(ds_operators *operators) {
   if (!operators) return;

@@ -11,6 +11,12 @@ typedef struct ds_operators ds_operators;
 ds_operators *ds_operators_add(const OrtApi *api, OrtSessionOptions *options, ds_pool *pool);
 void ds_operators_free(ds_operators *operators);
 
+/* How many sublayers (attention, MLP, attention, ...) the nodes of the session number. */
+int32_t ds_operators_count(const ds_operators *operators);
+
+/* Skip in the runs to come the sublayers of which `skipped` [count], borrowed, is not 0; NULL: none. */
+void ds_operators_skip(ds_operators *operators, const uint8_t *skipped);
+
 /* Keep an ONNX Runtime error as ours and release it; DS_OK for NULL. */
 int32_t ds_take_status(const OrtApi *api, OrtStatus *status);
 

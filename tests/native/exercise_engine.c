@@ -153,6 +153,38 @@ static void exercise_ladder(void) {
   drafter->close(drafter);
 }
 
+/* Is there no engine of `host` without `skips`, and do the words say why? */
+static int is_refused(ds_engine *host, const uint8_t *skips, int32_t n, const char *words) {
+  return !ds_onnx_skip(host, skips, n) && strstr(ds_error_message(), words);
+}
+
+/* The target, of 2 layers, drafts for itself in its own cache; trees are drafted for it there. */
+static void exercise_guest(void) {
+  const uint8_t some[4] = {0, 1, 1, 0}, all[4] = {1, 1, 1, 1};
+  ds_onnx *onnx = ds_onnx_create(library, 2);
+  ds_engine *target = open_engine(onnx, "target/cpu.onnx"), *stock = open_engine(onnx, "target/model.onnx");
+  CHECK(target && stock);
+  CHECK(is_refused(NULL, some, 4, "no engine") && is_refused(target, NULL, 4, "nothing said"));
+  CHECK(is_refused(stock, some, 4, "export it again") && is_refused(target, some, 6, "4 sublayers, not 6"));
+  CHECK(is_refused(target, all, 4, "all 4 sublayers"));
+  spared = 0;
+  CHECK(is_refused(target, some, 4, "memory"));
+  spared = INT32_MAX;
+  ds_engine *guest = ds_onnx_skip(target, some, 4);
+  CHECK(guest && is_refused(guest, some, 4, "no engine"));
+  ds_level levels[3] = {{.n_draft = 7, .tree = 1}, {.engine = guest, .n_draft = 3}, {.engine = target}};
+  int32_t prompt[PROMPT], drafted[ROOM], plain[ROOM];
+  draw_ids(target, PROMPT, prompt);
+  CHECK(decode(levels, 3, prompt, drafted) == ROOM && decode(levels + 2, 1, prompt, plain) == ROOM);
+  CHECK(!memcmp(drafted, plain, sizeof plain));
+  levels[1].n_draft = 0;
+  CHECK(!ds_decoder_create(levels, 2) && strstr(ds_error_message(), "not above it"));
+  stock->close(stock);
+  target->close(target);
+  guest->close(guest);
+  ds_onnx_free(onnx);
+}
+
 static void exercise_wrong_files(void) {
   CHECK(!ds_onnx_create(NULL, 1) && strstr(ds_error_message(), "no path"));
   CHECK(!ds_onnx_create(bundle, 1));
@@ -208,6 +240,7 @@ int main(int n_words, char **words) {
     ds_onnx_free(onnx);
   }
   exercise_ladder();
+  exercise_guest();
   exercise_memory();
   puts("clean");
   return 0;

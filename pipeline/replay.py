@@ -264,23 +264,20 @@ def predict(
     for name in [*(name for name in ladder if not is_drafter(name)), TARGET]:
         log = [call for one in replays for call in one.calls[name]]
         shares[name] = float(costs.of(name, *np.array(log, int).reshape(-1, 2).T).sum()) / tokens
-        work[name] = _measure_work(
-            [
-                rows
-                for recording, one in zip(recordings, replays, strict=True)
-                for rows, slots in one.calls[name]
-                if slots >= len(recording.prompt)
-            ],
-            tokens,
+        behind = [
+            rows
+            for recording, one in zip(recordings, replays, strict=True)
+            for rows, slots in one.calls[name]
+            if slots >= len(recording.prompt)
+        ]
+        work[name] = Work(
+            calls_per_token=len(behind) / tokens,
+            rows_per_call=max(1.0, sum(behind) / max(1, len(behind))),
+            reads_prompt=name == TARGET or len(behind) < len(log),
         )
     spent = sum(shares.values()) + calls / tokens * costs.overhead_ms
     used = {name: lengths[name] for name in ladder}
     return Prediction(tuple(ladder), used, 1e3 / spent, tokens / calls, shares, work)
-
-
-def _measure_work(rows: Sequence[int], tokens: int) -> Work:
-    """Of the calls behind the prompt."""
-    return Work(calls_per_token=len(rows) / tokens, rows_per_call=max(1.0, sum(rows) / max(1, len(rows))))
 
 
 def best_plan(

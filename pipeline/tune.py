@@ -228,7 +228,7 @@ def _choose(
     paying = [plan for plan in plans if plan.tokens_per_second >= LEAST_GAIN * plain.tokens_per_second]
     choices: dict[frozenset[str], Prediction] = {}
     for plan in [*paying, plain]:
-        choices.setdefault(frozenset(plan.work), plan)
+        choices.setdefault(_make_choice(plan).readers, plan)
     faster = [*choices]
     return [
         plan

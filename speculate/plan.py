@@ -15,6 +15,7 @@ class Work(BaseModel):
 
     calls_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     rows_per_call: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    reads_prompt: bool = True  # not where it drafts in the target's cache
 
 
 class Candidate(BaseModel):
@@ -26,14 +27,19 @@ class Candidate(BaseModel):
     num_speculative_tokens: dict[str, int]
     work: dict[str, Work]
 
+    @property
+    def readers(self) -> frozenset[str]:
+        """The engines that have to read the prompt."""
+        return frozenset(name for name, work in self.work.items() if work.reads_prompt)
+
     def milliseconds(self, costs: Costs, prompt_tokens: int, new_tokens: int) -> float:
-        """Of a whole generation: every engine reads the prompt, then decodes at its middle length."""
+        """Of a whole generation: the prompt is read, and every token costs what the one in the middle does."""
         context = prompt_tokens + new_tokens // 2
         decoding = self.work[TARGET].calls_per_token * costs.overhead_ms + sum(
             work.calls_per_token * float(costs.of(name, work.rows_per_call, context))
             for name, work in self.work.items()
         )
-        reading = sum(costs.of_reading(name, prompt_tokens) for name in self.work)
+        reading = sum(costs.of_reading(name, prompt_tokens) for name in self.readers)
         return reading + (new_tokens - 1) * decoding
 
 

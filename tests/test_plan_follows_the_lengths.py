@@ -4,8 +4,9 @@ import pytest
 from draftsmith.pipeline.bench import bench
 from draftsmith.pipeline.prompts import Prompt
 from draftsmith.pipeline.recipe import Speculate
+from draftsmith.speculate.costs import Costs
 from draftsmith.speculate.errors import BundleError
-from draftsmith.speculate.plan import Plan
+from draftsmith.speculate.plan import Candidate, Plan, Work
 from fake_engine import open_bundle, write_bundle
 from test_tune_chooses_what_pays import tune_with  # noqa: F401, a fixture
 
@@ -86,6 +87,22 @@ def test_generation_follows_the_lengths_and_says_the_same(tmp_path):
     assert bundle.plan_for()["ladder"] == ["suffix", "int8"]
     assert levels(4, num_speculative_tokens=3) == ["suffix", "int8"], "lengths are those of the main ladder"
     assert levels(4, speculate=["int8"]) == ["int8"]
+
+
+def test_a_drafter_in_the_targets_cache_reads_no_prompt():
+    work = {"target": Work(calls_per_token=0.3, rows_per_call=4.0)}
+    apart, inside = (
+        Candidate(
+            ladder=("int8",),
+            num_speculative_tokens={},
+            work=work | {"int8": Work(calls_per_token=0.8, rows_per_call=2.0, reads_prompt=reads)},
+        )
+        for reads in (True, False)
+    )
+    costs = Costs.model_validate(COSTS)
+    apart_ms, inside_ms = (choice.milliseconds(costs, 300, 16) for choice in (apart, inside))
+    reading = sum(cost(rows, 128 * chunk, 4.0) for chunk, rows in enumerate((128, 128, 44)))
+    assert apart_ms - inside_ms == pytest.approx(reading)
 
 
 def test_bench_holds_the_plan_against_what_it_measured(tmp_path):

@@ -33,7 +33,7 @@ class Candidate(BaseModel):
         return frozenset(name for name, work in self.work.items() if work.reads_prompt)
 
     def milliseconds(self, costs: Costs, prompt_tokens: int, new_tokens: int) -> float:
-        """Of a whole generation: the prompt is read, and every token costs what the one in the middle does."""
+        """Of a whole generation: the prompt is read, and each token costs what the one in the middle does."""
         context = prompt_tokens + new_tokens // 2
         decoding = self.work[TARGET].calls_per_token * costs.overhead_ms + sum(
             work.calls_per_token * float(costs.of(name, work.rows_per_call, context))

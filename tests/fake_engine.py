@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from draftsmith.speculate.bundle import Bundle
+from draftsmith.speculate.manifest import SCHEMA_VERSION
 from draftsmith.speculate.onnx_engine import OnnxEngine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -148,7 +149,7 @@ def write_bundle(
             "bos_token_id": BOS,
             **changes,
         }
-    write_manifest(folder, {"schema_version": 1, "draftsmith_version": "0", "engines": entries})
+    write_manifest(folder, {"schema_version": SCHEMA_VERSION, "draftsmith_version": "0", "engines": entries})
     return folder
 
 

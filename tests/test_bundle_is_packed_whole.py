@@ -57,7 +57,7 @@ def test_the_manifest_lists_every_file_with_its_hash(layout, tmp_path):
         "portable": "drafters/int8/model.onnx",
         "weights": "int8",
     }
-    assert manifest["schema_version"] == 1 and manifest["recipe_sha256"] == "0"
+    assert manifest["schema_version"] == 2 and manifest["recipe_sha256"] == "0"
     assert list(out.parent.iterdir()) == [out], "nothing is left beside it"
 
 

@@ -8,6 +8,7 @@ from draftsmith.export.portable import export_onnx
 from draftsmith.model.config import DecoderConfig, Rotary
 from draftsmith.model.layout import embed_shapes, head_shapes, is_matrix, layer_part, layer_shapes
 from draftsmith.model.store import write_config, write_part
+from draftsmith.speculate.manifest import SCHEMA_VERSION
 from fake_engine import BOS, BYTE_VOCAB, EOS, byte_tokenizer, write_manifest
 
 CONFIG = DecoderConfig(
@@ -60,7 +61,7 @@ def write_tiny_bundle(folder: Path) -> Path:
         "verify": "block",
     }
     (folder / "plan.json").write_text(json.dumps(plan))
-    write_manifest(folder, {"schema_version": 1, "draftsmith_version": "0", "engines": engines})
+    write_manifest(folder, {"schema_version": SCHEMA_VERSION, "draftsmith_version": "0", "engines": engines})
     return folder
 
 

@@ -44,6 +44,8 @@ def main(
     prompts, with a bootstrap interval."""
     opened = load(bundle, threads)
     encoded = [ids for _, ids in encode_prompts(opened, read_prompts(prompts, limit)[0], [{}])[0]]
+    if not opened.drafters:
+        raise typer.BadParameter("no drafter in it is a model: wanted one that samples", param_hint="BUNDLE")
     widths = [[int(width) for width in shape.split("-")] for shape in shapes.split(",")]
     rng = np.random.default_rng(0)
     lengths = np.zeros((len(encoded), len(widths), len(RULES)))
@@ -78,7 +80,7 @@ def accept(
 ) -> NDArray[np.float64]:
     """Tokens accepted behind `prefix`, the mean over the draws: [shapes, rules]."""
     engines = [bundle.engine(name) for name in (TARGET, drafter)]
-    for engine in engines:
+    for engine in reversed(engines):  # one that drafts in the target's cache finds the target's rows there
         engine.reserve(len(prefix) + sum(np.cumprod(shape).sum() for shape in shapes))
         engine.forward(prefix[:-1], 0, num_logits=1)
     counts = np.zeros((len(shapes), len(RULES)))

@@ -67,7 +67,8 @@ def _check_gpu(capability: str) -> None:
     found = f"that is {gpus[0].name}, {gpus[0].compute_capability}" if gpus else f"here is none: {why_none}"
     raise ModelError(
         f"compute_capability {capability} is built by {ENTERPRISE} for the GPU that it finds, and {found}; "
-        f"build on a machine with such a GPU, or take {capability} out"
+        "build on a machine with such a GPU (CUDA_VISIBLE_DEVICES says which is first), or leave this export "
+        "out"
     )
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from ..speculate.bundle import Bundle, load
 from ..speculate.manifest import CHAT_TEMPLATE
-from .figures import Run, compare_with_plan, describe_memory, summarise, summarise_categories
+from .figures import Run, compare_with_plan, count_ladders, describe_memory, summarise, summarise_categories
 from .machine import describe_machine
 from .processor import num_threads
 from .progress import Progress, no_progress
@@ -81,6 +81,7 @@ def bench(
         "machine": describe_machine(),
         "settings": options
         | {"speculate": speculate, "plan": bundle.plan_for(speculate), "threads": bundle.threads}
+        | {"ladders": count_ladders(runs)}
         | {
             "references": len(references),
             "datastore": str(bundle.datastore.path) if bundle.datastore else None,
@@ -94,7 +95,7 @@ def bench(
         **summarise(runs),
         "categories": summarise_categories(runs),
         "prediction": compare_with_plan(bundle.plan, runs, max_new_tokens)
-        if speculate == "auto" and bundle.plan_fits
+        if speculate == "auto" and bundle.plan_fits and temperature == 0.0 and not references
         else None,
         "memory": describe_memory(bundle, runs),
         "disturbance": asdict(disturbance),

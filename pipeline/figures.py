@@ -66,6 +66,12 @@ def compare_with_plan(plan: Plan, runs: Sequence[Run], max_new_tokens: int) -> d
     return result
 
 
+def count_ladders(runs: Sequence[Run]) -> dict[str, int]:
+    """How many of the speculative runs each ladder decoded: a plan's follows the lengths."""
+    ladders = (run.rounds.stats["levels"] for run in runs if run.mode == "speculative")
+    return dict(Counter(" → ".join([*levels, "target"]) for levels in ladders))
+
+
 def describe_memory(bundle: Bundle, runs: Sequence[Run]) -> dict:
     """Bytes: the peak of this process so far, and what the engines that decoded map from their files."""
     import resource

@@ -129,7 +129,7 @@ class TapeGuest(TapeEngine):
 
     def __init__(self, host: TapeEngine, *tape: Any) -> None:
         super().__init__(*tape)
-        self.host, self._agrees = host, host._agrees
+        self.cache_host, self._agrees = host, host._agrees
 
 
 class TapeDrafter:
@@ -235,7 +235,8 @@ def replay(
     rows = 1 + max(lengths[name] for name in ladder) if ladder else 1
     tables = None
     if costs and ladder:
-        tables = costs.spread(rows, num_prompt + count // 2)
+        timed = (name for name in [TARGET, *ladder] if not is_drafter(name))
+        tables = {name: costs.spread(name, rows, num_prompt + count // 2) for name in timed}
     read = sources or Sources()
     drafters = TapeSources((), read.datastore, read.ngrams, known=known)
     decoder = build_ladder(rungs, engines.__getitem__, tables, drafters.open)

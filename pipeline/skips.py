@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from ..export.onnx_files import list_weight_bytes
 from ..speculate.bundle import Bundle, load
 from ..speculate.errors import BundleError
-from ..speculate.ladder import TARGET
+from ..speculate.levels import TARGET
 from ..speculate.loop import PREFILL_ROWS
 from ..speculate.onnx_engine import OnnxEngine, SkippingEngine
 from .hashing import write_json

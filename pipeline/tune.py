@@ -79,26 +79,31 @@ def tune_bundle(
         progress(index + 1, len(ladders), "predicting ladders")
     plans.sort(key=lambda plan: -plan.tokens_per_second)
     choices = _choose(spec, plans, plain, recordings, options, costs, sources)
+    kept: list[tuple[Prediction, dict]] = []
     slower: list[str] = []
-    while True:
-        best = choices[0]
-        measured = check_prediction(bundle, recordings, spec, best, costs, sources, progress)
-        if len(choices) == 1 or measured["speedup"] >= 1:
-            break
-        slower.append(_say_slower(choices.pop(0), plain, measured))
+    for choice in choices:
+        if choice is plain and any(_make_choice(other).readers == {TARGET} for other, _ in kept):
+            continue
+        found = check_prediction(bundle, recordings, spec, choice, costs, sources, progress)
+        if choice is not plain and spec.ladder == "auto" and found["speedup"] < 1:
+            slower.append(_say_slower(choice, plain, found))
+        else:
+            kept.append((choice, found))
+    best, measured = kept[0]
+    others = [choice for choice, _ in kept[1:]]
     plan = Plan(
         ladder=best.ladder,
         num_speculative_tokens=dict(best.num_speculative_tokens),
         verify=spec.verify,
         costs=costs,
-        choices=tuple(_make_choice(choice) for choice in choices),
+        choices=tuple(map(_make_choice, [best, *others])),
     )
     chosen = plan.model_dump(mode="json")
     chosen["costs"]["floor_ms"] = meter.floors()
     return {
         **chosen,
         "by_length": _list_by_length(plan, bundle.manifest.engines[TARGET].max_seq_len),
-        "why": " ".join([*slower, _say_why(spec, best, plain, measured)]),
+        "why": " ".join([*slower, _say_why(spec, best, plain, measured), *map(_say_other, others)]),
         "predicted": _figures(best, plain),
         "measured": measured,
         "candidates": [_figures(plan, plain) for plan in plans],
@@ -186,7 +191,7 @@ def _list_ladders(free: Sequence[str], drafters: Sequence[str], costs: Costs) ->
     pairs = [
         (inner, outer)
         for inner, outer in permutations(drafters, 2)
-        if costs.milliseconds[inner][0] < costs.milliseconds[outer][0]
+        if costs.milliseconds[inner][0][0] < costs.milliseconds[outer][0][0]
     ]
     ladders: list[tuple[str, ...]] = [(), *((name,) for name in drafters), *pairs]
     below = ((name, *ladder) for name in free for ladder in ladders if not (ladder and wants_tree(name)))
@@ -220,20 +225,24 @@ def _choose(
     sources: Sources,
 ) -> list[Prediction]:
     """What the recipe names; else of `plans` (fastest first) those among which the lengths of prompt and
-    output may decide: the fastest for every set of models that read the prompt, unless fewer are as fast."""
+    output may decide: the fastest for every set of models that read the prompt, unless fewer are as fast;
+    and plain decoding, in case all of these are slower when they are run."""
     if spec.ladder == "none" or not spec.ladder:
         return [plain]
     if spec.ladder != "auto":
         return [best_plan(recordings, tuple(spec.ladder), options, costs, sources)]
     paying = [plan for plan in plans if plan.tokens_per_second >= LEAST_GAIN * plain.tokens_per_second]
     choices: dict[frozenset[str], Prediction] = {}
-    for plan in [*paying, plain]:
+    for plan in paying:
         choices.setdefault(_make_choice(plan).readers, plan)
     faster = [*choices]
     return [
-        plan
-        for models, plan in choices.items()
-        if not any(other < models for other in faster[: faster.index(models)])
+        *(
+            plan
+            for models, plan in choices.items()
+            if not any(other < models for other in faster[: faster.index(models)])
+        ),
+        plain,
     ]
 
 
@@ -245,13 +254,18 @@ def _make_choice(plan: Prediction) -> Candidate:
 
 def _list_by_length(plan: Plan, max_seq_len: int) -> list[dict]:
     """Which ladder decodes prompts and outputs of some lengths, where that depends on them."""
-    if len(plan.choices) < 2:
-        return []
     chosen = {lengths: plan.choose(*lengths) or plan for lengths in LENGTHS if sum(lengths) <= max_seq_len}
+    if len({choice.ladder for choice in chosen.values()}) < 2:
+        return []
     return [
         {"prompt_tokens": prompt, "new_tokens": new, "ladder": list(choice.ladder)}
         for (prompt, new), choice in chosen.items()
     ]
+
+
+def _say_other(plan: Prediction) -> str:
+    ladder = " → ".join(plan.ladder) or "the target alone"
+    return f"Where the lengths of prompt and output make it faster: {ladder}."
 
 
 def _say_slower(plan: Prediction, plain: Prediction, measured: Mapping) -> str:

@@ -127,7 +127,8 @@ class Bundle:
 
         prompt: text, continued as it is; or a list of token ids; or a list of {"role", "content"}, which goes
             through the chat template.
-        max_new_tokens: at most; prompt and output together must fit the target's cache (`max_seq_len`).
+        max_new_tokens: at most; prompt and output together must fit the target's cache (`max_seq_len`). The
+            plan's ladder is chosen for this length: ask for about as many as you expect.
         temperature, top_k, top_p, seed: temperature 0 is greedy; else the settings of every level.
         speculate: "auto" follows the bundle's plan, "none" leaves out all drafters, else a list of drafters,
             innermost first.
@@ -337,7 +338,13 @@ class Bundle:
 
         graph = resolve_inside(self.path, entry.portable or entry.graph)
         folder = default_root() / "providers" / self.manifest.fingerprint(name)[:12]
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BundleError(
+                f"{folder}, where engines are kept, cannot be made: {error.strerror}; "
+                "set DRAFTSMITH_CACHE to a folder that can be written"
+            ) from error
         return OnnxGpuEngine(name, graph, entry, provider, folder)
 
     def _open_datastore(self, path: str | Path | None) -> Datastore | None:
@@ -390,9 +397,11 @@ class Bundle:
 
     def _planned_costs(self, rungs: list[Rung], context: int) -> dict[str, list[float]] | None:
         """What the plan's measured calls cost, for as many rows as the ladder's longest draft makes."""
-        if self.plan.costs is None or not rungs or not self.plan_fits:
+        costs, engines = self.plan.costs, self._engine_names(rungs)
+        if costs is None or not rungs or any(self.devices[name] != "cpu" for name in engines):
             return None
-        return self.plan.costs.spread(1 + max(rung.num_speculative_tokens for rung in rungs), context)
+        num_rows = 1 + max(rung.num_speculative_tokens for rung in rungs)
+        return {name: costs.spread(name, num_rows, context) for name in engines if name in costs.milliseconds}
 
     def _engine_names(self, rungs: list[Rung]) -> list[str]:
         return [TARGET, *(rung.name for rung in rungs if rung.name in self.manifest.engines)]

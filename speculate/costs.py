@@ -1,6 +1,5 @@
 """What a call of an engine costs, by its rows and by what is in the cache: measured on one machine."""
 
-from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Self
 
@@ -10,18 +9,21 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .loop import PREFILL_ROWS
 
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Overhead = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Costs(BaseModel):
     """Milliseconds of one call of every engine, measured at some row counts over some numbers of used cache
-    slots. Linear in between; flat before the first context, on a straight line behind the last."""
+    slots. Linear in between; flat before the first figures, on a straight line behind the last."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     rows: tuple[int, ...] = Field(min_length=1)
     contexts: tuple[int, ...] = Field(min_length=1)
     milliseconds: dict[str, tuple[tuple[Milliseconds, ...], ...]]  # engine -> [context][rows]
-    overhead_ms: float = 0.0  # of a round beside the calls: choice, text, bookkeeping
+    overhead_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = (
+        0.0  # of a round beside the calls: choice, text, bookkeeping
+    )
 
     @model_validator(mode="after")
     def _check_table(self) -> Self:
@@ -33,30 +35,36 @@ class Costs(BaseModel):
             raise ValueError("milliseconds must have one list for each entry of contexts")
         if any(len(row) != len(self.rows) for table in self.milliseconds.values() for row in table):
             raise ValueError("milliseconds must have one figure for each entry of rows")
+        if any(
+            (np.diff(table, axis=axis) < 0).any() for table in self.milliseconds.values() for axis in (0, 1)
+        ):
+            raise ValueError("milliseconds must not fall as rows or contexts rise")
         return self
 
     def of(self, engine: str, rows, context) -> np.ndarray:
         """Milliseconds of calls with `rows` rows behind `context` slots: numbers, or arrays of one shape."""
-        at = np.stack([np.interp(rows, self.rows, row) for row in self.milliseconds[engine]])
-        if len(self.contexts) == 1:
-            return at[0]
-        known = self._known
-        low = np.clip(np.searchsorted(known, context) - 1, 0, len(known) - 2)
-        share = np.maximum((context - known[low]) / (known[low + 1] - known[low]), 0)
-        below, above = (np.take_along_axis(at, index[None], 0)[0] for index in (low, low + 1))
-        return below + share * (above - below)
+        table = np.asarray(self.milliseconds[engine])
+        slots, more_slots, beyond_slots = _place(context, self.contexts)
+        few, many, beyond_few = _place(rows, self.rows)
+        near, far = (
+            (1 - beyond_few) * table[at, few] + beyond_few * table[at, many] for at in (slots, more_slots)
+        )
+        return near + beyond_slots * (far - near)
 
-    def spread(self, num_rows: int, context: int) -> dict[str, list[float]]:
-        """By engine, of calls with 1 to num_rows rows, as the decode loop takes them."""
-        rows = np.arange(1, num_rows + 1)
-        slots = np.full(num_rows, context)
-        return {name: self.of(name, rows, slots).tolist() for name in self.milliseconds}
+    def spread(self, engine: str, num_rows: int, context: int) -> list[float]:
+        """Of calls with 1 to num_rows rows, as the decode loop takes them."""
+        return self.of(engine, np.arange(1, num_rows + 1), np.full(num_rows, context)).tolist()
 
     def of_reading(self, engine: str, num_tokens: int) -> float:
         """Milliseconds to read a prompt, as the decode loop does."""
         starts = np.arange(0, num_tokens, PREFILL_ROWS)
         return float(self.of(engine, np.minimum(num_tokens - starts, PREFILL_ROWS), starts).sum())
 
-    @cached_property
-    def _known(self) -> np.ndarray:
-        return np.asarray(self.contexts)
+
+def _place(at, known: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Between which two of `known` (their indices), and how far from the first to the second."""
+    points = np.asarray(known)
+    low = np.clip(np.searchsorted(points, at) - 1, 0, max(0, len(points) - 2))
+    high = np.minimum(low + 1, len(points) - 1)
+    share = (at - points[low]) / np.maximum(points[high] - points[low], 1)
+    return low, high, np.where(high > low, np.maximum(share, 0), 0)

@@ -21,7 +21,10 @@ def why_no_cuda() -> str:
     gpus, reason = find_gpus()
     if not gpus:
         return reason
-    has, needs = supported_cuda(), open_library()[1].ds_cuda_runtime_version()
+    try:
+        has, needs = supported_cuda(), open_library()[1].ds_cuda_runtime_version()
+    except (OSError, AttributeError) as error:  # built for another system, or by another version
+        return f"the CUDA kernels do not load: {error}; install draftsmith again"
     if has // 1000 < needs // 1000:
         return (
             f"the NVIDIA driver supports CUDA {_name_version(has)} and the CUDA kernels need "

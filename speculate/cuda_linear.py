@@ -52,6 +52,10 @@ class Linear:
         self._format, self._stream = FORMATS.index(format), stream
         self.n, self.k = weight.shape
         self.is_int8 = format.startswith("int8")
+        if self.is_int8 != (scale is not None):
+            raise ValueError(
+                f"{format} weights take {'a scale' if self.is_int8 else 'no scale'} of each output"
+            )
         packed = pack(weight, format)
         self.num_bytes = packed.nbytes
         self._packed = cuda.Buffer(packed.nbytes).write(packed, stream)

@@ -80,7 +80,7 @@ class GuestEngine(Engine, Protocol):
     """An engine in the cache of another, its host: what one of them writes the other reads. It writes only
     slots that its host is going to write again before it reads them."""
 
-    host: Engine
+    cache_host: Engine
 
 
 @runtime_checkable

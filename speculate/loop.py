@@ -10,6 +10,7 @@ import numpy as np
 from .binding import check, ffi, lib
 from .drafters import Drafter
 from .engine import Decision, DeviceEngine, Engine, GuestEngine, MovingEngine
+from .errors import BundleError
 from .onnx_engine import OnnxEngine
 from .settings import Sampling
 from .verify import RULES
@@ -135,7 +136,13 @@ class NativeEngines:
                 self._handles[engine] = self._calls[-1].handle
         for calls in self._calls:
             if isinstance(calls.engine, GuestEngine):
-                calls.handle.host = self._handles[calls.engine.host]
+                host = self._handles.get(calls.engine.cache_host)
+                if host is None:
+                    raise BundleError(
+                        "an engine drafts in the cache of one that is not in its ladder: "
+                        "add that, or leave it out"
+                    )
+                calls.handle.host = host
 
     def handle(self, engine: Engine | None) -> Any:
         return self._handles[engine] if engine else ffi.NULL

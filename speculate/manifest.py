@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import BundleError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 2  # that is written
+READABLE = (1, SCHEMA_VERSION)
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 RECIPE = "recipe.yaml"  # of the build, every choice filled in
@@ -126,10 +127,10 @@ def read_manifest(bundle: Path, *, engines: bool = True) -> Manifest:
         raise BundleError(f"{bundle} holds no {MANIFEST}: wanted a bundle, as `draftsmith build` writes it")
     raw = read_json(path)
     version = raw.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in READABLE:
         raise BundleError(
-            f"{path}: schema_version is {version!r}, this draftsmith reads {SCHEMA_VERSION}: "
-            "rebuild the bundle or install the draftsmith that wrote it"
+            f"{path}: schema_version is {version!r}, this draftsmith reads "
+            f"{' and '.join(map(str, READABLE))}: rebuild the bundle or install the draftsmith that wrote it"
         )
     manifest = validate(Manifest, raw, path)
     if "target" not in manifest.engines:

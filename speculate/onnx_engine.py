@@ -113,7 +113,7 @@ class SkippingEngine(OnnxEngine):
 
     def __init__(self, name: str, host: OnnxEngine, skips: NDArray[np.bool_]) -> None:
         """skips: bool [num_layers, 2], of the attention and the MLP of each layer."""
-        self.host = host
+        self.cache_host = host
         table = np.ascontiguousarray(skips, np.uint8)
         self._own(lib.ds_onnx_skip(host.handle, view("uint8_t[]", table), table.size), name, name)
 
@@ -131,7 +131,7 @@ class SkippingEngine(OnnxEngine):
         start = 0
         while start < len(token_ids):
             chunk = token_ids[start : start + min(lib.DS_PREFILL_ROWS, max(1, (slots - start) // 2))]
-            self.host.forward(chunk, start, num_logits=1)
+            self.cache_host.forward(chunk, start, num_logits=1)
             first = min(start + len(chunk), slots - 1)
             rows, seen = np.arange(len(chunk)), np.arange(first + len(chunk))
             mask = (seen < start + rows[:, None]) | (seen == first + rows[:, None])

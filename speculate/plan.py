@@ -1,11 +1,11 @@
 """plan.json: the measured choice that ``speculate="auto"`` follows."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .costs import Costs
-from .levels import TARGET
+from .levels import TARGET, is_drafter
 
 
 class Work(BaseModel):
@@ -61,13 +61,22 @@ class Plan(BaseModel):
     costs: Costs | None = None
     choices: tuple[Candidate, ...] = Field(default=(), strict=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _forget_older_costs(cls, raw: Any) -> Any:
+        """Version 1 had those of one context. Without any the ladder stands; `draftsmith tune` makes some."""
+        costs = raw.get("costs") if isinstance(raw, dict) else None
+        return raw | {"costs": None} if isinstance(costs, dict) and "context" in costs else raw
+
     @model_validator(mode="after")
     def _check_choices(self) -> Self:
         for name in (name for choice in self.choices for name in choice.work):
             if self.costs is None or name not in self.costs.milliseconds:
                 raise ValueError(f"choices need the costs of {name}")
-        if any(TARGET not in choice.work for choice in self.choices):
-            raise ValueError(f"choices need the work of {TARGET}")
+        for choice in self.choices:
+            models = {TARGET, *(name for name in choice.ladder if not is_drafter(name))}
+            if models != choice.work.keys():
+                raise ValueError(f"a choice needs the work of {', '.join(sorted(models))}")
         return self
 
     def choose(self, prompt_tokens: int, new_tokens: int) -> Candidate | None:

@@ -99,7 +99,7 @@ class FakeGuest(FakeEngine):
 
     def __init__(self, host: FakeEngine, **settings) -> None:
         super().__init__(host.vocab_size, max_seq_len=host.max_seq_len, **settings)
-        self.host = host
+        self.cache_host = host
         self._slots, self._by_guest = host._slots, host._by_guest
 
 

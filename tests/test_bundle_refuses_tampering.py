@@ -134,7 +134,7 @@ def forge(*path, value):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (forge("schema_version", value=1), "schema_version is 1, this draftsmith reads 2: rebuild"),
+        (forge("schema_version", value=3), "schema_version is 3, this draftsmith reads 1 and 2: rebuild"),
         (forge("schema_version", value=None), "schema_version is None"),
         (forge("schema_version", value="1"), "schema_version is '1'"),
         (forge("engines", value=None), "engines"),

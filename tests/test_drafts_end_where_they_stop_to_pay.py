@@ -138,6 +138,8 @@ def test_a_plans_costs_hold_unless_the_caller_says_how_long(tmp_path):
         (ONE | {"rows": [1, 2], "milliseconds": {"target": [[1.0]]}}, "one figure for each"),
         (ONE | {"milliseconds": {"target": [[1.0], [1.0]]}}, "one list for each"),
         (ONE | {"milliseconds": {"target": [[0.0]]}}, "greater than 0"),
+        (ONE | {"contexts": [0, 9], "milliseconds": {"target": [[2.0], [1.0]]}}, "must not fall"),
+        (ONE | {"milliseconds": {"target": [[2.0]]}, "overhead_ms": -1.0}, "greater than or equal to 0"),
         ({"rows": [1], "milliseconds": {}}, "contexts"),
         (ONE, "milliseconds"),
     ],

@@ -123,9 +123,19 @@ def test_a_choice_that_cannot_be_followed_is_refused(tmp_path):
     unknown = MODEL | {"ladder": ["suffix", "int9"]}
     with pytest.raises(BundleError, match="int9"):
         open_bundle(write_bundle(tmp_path / "a", plan=make_plan(LOOKUP, unknown)))
+    unpriced = MODEL | {"work": {"target": [0.3, 4.0]}}
+    with pytest.raises(BundleError, match="needs the work of int8, target"):
+        open_bundle(write_bundle(tmp_path / "c", plan=make_plan(LOOKUP, unpriced)))
     untimed = LOOKUP | {"work": {"target": [0.8, 2.0], "tiny": [1.0, 1.0]}}
     with pytest.raises(BundleError, match="costs of tiny"):
         open_bundle(write_bundle(tmp_path / "b", plan=make_plan(LOOKUP, untimed)))
+
+
+def test_a_plan_of_version_1_keeps_its_ladder(tmp_path):
+    older = {"rows": [1, 2], "context": 256, "milliseconds": {"target": [9.0, 9.5]}, "other_contexts": {}}
+    named = {"ladder": ["suffix"], "num_speculative_tokens": {"suffix": 3}}
+    bundle = open_bundle(write_bundle(tmp_path / "b", plan=named | {"costs": older}))
+    assert bundle.plan.costs is None and bundle.plan_for(lengths=(4, 4))["ladder"] == ["suffix"]
 
 
 def test_tuning_keeps_the_fastest_of_every_set_of_models(tune_with):  # noqa: F811

@@ -68,7 +68,7 @@ def record_greedily(engines, prompt, guests=()) -> Recording:
 
 
 def decode_for_real(engines, ladder, lengths, prompt, costs=None):
-    tables = costs.spread(9, len(prompt)) if costs else None
+    tables = {name: costs.spread(name, 9, len(prompt)) for name in costs.milliseconds} if costs else None
     decode(engines, [Rung(name, lengths[name]) for name in ladder], prompt, NUM_TOKENS, costs=tables)
     return {name: [call for call in engines[name].log if name != "target" or call[1] >= len(prompt)]
             for name in engines if name in [*ladder, "target"]}  # fmt: skip
@@ -138,11 +138,11 @@ def test_a_plain_run_is_one_call_a_token():
 def test_costs_depend_on_rows_and_context():
     tables = {"e": ((10.0, 14.0), (12.0, 18.0), (20.0, 28.0))}
     costs = Costs(rows=(1, 3), contexts=(50, 100, 200), milliseconds=tables)
-    assert costs.of("e", 2, 50) == 12.0 and costs.of("e", 9, 10) == 14.0
+    assert costs.of("e", 2, 50) == 12.0 and costs.of("e", 4, 10) == 16.0
     assert costs.of("e", 1, 75) == 11.0 and costs.of("e", 3, 150) == 23.0
     assert costs.of("e", 1, 300) == 28.0, "beyond the last context on a straight line"
     assert costs.of("e", np.array([1, 2]), np.array([100, 200])).tolist() == [12.0, 24.0]
-    assert costs.spread(3, 75) == {"e": [11.0, 13.5, 16.0]}
+    assert costs.spread("e", 3, 75) == [11.0, 13.5, 16.0]
     flat = make_costs([1, 128], e=[2.0, 129.0])
     assert flat.of_reading("e", 300) == 129.0 + 129.0 + flat.of("e", 44, 0)
 

@@ -87,11 +87,15 @@ def test_none_wins_where_nothing_pays(tune_with):
     assert plan["ladder"] == ["int8"]  # the recipe's word stands
 
 
-def test_a_choice_that_is_slower_when_run_is_not_kept(tune_with, monkeypatch):
+@pytest.mark.parametrize("least_gain", [tune_module.LEAST_GAIN, 0.0])
+def test_a_choice_that_is_slower_when_run_is_not_kept(tune_with, monkeypatch, least_gain):
+    """Nor is a lookup that pays by prediction alone: plain decoding reads the prompt with no more models."""
     check = tune_module.check_prediction
     monkeypatch.setattr(tune_module, "check_prediction", lambda *a, **k: check(*a, **k) | {"speedup": 0.9})
+    monkeypatch.setattr(tune_module, "LEAST_GAIN", least_gain)
     plan = tune_with(target=15.0, int8=3.0, tiny=9.0)
     assert plan["ladder"] == [] and "was 0.90 times" in plan["why"]
+    assert [choice["ladder"] for choice in plan["choices"]] == [[]]
 
 
 def test_lengths_that_the_recipe_names_are_kept(tune_with):

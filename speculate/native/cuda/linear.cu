@@ -111,7 +111,9 @@ using namespace draftsmith;
 
 int32_t ds_cuda_linear(int32_t format, int32_t n, int32_t k, const void *packed, const float *scales,
                        int32_t n_rows, const void *x, const float *row_scales, float *y, void *stream) {
-  if (ds_cuda_packed_size(format, n, k) < 0 || n_rows < 1 || n_rows > DS_CUDA_LINEAR_ROWS)
+  bool is_int8 = format == DS_CUDA_INT8 || format == DS_CUDA_INT8_2_4;
+  if (ds_cuda_packed_size(format, n, k) < 0 || n_rows < 1 || n_rows > DS_CUDA_LINEAR_ROWS || !packed || !x ||
+      !y || is_int8 != (scales && row_scales))
     return 1; /* cudaErrorInvalidValue */
   operands of = {n, k, n_rows, packed, x, scales, row_scales};
   switch (format) {

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from draftsmith.export.portable import export_onnx
 from draftsmith.model.config import DecoderConfig
 from draftsmith.model.layout import EMBED_TOKENS, layer_part, linear_shapes
 from draftsmith.model.store import Checkpoint, read_part, write_config, write_part
@@ -77,3 +78,18 @@ def round_to_4_bits(tensors: dict[str, torch.Tensor], name: str) -> None:
     levels = torch.round((groups - base) / step).clamp(0, 15)
     tensors[f"{name}.weight"] = levels.reshape(n, -1)[:, :k].to(torch.uint8)
     tensors[f"{name}.weight_grid"] = grid
+
+
+KINDS = ["float32", "bfloat16", "int8", "half", "2:4", "int4"]  # of weights
+
+
+def export_kind(source: Path, kind: str, folder: Path) -> None:
+    """The graphs of a model with weights of one of `KINDS`; the zeros of "half" and "2:4" are int8's."""
+    checkpoint = folder / "checkpoint"
+    if kind in ("float32", "bfloat16"):
+        cast_checkpoint(source, checkpoint, kind)
+    elif kind == "int4":
+        quantize_checkpoint(source, checkpoint, bits=4)
+    else:
+        quantize_checkpoint(source, checkpoint, zeros="" if kind == "int8" else kind)
+    export_onnx(checkpoint, folder)

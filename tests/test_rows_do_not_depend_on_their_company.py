@@ -8,16 +8,14 @@ import numpy as np
 import onnx
 import pytest
 from conftest import VARIANTS
-from draftsmith.export.portable import export_onnx
 from draftsmith.model.store import Checkpoint
 from draftsmith.speculate.binding import check, ffi
 from draftsmith.speculate.ladder import Rung, build_ladder
 from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime
 from draftsmith.speculate.settings import Sampling
 from graph_session import entry_of
-from quantized import cast_checkpoint, quantize_checkpoint
+from quantized import KINDS, export_kind
 
-KINDS = ["float32", "bfloat16", "int8", "half", "2:4", "int4"]
 MAX_ROWS = 32
 
 
@@ -51,13 +49,7 @@ def folder(request, tiny_checkpoint, tmp_path_factory):
     variant, kind = request.param
     folder = tmp_path_factory.mktemp(f"{variant}-{kind.replace(':', '')}")
     source = request.getfixturevalue("smollm2") if variant == "smollm2" else tiny_checkpoint(variant)
-    if kind in ("float32", "bfloat16"):
-        cast_checkpoint(source, folder / "checkpoint", kind)
-    elif kind == "int4":
-        quantize_checkpoint(source, folder / "checkpoint", bits=4)
-    else:
-        quantize_checkpoint(source, folder / "checkpoint", zeros="" if kind == "int8" else kind)
-    export_onnx(folder / "checkpoint", folder)
+    export_kind(source, kind, folder)
     return folder
 
 

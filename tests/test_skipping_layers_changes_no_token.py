@@ -15,7 +15,7 @@ from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime, SkippingEn
 from draftsmith.speculate.settings import Sampling
 from fake_engine import FakeEngine, FakeGuest
 from graph_session import entry_of, error_of
-from quantized import cast_checkpoint, quantize_checkpoint
+from quantized import KINDS, export_kind
 from transformers import AutoModelForCausalLM
 
 BOUND = 2e-5  # as of whole graphs
@@ -110,21 +110,12 @@ def test_behind_the_targets_rows_it_sees_these(exported):
         assert error_of(logits, wanted) < BOUND < error_of(logits, alone)
 
 
-KINDS = ["float32", "bfloat16", "int8", "half", "2:4", "int4"]
-
-
 @pytest.fixture(scope="module", params=[*(("llama-bias", kind) for kind in KINDS), ("gemma3_text", "int8")])
 def folder(request, tiny_checkpoint, tmp_path_factory):
     variant, kind = request.param
     folder = tmp_path_factory.mktemp(f"{variant}-{kind.replace(':', '')}")
     source = tiny_checkpoint(variant)
-    if kind in ("float32", "bfloat16"):
-        cast_checkpoint(source, folder / "checkpoint", kind)
-    elif kind == "int4":
-        quantize_checkpoint(source, folder / "checkpoint", bits=4)
-    else:
-        quantize_checkpoint(source, folder / "checkpoint", zeros="" if kind == "int8" else kind)
-    export_onnx(folder / "checkpoint", folder)
+    export_kind(source, kind, folder)
     return folder
 
 

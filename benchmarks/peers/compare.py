@@ -65,23 +65,30 @@ def start(
 
 
 def ask(workers: list[Worker], prompts: list[list[int]], count: int, skipped: dict[str, str]) -> Answers:
-    """Who fails is entered in `skipped` and asked no more."""
+    """Who fails is entered in `skipped` and asked no more. An interrupt keeps what all have answered."""
     answers: Answers = {worker.contender: [] for worker in workers}
-    for index, ids in enumerate(prompts):
-        turn = index % len(workers)
-        for worker in [*workers[turn:], *workers[:turn]]:
-            if worker.contender not in answers:
-                continue
-            try:
-                worker.generate(prompts[index - 1], WARM_TOKENS)  # another one: some keep prefixes
-                answers[worker.contender].append(worker.generate(ids, count))
-            except (Unavailable, BrokenPipeError) as error:
-                skipped[worker.contender.name] = str(error)
-                del answers[worker.contender]
-        print(f"prompt {index + 1} of {len(prompts)}", file=sys.stderr)
+    answered = 0
+    try:
+        for index, ids in enumerate(prompts):
+            turn = index % len(workers)
+            for worker in [*workers[turn:], *workers[:turn]]:
+                if worker.contender not in answers:
+                    continue
+                try:
+                    worker.generate(prompts[index - 1], WARM_TOKENS)  # another one: some keep prefixes
+                    answers[worker.contender].append(worker.generate(ids, count))
+                except (Unavailable, BrokenPipeError) as error:
+                    skipped[worker.contender.name] = str(error)
+                    del answers[worker.contender]
+            answered = index + 1
+            print(f"prompt {answered} of {len(prompts)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        if not answered:
+            raise
+        print(f"interrupted: {answered} of {len(prompts)} prompts count", file=sys.stderr)
     for worker in workers:
         worker.close()
-    return answers
+    return {contender: given[:answered] for contender, given in answers.items()}
 
 
 def report(answers: Answers, skipped: dict[str, str]) -> None:

@@ -21,15 +21,14 @@ class Contender:
 
     @property
     def plain(self) -> "Contender":
-        return Contender(self.peer, self.variant.removesuffix(DRAFTED), False)
+        return Contender(self.peer, self.variant, False)
 
 
 OURS = "ours"
-DRAFTED = "+int8"  # behind a variant: a model of that kind drafts, not a lookup
 VARIANTS = {
     "ort_genai": ["fp32", "int8", "int4"],
     "llamacpp": ["f32", "f16", "q8_0", "q4_1"],
-    "ov_genai": ["f32", "f32+int8", "default", "int8", "int4"],
+    "ov_genai": ["f32", "default", "int8", "int4"],
     "hf": ["float32"],
 }
 
@@ -43,9 +42,8 @@ def list_contenders(bundles: list[Path], peers: list[str]) -> Iterator[Contender
             raise SystemExit(f"no peer {entry!r}; there are {VARIANTS}")
         pairs += [(peer, name) for name in ([variant] if variant else VARIANTS[peer])]
     for peer, variant in pairs:
-        if not variant.endswith(DRAFTED):
-            yield Contender(peer, variant, False)
-        yield Contender(peer, variant, True)
+        for speculate in (False, True):
+            yield Contender(peer, variant, speculate)
 
 
 def prepare(contender: Contender, bundle: Path, work: Path) -> tuple[Path, Path]:
@@ -62,11 +60,8 @@ def _prepare_model(contender: Contender, python: Path, bundle: Path, work: Path)
         case "llamacpp", variant:
             return write_gguf(load_source(bundle, work), work / f"{variant}.gguf", variant)
         case "ov_genai", variant:
-            source = load_source(bundle, work)
-            if variant.endswith(DRAFTED):
-                write_gguf(source, work / "q8_0.gguf", "q8_0")  # beside the model
             stored = {"int8": "q8_0", "int4": "q4_0"}.get(variant, "f16")
-            return write_gguf(source, work / f"{stored}.gguf", stored)
+            return write_gguf(load_source(bundle, work), work / f"{stored}.gguf", stored)
         case "hf", _:
             return write_folder(load_source(bundle, work), work / "hf_model")
         case "ort_genai", precision:

@@ -9,12 +9,14 @@ MARGIN = 8  # drafted tokens need room behind the last one
 
 
 def load(model: str, variant: str, speculate: bool, threads: int):
-    vocab_size = json.loads((Path(model) / "genai_config.json").read_text())["model"]["vocab_size"]
-    config = og.Config(model)
-    # In place of the end of text the last merge of the vocabulary: nothing ends before its time.
-    session = {"session_options": {"intra_op_num_threads": threads}}
-    config.overlay(json.dumps({"model": {"eos_token_id": [vocab_size - 1], "decoder": session}}))
-    loaded = og.Model(config)
+    path = Path(model) / "genai_config.json"
+    written = json.loads(path.read_text())
+    # In place of the end of text the last merge of the vocabulary: nothing ends before its time. In the file,
+    # since an overlay adds to the list.
+    written["model"]["eos_token_id"] = [written["model"]["vocab_size"] - 1]
+    written["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+    path.write_text(json.dumps(written, indent=2) + "\n")
+    loaded = og.Model(model)
 
     def generate(ids, count, emit):
         params = og.GeneratorParams(loaded)

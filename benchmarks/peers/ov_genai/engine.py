@@ -32,9 +32,7 @@ def load(model: str, variant: str, speculate: bool, threads: int):
     scheduler.max_num_batched_tokens = 2048
     options["scheduler_config"] = scheduler
     if draft:
-        options["draft_model"] = genai.draft_model(
-            str(Path(model).with_name("q8_0.gguf")), "CPU", INFERENCE_NUM_THREADS=threads
-        )
+        options["draft_model"] = genai.draft_model(str(Path(model).with_name("q8_0.gguf")), "CPU")
     else:
         options["prompt_lookup"] = speculate
     pipeline = genai.LLMPipeline(model, "CPU", **options)

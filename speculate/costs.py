@@ -1,5 +1,6 @@
 """What a call of an engine costs, by its rows and by what is in the cache: measured on one machine."""
 
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Self
 
@@ -21,9 +22,7 @@ class Costs(BaseModel):
     rows: tuple[int, ...] = Field(min_length=1)
     contexts: tuple[int, ...] = Field(min_length=1)
     milliseconds: dict[str, tuple[tuple[Milliseconds, ...], ...]]  # engine -> [context][rows]
-    overhead_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = (
-        0.0  # of a round beside the calls: choice, text, bookkeeping
-    )
+    overhead_ms: Overhead = 0.0  # of a round beside the calls: choice, text, bookkeeping
 
     @model_validator(mode="after")
     def _check_table(self) -> Self:
@@ -43,13 +42,18 @@ class Costs(BaseModel):
 
     def of(self, engine: str, rows, context) -> np.ndarray:
         """Milliseconds of calls with `rows` rows behind `context` slots: numbers, or arrays of one shape."""
-        table = np.asarray(self.milliseconds[engine])
+        table = self._tables[engine]
         slots, more_slots, beyond_slots = _place(context, self.contexts)
         few, many, beyond_few = _place(rows, self.rows)
         near, far = (
             (1 - beyond_few) * table[at, few] + beyond_few * table[at, many] for at in (slots, more_slots)
         )
         return near + beyond_slots * (far - near)
+
+    @cached_property
+    def _tables(self) -> dict[str, np.ndarray]:
+        """[contexts, rows] by engine: every generation asks for them before its first token."""
+        return {name: np.asarray(table) for name, table in self.milliseconds.items()}
 
     def spread(self, engine: str, num_rows: int, context: int) -> list[float]:
         """Of calls with 1 to num_rows rows, as the decode loop takes them."""

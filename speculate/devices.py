@@ -93,7 +93,7 @@ def installed_version(package: str) -> str:
     return "an unknown version"
 
 
-def why_not_onnx(entry: EngineEntry, provider: str = "CUDAExecutionProvider") -> str:
+def why_not_onnx(entry: EngineEntry, provider: str = ONNX_PROVIDERS["onnx-cuda"]) -> str:
     from .onnx_gpu_engine import why_no_provider
 
     if entry.portable is None:

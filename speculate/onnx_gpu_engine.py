@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .binding import lib
+from .devices import ONNX_PROVIDERS
 from .engine import Ids, Logits, check_room
 from .errors import BundleError
 from .manifest import EngineEntry
 
-RTX = "NvTensorRTRTXExecutionProvider"  # a plugin, which has to be registered
-PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", RTX)
+CUDA = ONNX_PROVIDERS["onnx-cuda"]
+RTX = ONNX_PROVIDERS["onnx-rtx"]  # a plugin, which has to be registered
 
 _MOST_ROWS: int = lib.DS_PREFILL_ROWS + lib.DS_MAX_DRAFT  # of one call: the end of a prompt and a draft
 _RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
@@ -55,7 +56,7 @@ def _find_devices(onnxruntime: Any, provider: str) -> list[Any]:
 
 
 class OnnxGpuEngine:
-    """Runs `model.onnx` (batch 1) on a provider of `PROVIDERS`, or for a test of itself on the CPU's.
+    """Runs `model.onnx` (batch 1) on a provider of `ONNX_PROVIDERS`, or for a test of itself on the CPU's.
 
     cache_folder: where the TensorRT providers keep the engines that they build at the first call.
     """
@@ -65,7 +66,7 @@ class OnnxGpuEngine:
         name: str,
         graph: Path,
         entry: EngineEntry,
-        provider: str = "CUDAExecutionProvider",
+        provider: str = CUDA,
         cache_folder: Path | None = None,
     ) -> None:
         if reason := why_no_provider(provider):
@@ -156,7 +157,7 @@ def check_provider(name: str, wanted: str, running: list[str]) -> None:
 
 def provider_options(provider: str, entry: EngineEntry, cache_folder: Path | None) -> dict[str, str]:
     """Profiles with the cache's explicit shapes, and a folder for engines, where a provider builds any."""
-    if provider == "CUDAExecutionProvider":
+    if provider == CUDA:
         return {"device_id": "0"}
     cache = {
         f"past_key_values.{layer}.{kind}": f"1x{entry.num_kv_heads}x{{slots}}x{entry.head_dim}"

@@ -70,10 +70,11 @@ class Plan(BaseModel):
 
     @model_validator(mode="after")
     def _check_choices(self) -> Self:
-        for name in (name for choice in self.choices for name in choice.work):
-            if self.costs is None or name not in self.costs.milliseconds:
-                raise ValueError(f"choices need the costs of {name}")
+        timed = self.costs.milliseconds if self.costs else {}
         for choice in self.choices:
+            for name in choice.work:
+                if name not in timed:
+                    raise ValueError(f"choices need the costs of {name}")
             models = {TARGET, *(name for name in choice.ladder if not is_drafter(name))}
             if models != choice.work.keys():
                 raise ValueError(f"a choice needs the work of {', '.join(sorted(models))}")

@@ -2,7 +2,6 @@
 
 import numpy as np
 from draftsmith.speculate import kernels, sampling, verify
-from draftsmith.speculate.binding import check, ffi, lib, view
 from draftsmith.speculate.cuda_linear import FORMATS, MOST_ROWS
 
 LARGEST_VOCAB, LONGEST_DRAFT = 50_000, 16
@@ -82,7 +81,7 @@ def check_trees(cuda, rng, num_cases, largest_vocab=LARGEST_VOCAB):
         tokens = np.array(draws, np.int32)
         uniforms = cuda.uniforms(case, 9, 2, count + 2)
         for rule, number in verify.TREE_RULES.items():
-            expected = reference_tree(number, p, q, tokens, parents, uniforms)
+            expected = verify.tree_of_laws(rule, p, q, tokens, parents, uniforms)
             assert cuda.tree(number, p, q, tokens, parents, uniforms) == expected, (case, rule)
             accepted[rule] += len(expected[0])
     assert min(accepted.values()) > num_cases // 4, "cases must get somewhere"
@@ -104,26 +103,6 @@ def check_kseq(cuda, rng, num_cases, largest_vocab=LARGEST_VOCAB):
         assert cuda.kseq(p, q, drafts, uniforms) == expected, case
         accepted += expected[1] >= 0
     assert num_cases // 4 < accepted <= num_cases - num_cases // 20, "cases must get somewhere"
-
-
-def reference_tree(rule, p, q, tokens, parents, uniforms):
-    """The C core, on the same laws to the bit."""
-    accepted, counts = np.empty(max(1, len(tokens)), np.int32), ffi.new("int32_t[2]")
-    status = lib.ds_verify_tree(
-        rule,
-        len(tokens),
-        p.shape[1],
-        view("double[]", p),
-        ffi.NULL if q is None else view("double[]", q),
-        view("int32_t[]", tokens),
-        view("int32_t[]", parents),
-        view("double[]", uniforms),
-        view("int32_t[]", accepted),
-        counts,
-        counts + 1,
-    )
-    check(status)
-    return accepted[: counts[0]].tolist(), counts[1]
 
 
 def draw_weight(rng, format, n, k):

@@ -25,11 +25,8 @@ template <typename Element> int find_kept(const Element *group) {
     if (count == 2) return NONE_KEPT;
     places[count++] = i;
   }
-  if (count == 0) return 0 | 1 << 2;
-  if (count == 1) {
-    int other = places[0] == 0 ? 1 : 0;
-    return other < places[0] ? other | places[0] << 2 : places[0] | other << 2;
-  }
+  if (count < 2)
+    return (count == 1 && places[0] > 0 ? places[0] : 1) << 2; /* behind the first of the group */
   return places[0] | places[1] << 2;
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from onnx import TensorProto
 
+from ..model.vocabulary import HEAD_IDS
 from ..speculate.binding import lib
 from .builder import Graph
 from .decoder import BATCH, SLOTS, TOKENS, add_positions, embed_tokens, soften
@@ -89,12 +90,16 @@ class _CpuBuilder:
         hidden = graph.op("Slice", hidden, first, end, graph.ints(1))
         self.rows = LOGITS
         graph.declare(hidden, TensorProto.FLOAT, [BATCH, LOGITS, self.config.hidden_size])
-        head = self.model.packed_head
-        if self.config.logit_softcap is None:
-            self._linear(head, hidden, norm="model.norm", output="logits")
-        else:
-            logits = self._linear(head, hidden, norm="model.norm")
-            graph.op("Identity", soften(graph, self.config, logits), output="logits")
+        capped, cut = self.config.logit_softcap is not None, self.model.has_cut_head
+        output = "" if capped or cut else "logits"
+        logits = self._linear(self.model.packed_head, hidden, norm="model.norm", output=output)
+        if capped:
+            logits = soften(graph, self.config, logits)
+        if cut:
+            ids = graph.weight(HEAD_IDS)
+            self._float("Spread", [logits, ids], self.config.vocab_size, "logits", n=self.config.vocab_size)
+        elif capped:
+            graph.op("Identity", logits, output="logits")
         graph.output("logits", TensorProto.FLOAT, [BATCH, LOGITS, self.config.vocab_size])
 
     def _attend(self, qkv: str, layer: int) -> str:

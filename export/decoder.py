@@ -12,7 +12,7 @@ from ..model.layout import EMBED_POSITIONS, EMBED_TOKENS
 from .builder import Graph
 from .linear import apply_linears
 from .onnx_files import WeightFile
-from .weights import StoredLayer, StoredModel
+from .weights import HEAD_PLACES, StoredLayer, StoredModel
 
 BATCH, TOKENS, SLOTS = "batch", "tokens", "slots"
 
@@ -85,7 +85,11 @@ class _DecoderBuilder:
         else:
             table = graph.op("Transpose", graph.matrix(EMBED_TOKENS), perm=[1, 0])
             logits = graph.op("MatMul", hidden, table)
-        graph.op("Identity", soften(graph, self.config, logits), output="logits")
+        logits = soften(graph, self.config, logits)
+        if self.model.has_cut_head:
+            whole = graph.op("Pad", logits, graph.ints(0, 0, 0, 0, 0, 1), graph.scalar(-np.inf))
+            logits = graph.op("Gather", whole, graph.weight(HEAD_PLACES), axis=2)
+        graph.op("Identity", logits, output="logits")
         graph.output("logits", TensorProto.FLOAT, [BATCH, TOKENS, vocab])
 
     def _attention(self, x: str, layer: int, stored: StoredLayer) -> str:

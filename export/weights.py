@@ -16,8 +16,11 @@ from ..model.config import DecoderConfig
 from ..model.layout import EMBED_POSITIONS, EMBED_TOKENS
 from ..model.progress import Progress, no_progress
 from ..model.store import TORCH_DTYPES, Checkpoint
+from ..model.vocabulary import HEAD_IDS
 from .onnx_files import WeightFile
 from .packed import PackedLinear, add_packed
+
+HEAD_PLACES = "lm_head.places"
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,15 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """The file also holds the embeddings, the rotary tables, and every norm, by their own names."""
+    """The file also holds the embeddings, the rotary tables, and every norm, by their own names; of a head
+    that knows only some tokens their ids [n], and `HEAD_PLACES` [V]: which of these a token is, or n."""
 
     config: DecoderConfig
     num_positions: int
     layers: list[StoredLayer]
     head: list[StoredLinear]  # empty: the embedding is the output projection too
     packed_head: PackedLinear
+    has_cut_head: bool = False  # it knows the tokens of HEAD_IDS alone
 
     def linears(self) -> list[StoredLinear]:
         groups = [group for layer in self.layers for group in (layer.qkv, layer.o, layer.gate_up, layer.down)]
@@ -83,7 +88,13 @@ def store_model(
         table = add_packed(packed, EMBED_TOKENS, [store.cast(embed[EMBED_TOKENS])])
         return StoredModel(config, num_positions, layers, [], table)
     head = store.linears("", ["lm_head"], tensors)
-    return StoredModel(config, num_positions, layers, head, head[0].packed)
+    ids = tensors.get(HEAD_IDS)
+    if ids is not None:
+        places = torch.full((config.vocab_size,), len(ids))
+        places[ids] = torch.arange(len(ids))
+        weights.add(HEAD_IDS, ids)
+        weights.add(HEAD_PLACES, places)
+    return StoredModel(config, num_positions, layers, head, head[0].packed, ids is not None)
 
 
 def _store_layer(

@@ -15,6 +15,7 @@ from .config import DecoderConfig
 from .layout import EMBED_POSITIONS, EMBED_TOKENS, linear_shapes, norm_names
 from .linear import Linear
 from .store import Checkpoint
+from .vocabulary import HEAD_IDS
 
 __all__ = ["Decoder", "DecoderLayer", "Embedding", "Head", "KVCache", "Linear", "Norm", "causal_mask"]
 
@@ -154,6 +155,8 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """The final norm and the output projection."""
 
+    ids: Tensor | None
+
     def __init__(
         self,
         config: DecoderConfig,
@@ -164,7 +167,8 @@ class Head(nn.Module):
         """`embed_tokens` [V, d] is needed where `tensors` (the head's file) has no ``lm_head.weight`` of its
         own."""
         super().__init__()
-        self.softcap = config.logit_softcap
+        self.softcap, self.vocab_size = config.logit_softcap, config.vocab_size
+        self.register_buffer("ids", tensors.get(HEAD_IDS))
         self.norm = make_norm(config, "model.norm", tensors, dtype)
         if "lm_head.weight" not in tensors:
             assert embed_tokens is not None, "a tied head needs the embedding"
@@ -180,7 +184,15 @@ class Head(nn.Module):
         x = self.norm(hidden)
         yield (self.lm_head.name,), x
         logits = self.lm_head(x).float()
-        yield (), logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        yield (), logits if self.ids is None else self._spread(logits)
+
+    def _spread(self, logits: Tensor) -> Tensor:
+        """Of the tokens in `ids` [n] to all: minus infinity for those that the projection does not know."""
+        whole = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
+        whole[..., self.ids] = logits
+        return whole
 
 
 class Decoder(nn.Module):

@@ -12,6 +12,9 @@ A quantized linear `X` is `X.weight` int8 [N, K] with `X.weight_scale` float32 [
 whose sum is the input, each of what rounding to the one before it leaves. One of 4 bits is `X.weight` uint8
 [N, K] of 0 to 15 with `X.weight_grid` bfloat16 [N, ceil(K / 32), 2], the step and the base of every 32 inputs
 (w ≈ step · uint8 + base).
+
+A head that knows only some tokens (`vocabulary.py`) has their ids in `lm_head.ids`, int64 and ascending, and
+as many rows in `lm_head.weight`.
 """
 
 import os

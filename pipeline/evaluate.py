@@ -30,8 +30,9 @@ def evaluate(
 
     The text is tokenised whole and cut into non-overlapping windows of `window` tokens, each predicted
     without the ones before it; perplexity is exp(mean negative log-likelihood) over every token but each
-    window's first. Agreement is the share of positions of the target's own greedy output at which a
-    drafter, given the same text, chooses the same token. A prompt that the bundle refuses is passed over.
+    window's first. An engine that knows only some tokens has none. Agreement is the share of positions of the
+    target's own greedy output at which a drafter, given the same text, chooses the same token. A prompt that
+    the bundle refuses is passed over.
     """
     if text is None and prompts is None:
         raise BundleError(
@@ -66,7 +67,8 @@ def measure_perplexity(
 ) -> dict[str, float]:
     """Of every engine, as `evaluate` has it."""
     windows = _cut_windows(bundle, text, window, max_windows)
-    return {name: row["perplexity"] for name, row in _perplexities(bundle, windows, progress).items()}
+    figures = _perplexities(bundle, windows, progress)
+    return {name: row["perplexity"] for name, row in figures.items() if "perplexity" in row}
 
 
 def _cut_windows(bundle: Bundle, text: Path, window: int, max_windows: int | None) -> list[list[int]]:
@@ -97,10 +99,14 @@ def _perplexities(bundle: Bundle, windows: list[list[int]], progress: Progress) 
                 target_choices.append(choices)
             agreements.append(choices == target_choices[index])
             progress(index + 1, len(windows), f"perplexity of {name}")
-        figures[name] = {"perplexity": float(np.exp(np.concatenate(losses).mean()))}
+        perplexity, row = float(np.exp(np.concatenate(losses).mean())), {}
+        if np.isfinite(perplexity):
+            row["perplexity"] = perplexity
+        figures[name] = row
         if name != "target":
-            figures[name]["ratio_to_target"] = figures[name]["perplexity"] / figures["target"]["perplexity"]
-            figures[name]["text_agreement"] = float(np.concatenate(agreements).mean())
+            if row:
+                row["ratio_to_target"] = perplexity / figures["target"]["perplexity"]
+            row["text_agreement"] = float(np.concatenate(agreements).mean())
     return figures
 
 

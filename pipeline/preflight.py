@@ -99,6 +99,7 @@ def check_model(recipe: Recipe, config: DecoderConfig, cache: Path, out: Path) -
             _check_engine(engine, config)
             if isinstance(engine, Drafter):
                 _check_skips(engine, config)
+                _check_vocabulary(engine, config)
         except ValueError as error:
             raise RecipeError(f"{where}.{error}") from None
     limits = [export.max_seq_len for export in recipe.export if export.max_seq_len]
@@ -179,6 +180,14 @@ def _check_skips(drafter: Drafter, config: DecoderConfig) -> None:
             )
     if len(skips.attention) + len(skips.mlp) == 2 * config.num_layers:
         raise ValueError("skip_layers: all layers are skipped, so nothing is left to draft with")
+
+
+def _check_vocabulary(drafter: Drafter, config: DecoderConfig) -> None:
+    if drafter.draft_vocab_size and drafter.draft_vocab_size >= config.vocab_size:
+        raise ValueError(
+            f"draft_vocab_size is {drafter.draft_vocab_size}, and the model has {config.vocab_size} tokens: "
+            "lower it, or leave it out to draft them all"
+        )
 
 
 def _check_room(recipe: Recipe, config: DecoderConfig, cache: Path, out: Path) -> Iterator[str]:

@@ -215,13 +215,18 @@ class Drafter(Engine):
         default=None,
         description="layers of the target, whose weights and cache it shares, to leave out; auto: searched",
     )
+    draft_vocab_size: Count | None = Field(
+        default=None,
+        description="tokens that it may draft, the most frequent ones: the fewer, the less of the output "
+        "projection has to be read for each (FR-Spec)",
+    )
 
     @model_validator(mode="after")
     def _check_weights(self) -> "Drafter":
-        if self.skip_layers and (self.prune or self.quantize):
+        if self.skip_layers and (self.prune or self.quantize or self.draft_vocab_size):
             raise ValueError(
-                "skip_layers shares the target's weights, so it takes neither prune nor quantize: "
-                "give those to the target or to another drafter"
+                "skip_layers shares the target's weights, so it takes neither prune nor quantize nor "
+                "draft_vocab_size: give those to another drafter"
             )
         return self
 

@@ -1,13 +1,14 @@
 """The stages of a build, and which of them a recipe asks for.
 
-    load → calibrate → smooth → prune → quantize → export → skip → compile → ngrams → tune → check → bench
+    load → calibrate → smooth → prune → quantize → vocabulary → export → skip → compile → ngrams → tune
+    → check → bench
 
-Smoothing, pruning, quantizing and exporting happen once for every engine; engines that ask for the same thing
-share it. Smoothing comes first, so that the mask is chosen on the grid that quantization will use; a pruned
-int8 engine is pruned and quantized jointly, and the quantize stage then adds what is left. A drafter that
-skips layers goes through none of this: it is the exported target without what one stage chooses. Compiling
-makes TensorRT engines of the exported graphs; what it makes is not the same to the byte every time, and
-nothing after it reads it.
+Smoothing, pruning, quantizing, cutting the vocabulary and exporting happen once for every engine; engines
+that ask for the same thing share it. Smoothing comes first, so that the mask is chosen on the grid that
+quantization will use; a pruned int8 engine is pruned and quantized jointly, and the quantize stage then adds
+what is left. A drafter that skips layers goes through none of this: it is the exported target without what
+one stage chooses. Compiling makes TensorRT engines of the exported graphs; what it makes is not the same to
+the byte every time, and nothing after it reads it.
 """
 
 import json
@@ -78,6 +79,13 @@ def _quantize(call: Call) -> dict:
     return scheme.quantize_model(
         call.inputs["model"], tokens, call.out, call.work, progress=call.progress, **params
     )
+
+
+def _vocabulary(call: Call) -> dict:
+    from ..model.vocabulary import cut_vocabulary
+
+    tokens = call.inputs["tokens"] / "tokens.safetensors"
+    return cut_vocabulary(call.inputs["model"], tokens, call.params["draft_vocab_size"], call.out)
 
 
 def _export(call: Call) -> dict:
@@ -173,6 +181,7 @@ CALIBRATE = Stage("calibrate", _calibrate, ("model",), (*ARITHMETIC, "tokenizers
 SMOOTH = Stage("smooth", _smooth, ("model", "quantize"), ARITHMETIC, sums=True)
 PRUNE = Stage("prune", _prune, ("model", "quantize", "prune"), ARITHMETIC, sums=True)
 QUANTIZE = Stage("quantize", _quantize, ("model", "quantize", "prune"), ARITHMETIC, sums=True)
+VOCABULARY = Stage("vocabulary", _vocabulary, ("model",), ARITHMETIC)
 EXPORT = Stage("export", _export, ("model", "export"), ("onnx", "torch", "numpy"))
 COMPILE = Stage("compile", _compile, ("export",), ("onnx", *TENSORRT_PACKAGES))
 MEASURING = (
@@ -269,6 +278,9 @@ def plan_tasks(
         if quantize:
             params = quantize.model_dump(include={"scheme", "targets", "ignore"})
             model = task(QUANTIZE, name, params, model=model, tokens=tokens)
+        if isinstance(engine, Drafter) and engine.draft_vocab_size:
+            params = engine.model_dump(include={"draft_vocab_size"})
+            model = task(VOCABULARY, name, params, model=model, tokens=tokens)
         plan.checkpoints[name] = model
         params = {"max_seq_len": limit, "weights": describe_weights(engine)}
         plan.exports[name] = task(EXPORT, name, params, model=model)
@@ -316,4 +328,6 @@ def describe_weights(engine: Engine) -> str:
     if engine.prune:
         sparse = engine.prune.mask_structure
         structure = f"{engine.prune.sparsity:.0%} sparse" if sparse == "unstructured" else f"{sparse} sparse"
-    return " ".join(filter(None, [structure, engine.quantize.scheme if engine.quantize else ""]))
+    scheme = engine.quantize.scheme if engine.quantize else ""
+    size = engine.draft_vocab_size if isinstance(engine, Drafter) else None
+    return " ".join(filter(None, [structure, scheme, f"for {size} tokens" if size else ""]))

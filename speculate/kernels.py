@@ -13,6 +13,7 @@ from .binding import check, ffi, lib, view
 
 LANES = 16
 INT4_GROUP = 32  # inputs that share a grid
+PANEL_SLOTS: int = lib.DS_PANEL_SLOTS
 Activation = Literal["identity", "relu", "silu", "gelu", "gelu_tanh"]
 Format = Literal["float32", "bfloat16", "int8", "int8_bitmask", "int8_2_4", "int4"]
 
@@ -299,6 +300,14 @@ class Heads:
         self.num_heads, self.head_dim, self.max_slots = num_heads, head_dim, max_slots
 
 
+def to_panels(keys: np.ndarray) -> np.ndarray:
+    """Keys [kv heads, slots, channels] in the order in which their cache has them, in the same shape."""
+    heads, slots, _ = keys.shape
+    starts = range(0, slots, PANEL_SLOTS)
+    panels = [keys[:, i : i + PANEL_SLOTS].swapaxes(1, 2).reshape(heads, -1) for i in starts]
+    return np.ascontiguousarray(np.concatenate(panels, axis=1).reshape(keys.shape))
+
+
 def write_heads(
     pool: Pool,
     heads: Heads,
@@ -308,7 +317,7 @@ def write_heads(
     keys: np.ndarray,
     values: np.ndarray,
 ) -> None:
-    """Changes `qkv` and the caches in place."""
+    """Changes `qkv` and the caches [kv heads, slots, channels] in place; of keys it is in panels."""
     check(
         lib.ds_write_heads(
             pool.handle,
@@ -366,8 +375,15 @@ def attend(
     return out
 
 
-def keep_path(heads: Heads, path: np.ndarray, first_slot: int, cache: np.ndarray) -> None:
+def keep_path(heads: Heads, path: np.ndarray, first_slot: int, keys: np.ndarray, values: np.ndarray) -> None:
     """Copies cache slots `path` to first_slot, first_slot + 1, … in place."""
     check(
-        lib.ds_keep_path(heads.handle, len(path), view("int32_t[]", path), first_slot, view("float[]", cache))
+        lib.ds_keep_path(
+            heads.handle,
+            len(path),
+            view("int32_t[]", path),
+            first_slot,
+            view("float[]", keys),
+            view("float[]", values),
+        )
     )

@@ -84,6 +84,11 @@ def test_norms_and_quantization(rng):
                     np.testing.assert_array_equal(part, whole[chosen])
 
 
+def lay_out(cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values [2, kv heads, slots, channels] as attention reads them."""
+    return kernels.to_panels(cache[0]), cache[1]
+
+
 @pytest.mark.parametrize("shape", [(9, 3, 64), (4, 1, 80), (2, 2, 7), (16, 2, 128)], ids=str)
 def test_attention_sees_a_path_and_not_its_slots(shape, rng):
     """The same path, laid out over other slots of a larger cache, beside rows that see something else."""
@@ -93,7 +98,7 @@ def test_attention_sees_a_path_and_not_its_slots(shape, rng):
         row = rng.standard_normal((1, (num_heads + 2 * num_kv_heads) * size), dtype=np.float32)
         exact = kernels.Heads(num_heads, num_kv_heads, size, length, 0.125)
         mask = np.ones((1, length), bool)
-        expected = kernels.attend(POOLS[0], exact, row, *kernels.list_slots(mask), *path)
+        expected = kernels.attend(POOLS[0], exact, row, *kernels.list_slots(mask), *lay_out(path))
         for pool in POOLS:
             num_rows, max_slots = int(rng.integers(1, 33)), length + int(rng.integers(0, 90))
             heads = kernels.Heads(num_heads, num_kv_heads, size, max_slots, 0.125)
@@ -106,7 +111,7 @@ def test_attention_sees_a_path_and_not_its_slots(shape, rng):
             mine[rng.integers(num_rows)] = True
             rows[mine], mask[mine] = row, False
             mask[np.ix_(mine, slots)] = True
-            out = kernels.attend(pool, heads, rows, *kernels.list_slots(mask), *cache)
+            out = kernels.attend(pool, heads, rows, *kernels.list_slots(mask), *lay_out(cache))
             np.testing.assert_array_equal(out[mine], np.broadcast_to(expected, out[mine].shape))
 
 
@@ -173,8 +178,7 @@ class TinyDecoder:
 
     def keep(self, path, first_slot: int) -> None:
         for layer in self.layers:
-            for cache in layer["cache"]:
-                kernels.keep_path(self.heads, np.asarray(path, np.int32), first_slot, cache)
+            kernels.keep_path(self.heads, np.asarray(path, np.int32), first_slot, *layer["cache"])
 
 
 def grow_tree(rng: np.random.Generator, num_nodes: int) -> np.ndarray:

@@ -367,7 +367,8 @@ def test_attention_matches_float64_over_any_mask(pool, shape, rng):
         mask[0] = True
         if num_rows > 3:
             mask[3] = False
-        out = kernels.attend(pool, heads, qkv, *kernels.list_slots(mask), keys, values)
+        cache = kernels.to_panels(keys), values
+        out = kernels.attend(pool, heads, qkv, *kernels.list_slots(mask), *cache)
 
         query = qkv[:, : num_heads * size].reshape(num_rows, num_heads, size).astype(np.float64)
         group = num_heads // num_kv_heads
@@ -404,7 +405,7 @@ def test_heads_are_normed_turned_and_written_in_place(pool, rng):
             )
             qkv = rng.standard_normal((num_rows, num_heads + 2 * num_kv_heads, size), dtype=np.float32)
             keys, values = rng.standard_normal((2, num_kv_heads, max_slots, size), dtype=np.float32)
-            before_keys, before_values = keys.copy(), values.copy()
+            panels, before_values = kernels.to_panels(keys), values.copy()
 
             exact = qkv.astype(np.float64)
             turning = num_heads + num_kv_heads
@@ -419,24 +420,26 @@ def test_heads_are_normed_turned_and_written_in_place(pool, rng):
                 exact[:, :turning, :half], exact[:, :turning, half:num_rotary] = a * c - b * s, b * c + a * s
 
             flat = qkv.reshape(num_rows, -1)
-            kernels.write_heads(pool, heads, flat, positions, first_slot, keys, values)
+            kernels.write_heads(pool, heads, flat, positions, first_slot, panels, values)
             np.testing.assert_allclose(qkv, exact, rtol=2e-6, atol=2e-6)
             new = slice(first_slot, first_slot + num_rows)
-            np.testing.assert_array_equal(keys[:, new], qkv[:, num_heads:turning].transpose(1, 0, 2))
+            keys[:, new] = qkv[:, num_heads:turning].transpose(1, 0, 2)
+            np.testing.assert_array_equal(panels, kernels.to_panels(keys))
             np.testing.assert_array_equal(values[:, new], qkv[:, turning:].transpose(1, 0, 2))
             old = np.r_[0:first_slot, first_slot + num_rows : max_slots]
-            np.testing.assert_array_equal(keys[:, old], before_keys[:, old])
             np.testing.assert_array_equal(values[:, old], before_values[:, old])
 
 
 def test_keeping_a_path_moves_its_slots_together(rng):
-    heads = kernels.Heads(4, 2, 5, 20, 1.0)
-    cache = rng.standard_normal((2, 20, 5), dtype=np.float32)
-    expected = cache.copy()
-    path = np.array([7, 8, 11, 15], np.int32)
-    expected[:, 7:11] = cache[:, path]
-    kernels.keep_path(heads, path, 7, cache)
-    np.testing.assert_array_equal(cache, expected)
+    for slots, path, first in ((20, [7, 8, 11, 15], 7), (35, [14, 15, 17, 33, 34], 13)):
+        heads = kernels.Heads(4, 2, 5, slots, 1.0)
+        before = rng.standard_normal((2, 2, slots, 5), dtype=np.float32)
+        expected = before.copy()
+        expected[:, :, first : first + len(path)] = before[:, :, path]
+        keys, values = kernels.to_panels(before[0]), before[1]
+        kernels.keep_path(heads, np.array(path, np.int32), first, keys, values)
+        np.testing.assert_array_equal(keys, kernels.to_panels(expected[0]))
+        np.testing.assert_array_equal(values, expected[1])
 
 
 # ---- Bad input ---------------------------------------------------------------------------------------------
@@ -492,7 +495,7 @@ def test_bad_input_is_an_error_with_words(rng):
         kernels.attend(pool, kernels.Heads(2, 2, 257, 6, 1.0), qkv, slots, counts, cache, cache)
     for path in ([3, 3], [2, 1], [1, 6], [0, 2]):
         with pytest.raises(BundleError, match="must rise"):
-            kernels.keep_path(heads, np.array(path, np.int32), 1, cache)
+            kernels.keep_path(heads, np.array(path, np.int32), 1, cache, cache)
     for count in (0, -1, 65):
         with pytest.raises(BundleError, match="n_threads"):
             kernels.Pool(count)

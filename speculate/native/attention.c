@@ -2,9 +2,9 @@
  * their rank on its own path, with a running maximum, so its result depends neither on which slots they are
  * nor on other rows.
  *
- * An item is a few queries of one key head. The keys of a block are read once for all of them, then the
- * values: both stay in a near cache meanwhile. A head is cut into parts of sixteen channels, the last of
- * which may be short. */
+ * An item is a few queries of one key head. Keys lie in panels of sixteen slots, channel by channel (kernels.h), so
+ * that one register holds a channel of sixteen keys and no product has to be summed over lanes; values lie slot by
+ * slot, in parts of sixteen channels, the last of which may be short. */
 #include "dispatch.h"
 #include "vmath.h"
 
@@ -21,42 +21,89 @@ typedef struct {
   float sums[MAX_PARTS * LANES]; /* of weighted values */
 } query;
 
-INLINE vf load_part(const float *head, int part, int32_t size) {
-  return size - part * LANES >= LANES ? f_load(head + part * LANES)
-                                      : f_load_n(head + part * LANES, size - part * LANES);
+/* A block is read while the one before it is computed; the hardware's own prefetching stops at each page, and so at
+ * each panel. */
+INLINE void fetch_ahead(const float *from, const int lines) {
+  UNROLL for (int i = 0; i < lines; ++i) __builtin_prefetch(from + i * LANES, 0, 2);
 }
 
-/* weights = scale q . k for `n` slots; what follows in the last vector repeats the last. A product is a chain
- * over the parts, then f_sum. `parts` and `size` are constants for the usual heads, so that the query stays
- * in registers. */
-INLINE void score(const int parts, const int32_t size, const ds_heads *heads, const float *keys, query *q,
-                  const int32_t *slots, int32_t n) {
-  vf part[MAX_PARTS];
-  for (int i = 0; i < parts; ++i) part[i] = load_part(q->vector, i, size);
-  for (int32_t first = 0; first < n; first += LANES) {
-    int32_t last[LANES];
-    const int32_t *sixteen = slots + first;
-    if (n - first < LANES) {
-      for (int j = 0; j < LANES; ++j) last[j] = slots[first + j < n ? first + j : n - 1];
-      sixteen = last;
+INLINE vf load_keys(const float *channel, int32_t width) {
+  return width == LANES ? f_load(channel) : f_load_n(channel, width);
+}
+
+/* The scores of `panels` panels of `width` keys for some queries. A product is two chains, over the even channels and
+ * over the odd ones, since one alone would wait for itself. Counts are constants, so that the chains stay in
+ * registers. */
+INLINE void score_panels(const int queries, const int panels, const int32_t width, int32_t size,
+                         const float *keys, const query *q, vf scores[TILE_QUERIES][TILE_QUERIES]) {
+  vf even[TILE_QUERIES][TILE_QUERIES], odd[TILE_QUERIES][TILE_QUERIES];
+  UNROLL for (int u = 0; u < queries; ++u) {
+    UNROLL for (int p = 0; p < panels; ++p) even[u][p] = odd[u][p] = f_zero();
+  }
+  for (int32_t c = 0; c < size; c += 2) {
+    vf key[TILE_QUERIES];
+    UNROLL for (int p = 0; p < panels; ++p) key[p] = load_keys(keys + (p * LANES * size + c * width), width);
+    UNROLL for (int u = 0; u < queries; ++u) {
+      vf channel = f_set(q[u].vector[c]);
+      UNROLL for (int p = 0; p < panels; ++p) even[u][p] = f_fma(channel, key[p], even[u][p]);
     }
-    vf products[LANES];
-    UNROLL for (int j = 0; j < LANES; ++j) {
-      const float *key = keys + (int64_t)sixteen[j] * size;
-      products[j] = f_zero();
-      for (int i = 0; i < parts; ++i) products[j] = f_fma(part[i], load_part(key, i, size), products[j]);
+    if (c + 1 == size) break;
+    UNROLL for (int p = 0; p < panels; ++p) key[p] =
+        load_keys(keys + (p * LANES * size + (c + 1) * width), width);
+    UNROLL for (int u = 0; u < queries; ++u) {
+      vf channel = f_set(q[u].vector[c + 1]);
+      UNROLL for (int p = 0; p < panels; ++p) odd[u][p] = f_fma(channel, key[p], odd[u][p]);
     }
-    f_store(q->weights + first, f_mul(f_sums(products), f_set(heads->scale)));
+  }
+  UNROLL for (int u = 0; u < queries; ++u) {
+    UNROLL for (int p = 0; p < panels; ++p) scores[u][p] = f_add(even[u][p], odd[u][p]);
   }
 }
 
-static void score_block(const ds_heads *heads, const float *keys, query *q, const int32_t *slots, int32_t n) {
-  if (heads->head_dim == 64)
-    score(4, 64, heads, keys, q, slots, n);
-  else if (heads->head_dim == 128)
-    score(8, 128, heads, keys, q, slots, n);
-  else
-    score((heads->head_dim + LANES - 1) / LANES, heads->head_dim, heads, keys, q, slots, n);
+/* How many of `n` slots, which rise, lie in the panel of the first. */
+INLINE int32_t count_in_panel(const int32_t *slots, int32_t n) {
+  int32_t end = slots[0] / LANES * LANES + LANES, count = 1;
+  while (count < n && slots[count] < end) ++count;
+  return count;
+}
+
+/* weights = scale q . k for `n` slots of some queries; what follows in the last vector repeats the last. */
+INLINE void score_tile(const int queries, const ds_heads *heads, const float *keys, query *q,
+                       const int32_t *slots, int32_t n) {
+  enum { PANELS = TILE_QUERIES };
+  const int panels = PANELS / queries; /* as many chains as a tile of all queries has */
+  int32_t size = heads->head_dim;
+  vf scale = f_set(heads->scale), scores[TILE_QUERIES][TILE_QUERIES];
+  for (int32_t i = 0, count; i < n; i += count) {
+    const float *panel = keys + (int64_t)(slots[i] / LANES * LANES) * size;
+    count = panels * LANES;
+    if (n - i >= count && slots[i] % LANES == 0 && slots[i + count - 1] - slots[i] == count - 1) {
+      score_panels(queries, panels, LANES, size, panel, q, scores);
+      UNROLL for (int u = 0; u < queries; ++u) {
+        UNROLL for (int p = 0; p < panels; ++p)
+            f_store(q[u].weights + i + p * LANES, f_mul(scores[u][p], scale));
+      }
+      continue;
+    }
+    count = count_in_panel(slots + i, n - i);
+    int32_t width = heads->max_slots - slots[i] / LANES * LANES;
+    if (width >= LANES)
+      score_panels(queries, 1, LANES, size, panel, q, scores);
+    else
+      score_panels(queries, 1, width, size, panel, q, scores);
+    for (int u = 0; u < queries; ++u) {
+      float sixteen[LANES];
+      f_store(sixteen, f_mul(scores[u][0], scale));
+      for (int32_t j = 0; j < count; ++j) q[u].weights[i + j] = sixteen[slots[i + j] % LANES];
+    }
+  }
+  for (int u = 0; u < queries; ++u)
+    for (int32_t i = n; i % LANES; ++i) q[u].weights[i] = q[u].weights[n - 1];
+}
+
+INLINE vf load_part(const float *head, int part, int32_t size) {
+  return size - part * LANES >= LANES ? f_load(head + part * LANES)
+                                      : f_load_n(head + part * LANES, size - part * LANES);
 }
 
 /* weights = e^(weight - maximum so far), and the factor by which a new maximum shrinks what was summed
@@ -80,8 +127,8 @@ static void weigh_block(query *q, int32_t n) {
 
 /* Adds the weighted values of `n` slots, one after another, to `parts` parts of the sums of `queries`
  * queries. */
-INLINE void add_tile(const int queries, const int parts, int32_t size, const float *values,
-                     const int32_t *slots, int32_t n, int32_t first_part, query *q) {
+INLINE void add_parts(const int queries, const int parts, int32_t size, const float *values,
+                      const int32_t *slots, int32_t n, int32_t first_part, query *q) {
   vf sums[TILE_QUERIES][TILE_PARTS];
   int32_t at = first_part * LANES;
   UNROLL for (int u = 0; u < queries; ++u) {
@@ -103,22 +150,20 @@ INLINE void add_tile(const int queries, const int parts, int32_t size, const flo
   }
 }
 
-/* For queries whose slots in this block are the same. */
-static void add_values(int32_t n_queries, int32_t size, const float *values, const int32_t *slots, int32_t n,
-                       query *q) {
+INLINE void add_tile(const int queries, int32_t size, const float *values, const int32_t *slots, int32_t n,
+                     query *q) {
   int32_t part = 0;
-  while (part * LANES < size) {
-    int whole = size - part * LANES >= TILE_PARTS * LANES;
-    int32_t u = 0;
-    if (whole) {
-      for (; u + TILE_QUERIES <= n_queries; u += TILE_QUERIES)
-        add_tile(TILE_QUERIES, TILE_PARTS, size, values, slots, n, part, q + u);
-      for (; u < n_queries; ++u) add_tile(1, TILE_PARTS, size, values, slots, n, part, q + u);
-    } else {
-      for (; u < n_queries; ++u) add_tile(1, 1, size, values, slots, n, part, q + u);
-    }
-    part += whole ? TILE_PARTS : 1;
-  }
+  for (; size - part * LANES >= TILE_PARTS * LANES; part += TILE_PARTS)
+    add_parts(queries, TILE_PARTS, size, values, slots, n, part, q);
+  for (; part * LANES < size; ++part) add_parts(queries, 1, size, values, slots, n, part, q);
+}
+
+/* One block of `queries` queries that see the same slots in it. */
+INLINE void attend_tile(const int queries, const ds_heads *heads, const float *keys, const float *values,
+                        query *q, const int32_t *slots, int32_t n) {
+  score_tile(queries, heads, keys, q, slots, n);
+  for (int u = 0; u < queries; ++u) weigh_block(&q[u], n);
+  add_tile(queries, heads->head_dim, values, slots, n, q);
 }
 
 INLINE int32_t count_ranks(const query *q, int32_t first) {
@@ -134,16 +179,23 @@ static int share_slots(const query *a, const query *b, int32_t first) {
 
 static void attend_block(const ds_heads *heads, const float *keys, const float *values, query *q,
                          int32_t n_queries, int32_t first) {
-  for (int32_t u = 0; u < n_queries; ++u) {
+  for (int32_t u = 0, count; u < n_queries; u += count) {
+    for (count = 1;
+         count < TILE_QUERIES && u + count < n_queries && share_slots(&q[u], &q[u + count], first);)
+      ++count;
     int32_t n = count_ranks(&q[u], first);
+    const int32_t *slots = q[u].slots + first;
     if (n <= 0) continue;
-    score_block(heads, keys, &q[u], q[u].slots + first, n);
-    weigh_block(&q[u], n);
-  }
-  for (int32_t u = 0, end; u < n_queries; u = end) {
-    for (end = u + 1; end < n_queries && share_slots(&q[u], &q[end], first);) ++end;
-    int32_t n = count_ranks(&q[u], first);
-    if (n > 0) add_values(end - u, heads->head_dim, values, q[u].slots + first, n, q + u);
+    switch (count) {
+#if TILE_QUERIES >= 4
+    case 4: attend_tile(4, heads, keys, values, q + u, slots, n); break;
+    case 3: attend_tile(3, heads, keys, values, q + u, slots, n); break;
+#endif
+#if TILE_QUERIES >= 2
+    case 2: attend_tile(2, heads, keys, values, q + u, slots, n); break;
+#endif
+    default: attend_tile(1, heads, keys, values, q + u, slots, n);
+    }
   }
 }
 

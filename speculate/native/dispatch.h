@@ -47,6 +47,16 @@ typedef struct {
   float *out;
 } ds_attend_job;
 
+/* Where the channels of a key lie in its head's part of the cache: channel c at first + c * stride. */
+typedef struct {
+  int64_t first, stride;
+} ds_key;
+
+static inline ds_key ds_find_key(const ds_heads *heads, int64_t slot) {
+  int64_t panel = slot / DS_PANEL_SLOTS * DS_PANEL_SLOTS, left = heads->max_slots - panel;
+  return (ds_key){panel * heads->head_dim + slot - panel, left < DS_PANEL_SLOTS ? left : DS_PANEL_SLOTS};
+}
+
 /* An item is DS_PROBE_BYTES to read, or DS_PROBE_STEPS of multiply-adds. */
 typedef struct {
   const char *bytes;
@@ -72,7 +82,7 @@ typedef struct {
 enum { DS_INT4_GROUP_BYTES = 16 * (4 + DS_INT4_GROUP / 2) };
 
 /* The largest number of queries that an item of ds_attend_job may have. */
-enum { DS_MAX_QUERIES = 8, DS_MAX_HEAD_DIM = 256 };
+enum { DS_MAX_QUERIES = 12, DS_MAX_HEAD_DIM = 256 };
 
 /* Packed blocks of 16 outputs that are one item, of a gated linear and of another. */
 enum { DS_ITEM_BLOCKS = 3, DS_GATED_ITEM_BLOCKS = 6 };

@@ -46,8 +46,10 @@ void ISA(write_heads)(const void *argument, int32_t item, int32_t next, int32_t 
   }
   const float *key = row + (int64_t)heads->n_heads * size, *value = row + (int64_t)n_turning * size;
   for (int32_t h = 0; h < heads->n_kv_heads; ++h) {
-    int64_t slot = ((int64_t)h * heads->max_slots + job->first_slot + item) * size;
-    memcpy(job->keys + slot, key + (int64_t)h * size, (size_t)size * sizeof *key);
-    memcpy(job->values + slot, value + (int64_t)h * size, (size_t)size * sizeof *value);
+    int64_t slot = job->first_slot + item, head = (int64_t)h * heads->max_slots * size;
+    ds_key at = ds_find_key(heads, slot);
+    for (int32_t c = 0; c < size; ++c)
+      job->keys[head + at.first + c * at.stride] = key[(int64_t)h * size + c];
+    memcpy(job->values + head + slot * size, value + (int64_t)h * size, (size_t)size * sizeof *value);
   }
 }

@@ -247,10 +247,13 @@ int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *mask, in
   return DS_OK;
 }
 
-/* Enough items for every thread, but queries of one key head together while there are. */
+/* Queries of one key head together, since keys and values are read once for all of an item; but as many items for
+ * one thread as for another. */
 static int32_t choose_queries(const ds_heads *heads, int32_t n_rows, int32_t n_threads) {
-  int64_t wanted = (int64_t)n_rows * heads->n_heads / (4 * (int64_t)n_threads);
-  return wanted < 1 ? 1 : wanted > DS_MAX_QUERIES ? DS_MAX_QUERIES : (int32_t)wanted;
+  int32_t n_all = n_rows * (heads->n_heads / heads->n_kv_heads);
+  int32_t parts = (n_all + DS_MAX_QUERIES - 1) / DS_MAX_QUERIES;
+  while (parts < n_all && (int64_t)parts * heads->n_kv_heads % n_threads) ++parts;
+  return (n_all + parts - 1) / parts;
 }
 
 int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
@@ -280,21 +283,26 @@ int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const fl
 }
 
 int32_t ds_keep_path(const ds_heads *heads, int32_t n_path, const int32_t *path, int32_t first_slot,
-                     float *cache) {
+                     float *keys, float *values) {
   int32_t status = check_heads(heads);
   if (status != DS_OK) return status;
   REQUIRE(n_path >= 0 && first_slot >= 0, "a path of %d slots to slot %d", (int)n_path, (int)first_slot);
   if (n_path == 0) return DS_OK;
-  REQUIRE(path && cache, "the path or the cache is NULL");
+  REQUIRE(path, "the path is NULL");
   for (int32_t i = 0; i < n_path; ++i)
     REQUIRE(path[i] >= first_slot + i && path[i] < heads->max_slots && (i == 0 || path[i] > path[i - 1]),
             "slot %d at place %d of a path: they must rise, from at least %d, below %d", (int)path[i], (int)i,
             (int)(first_slot + i), (int)heads->max_slots);
-  int64_t size = heads->head_dim;
+  int64_t size = heads->head_dim, n = heads->max_slots * size;
   for (int64_t h = 0; h < heads->n_kv_heads; ++h) {
-    float *head = cache + h * heads->max_slots * size;
-    for (int32_t i = 0; i < n_path; ++i)
-      memmove(head + (first_slot + i) * size, head + path[i] * size, (size_t)size * sizeof *head);
+    for (int32_t i = 0; keys && i < n_path; ++i) {
+      ds_key from = ds_find_key(heads, path[i]), to = ds_find_key(heads, first_slot + i);
+      for (int64_t c = 0; c < size; ++c)
+        keys[h * n + to.first + c * to.stride] = keys[h * n + from.first + c * from.stride];
+    }
+    for (int32_t i = 0; values && i < n_path; ++i)
+      memmove(values + h * n + (first_slot + i) * size, values + h * n + path[i] * size,
+              (size_t)size * sizeof *values);
   }
   return DS_OK;
 }

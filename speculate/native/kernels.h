@@ -128,7 +128,7 @@ DS_API int32_t ds_norm_rows(ds_pool *pool, int32_t norm, int32_t n_rows, int32_t
 
 typedef struct ds_heads {
   int32_t n_heads, n_kv_heads, head_dim; /* head h reads key head h / (n_heads / n_kv_heads) */
-  int32_t max_slots;                     /* the caches are [n_kv_heads, max_slots, head_dim] */
+  int32_t max_slots;                     /* of the caches, below */
   float scale;                           /* of query . key */
   int32_t n_rotary;                      /* channels that turn: i with i + n_rotary / 2; 0 for none */
   int64_t n_positions;                   /* rows of the tables */
@@ -136,6 +136,10 @@ typedef struct ds_heads {
   const float *q_norm, *k_norm; /* [head_dim], RMSNorm over each head before it turns, or both NULL */
   float norm_eps;
 } ds_heads;
+
+/* A cache of values is [n_kv_heads, max_slots, head_dim]. One of keys has, for each key head, panels of 16 slots,
+ * [head_dim, 16]; the last is as wide as there are slots left. */
+enum { DS_PANEL_SLOTS = 16 };
 
 /* Take the rows of a fused projection, [n_rows, (n_heads + 2 n_kv_heads) head_dim] as queries, keys, values:
  * norm and turn queries in place, norm and turn keys into the cache, copy values into the cache, at slots
@@ -157,9 +161,9 @@ DS_API int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, c
                          float *out);
 
 /* Keep one path of a tree: copy cache slots path[0] < path[1] < ... to first_slot, first_slot + 1, ...
- * (path[i] >= first_slot + i), in one cache [n_kv_heads, max_slots, head_dim]. */
+ * (path[i] >= first_slot + i), in both caches. NULL: there is none. */
 DS_API int32_t ds_keep_path(const ds_heads *heads, int32_t n_path, const int32_t *path, int32_t first_slot,
-                            float *cache);
+                            float *keys, float *values);
 
 /* ---- Yardsticks ---------------------------------------------------------------------------------------- */
 

@@ -396,15 +396,22 @@ static int32_t forward(ds_engine *base, int32_t n_rows, const int32_t *token_ids
   return DS_OK;
 }
 
-/* The parts of the cache lie one after another, each like the next: heads of one large part. */
 static int32_t keep(ds_engine *base, int32_t start, const int32_t *slots, int32_t n_slots) {
   onnx_engine *engine = (onnx_engine *)base;
   if (!engine) return ds_fail(DS_ERROR_ARGUMENT, "the engine is NULL");
-  ds_heads heads = {.n_heads = 2 * engine->n_layers * engine->n_kv_heads,
-                    .n_kv_heads = 2 * engine->n_layers * engine->n_kv_heads,
+  ds_heads heads = {.n_heads = engine->n_kv_heads,
+                    .n_kv_heads = engine->n_kv_heads,
                     .head_dim = engine->head_dim,
                     .max_slots = engine->n_slots};
-  return ds_keep_path(&heads, n_slots, slots, start, engine->cache);
+  int64_t size = (int64_t)engine->n_kv_heads * engine->n_slots * engine->head_dim;
+  bool ours = ds_operators_attend(engine->operators); /* stock operators keep keys as they keep values */
+  int32_t status = DS_OK;
+  for (int64_t part = 0; part < 2 * engine->n_layers && status == DS_OK; ++part) {
+    float *cache = engine->cache + part * size;
+    bool panels = ours && part % 2 == 0;
+    status = ds_keep_path(&heads, n_slots, slots, start, panels ? cache : NULL, panels ? NULL : cache);
+  }
+  return status;
 }
 
 static void release_values(onnx_engine *engine, OrtValue **values, size_t n) {

@@ -16,11 +16,14 @@
  *              so since the weights that pass through the caches take its own data with them.
  *   Norm       x, weight [, bias] -> y
  *                norm, epsilon
+ *   Spread     x, ids int64 [width] -> y
+ *                n: y has so many columns, x those of ids; minus infinity elsewhere
  *   ListSlots  attention_mask bool [B, 1, S, S_max] -> slots int32 [B, S, S_max], counts int32 [B, S]
  *                window: of the slots that a row sees, only its last `window`; 0 for all
  *   Attend     qkv, position_ids, write_index, slots, counts, past_key, past_value [, cos, sin, q_norm, k_norm]
  *                -> y, present_key, present_value
  *                num_heads, scale, epsilon (of the norms)
+ *              Keys lie in panels (kernels.h).
  *              Overwrites qkv, which nobody else may read. Writes the cache in place where past and present are
  *              the same memory.
  *
@@ -35,6 +38,7 @@
 #include "dispatch.h"
 #include "error.h"
 
+#include <math.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -79,11 +83,11 @@ struct kernel {
   step steps[N_STEPS]; /* a Linear has one */
   ds_heads heads;
   int32_t sublayer; /* the first of its own, or NO_SUBLAYER */
-  int64_t norm, window;
+  int64_t norm, window, width;
   float epsilon, multiplier;
 };
 
-enum { N_KINDS = 6 };
+enum { N_KINDS = 7 };
 
 /* Memory of a session that grows to what its largest call needs. */
 typedef struct {
@@ -106,6 +110,7 @@ struct ds_operators {
   OrtCustomOpDomain *domain;
   step *last_step; /* of those created so far; nodes are created in the order in which they run */
   int32_t n_sublayers;
+  bool attends;         /* some node is attention */
   const uint8_t *skips; /* [n_sublayers], or NULL: none */
   buffer buffers[N_BUFFERS];
   operator operators[N_KINDS];
@@ -394,6 +399,29 @@ static OrtStatus *compute_norm(kernel *node, OrtKernelContext *context) {
                              x.data, weight.data, bias, node->epsilon, y, 0, NULL));
 }
 
+static OrtStatus *read_spread(kernel *node, const OrtKernelInfo *info) {
+  TRY(node->api->KernelInfoGetAttribute_int64(info, "n", &node->width));
+  return node->width >= 1 && node->width <= INT32_MAX ? NULL : refuse(node, "its width is not one");
+}
+
+static OrtStatus *compute_spread(kernel *node, OrtKernelContext *context) {
+  tensor x, ids;
+  float *y;
+  TRY(read_tensor(node, context, 1, 1, &ids));
+  TRY(read_rows(node, context, ids.dims[0], &x));
+  TRY(make_rows(node, context, &x, node->width, &y));
+  const int64_t *to = ids.data, n_ids = ids.dims[0];
+  bool within = true;
+  for (int64_t i = 0; i < n_ids; ++i) within &= (uint64_t)to[i] < (uint64_t)node->width;
+  if (!within) return refuse(node, "an id is not below its width");
+  for (int64_t r = 0; r < count_rows(&x); ++r, y += node->width) {
+    const float *row = (const float *)x.data + r * n_ids;
+    for (int64_t i = 0; i < node->width; ++i) y[i] = -INFINITY;
+    for (int64_t i = 0; i < n_ids; ++i) y[to[i]] = row[i];
+  }
+  return NULL;
+}
+
 /* ---- Attention ------------------------------------------------------------------------------------------- */
 
 static OrtStatus *read_window(kernel *node, const OrtKernelInfo *info) {
@@ -418,6 +446,7 @@ static OrtStatus *read_heads(kernel *node, const OrtKernelInfo *info) {
   TRY(node->api->KernelInfoGetAttribute_float(info, "scale", &node->heads.scale));
   TRY(node->api->KernelInfoGetAttribute_float(info, "epsilon", &node->heads.norm_eps));
   node->heads.n_heads = (int32_t)n_heads;
+  node->owner->attends = true;
   return NULL;
 }
 
@@ -584,6 +613,7 @@ static const operator_kind KINDS[N_KINDS] = {
     {"Embed", "LU", "F", read_embed, compute_embed},
     {"Linear", "F" LINEAR "f", "F", read_linear, compute_linear},
     {"Norm", "FFf", "F", read_norm_node, compute_norm},
+    {"Spread", "FL", "F", read_spread, compute_spread},
     {"ListSlots", "B", "II", read_window, compute_list_slots},
     {"Attend", "F" ROWS_AROUND, "FFF", read_attend, compute_attend},
     {"Layer", "F" ROWS_AROUND LINEAR LINEAR LINEAR LINEAR, "FFF", read_layer, compute_layer},
@@ -707,6 +737,8 @@ ds_operators *ds_operators_add(const OrtApi *api, OrtSessionOptions *options, ds
 }
 
 int32_t ds_operators_count(const ds_operators *operators) { return operators->n_sublayers; }
+
+bool ds_operators_attend(const ds_operators *operators) { return operators->attends; }
 
 void ds_operators_skip(ds_operators *operators, const uint8_t *skipped) { operators->skips = skipped; }
 

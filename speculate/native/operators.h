@@ -5,6 +5,8 @@
 #include "kernels.h"
 #include "ort.h"
 
+#include <stdbool.h>
+
 /* The operators of one session: they work on `pool`, which must outlive the session, as must what is returned.
  * NULL, and an error, on failure. */
 typedef struct ds_operators ds_operators;
@@ -13,6 +15,9 @@ void ds_operators_free(ds_operators *operators);
 
 /* How many sublayers (attention, MLP, attention, ...) the nodes of the session number. */
 int32_t ds_operators_count(const ds_operators *operators);
+
+/* Whether they do the session's attention. Then its caches of keys lie as kernels.h says. */
+bool ds_operators_attend(const ds_operators *operators);
 
 /* Skip in the runs to come the sublayers of which `skipped` [count], borrowed, is not 0; NULL: none. */
 void ds_operators_skip(ds_operators *operators, const uint8_t *skipped);

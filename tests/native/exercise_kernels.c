@@ -154,7 +154,7 @@ static void exercise_attention(ds_pool *pool) {
     CHECK(ds_attend(pool, &heads, n_rows, qkv, slots, n_slots, keys, values, out) == DS_OK);
     for (int64_t i = 0; i < (int64_t)n_rows * group * n_kv * size; ++i) CHECK(isfinite(out[i]));
     int32_t path[2] = {max_slots / 2, max_slots - 1};
-    CHECK(ds_keep_path(&heads, max_slots > 2 ? 2 : 0, path, below(max_slots / 2 + 1), keys) == DS_OK);
+    CHECK(ds_keep_path(&heads, max_slots > 2 ? 2 : 0, path, below(max_slots / 2 + 1), keys, values) == DS_OK);
     void *all[] = {cos_table, sin_table, norm, qkv, keys, values, out, positions, mask, slots, n_slots};
     for (size_t i = 0; i < sizeof all / sizeof *all; ++i) free(all[i]);
   }

@@ -37,8 +37,9 @@ def write_tokens(
     out: Path,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Writes ``out/tokens.safetensors`` ("tokens", int32 [num_calibration_samples, max_seq_length]) and what
-    they were made from as ``out/calibration.json``, which is returned.
+    """Writes ``out/tokens.safetensors`` and what it was made from as ``out/calibration.json``, which is
+    returned: "tokens", int32 [num_calibration_samples, max_seq_length], and "frequencies", float64 [V], how
+    often each token is in the whole text or, where the model writes it, is to be expected.
 
     text: "self" (the model writes it), paths of .txt or .jsonl files (their "text" fields), or
     "dataset:NAME[@CONFIG][:SPLIT[:COLUMN]]" on the hub (train and text if not given).
@@ -58,13 +59,14 @@ def write_tokens(
     shape = (num_calibration_samples, max_seq_length)
     if text == SELF:
         turns = read_turns(checkpoint, model.config, tokenizer)
-        tokens = sample_rows(Decoder.from_checkpoint(model), turns, *shape, seed, progress)
+        tokens, frequencies = sample_rows(Decoder.from_checkpoint(model), turns, *shape, seed, progress)
         origin: dict[str, Any] = {"seed": seed, "opening": tokenizer.decode(turns.opening, False)}
     else:
         names = [text] if isinstance(text, str) else list(text)
         joined, origin = read_text(names, num_calibration_samples * max_seq_length)
         ids = tokenizer.encode(joined, add_special_tokens=False).ids
         tokens = cut_windows(ids, begin_tokens(tokenizer), *shape, ", ".join(names))
+        frequencies = torch.bincount(torch.tensor(ids), minlength=model.config.vocab_size).double()
         origin["num_tokens_of_text"] = len(ids)
     report = {
         "text": text if isinstance(text, str) else list(text),
@@ -73,7 +75,7 @@ def write_tokens(
         "max_seq_length": max_seq_length,
         "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
     }
-    write_part(out, "tokens", {"tokens": tokens})
+    write_part(out, "tokens", {"tokens": tokens, "frequencies": frequencies})
     write_text(out / "calibration.json", json.dumps(report, indent=2) + "\n")
     return report
 

@@ -26,8 +26,9 @@ def sample_rows(
     length: int,
     seed: int,
     progress: Progress = no_progress,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Texts of `length` tokens each, at temperature 1 over the whole vocabulary: int32 [num_rows, length].
+    And how often each token was to be expected, the sum of the laws that they were drawn from: float64 [V].
 
     Row and position fix the random number, so a row hangs on the seed alone, up to the rounding of its
     logits; the same machine and number of threads give the same tokens bit for bit."""
@@ -39,19 +40,25 @@ def sample_rows(
     num_at_once = max(1, CACHE_BYTES // _cache_bytes(decoder.config, length))
 
     groups: list[Tensor] = []
+    expected = torch.zeros(decoder.config.vocab_size, dtype=torch.float64)
     for rows in torch.arange(num_rows).split(num_at_once):
 
         def report(step: int, first: int = int(rows[0]), count: int = len(rows)) -> None:
             progress(first * length + count * step, num_rows * length, "sample")
 
-        groups.append(_sample_group(decoder, turns, opening[rows], uniforms[rows], report))
-    return torch.cat(groups).to(torch.int32)
+        groups.append(_sample_group(decoder, turns, opening[rows], uniforms[rows], expected, report))
+    return torch.cat(groups).to(torch.int32), expected
 
 
 def _sample_group(
-    decoder: Decoder, turns: Turns, opening: Tensor, uniforms: Tensor, report: Callable[[int], None]
+    decoder: Decoder,
+    turns: Turns,
+    opening: Tensor,
+    uniforms: Tensor,
+    expected: Tensor,
+    report: Callable[[int], None],
 ) -> Tensor:
-    """opening int64 [B, P], uniforms [B, L] → tokens int64 [B, L]."""
+    """opening int64 [B, P], uniforms [B, L] → tokens int64 [B, L]. Adds their laws to `expected` [V]."""
     num_rows, length = uniforms.shape
     tokens = torch.zeros(num_rows, length, dtype=torch.int64)
     start = min(opening.shape[1], length)
@@ -60,7 +67,9 @@ def _sample_group(
     scripts = [Script(turns) for _ in range(num_rows)]
     new = tokens[:, :start]
     for position in range(start, length):
-        drawn = draw(decoder.step(new, cache), uniforms[:, position])
+        laws = decoder.step(new, cache).softmax(-1)
+        expected += laws.sum(0)
+        drawn = draw(laws, uniforms[:, position])
         said = [script.read(token) for script, token in zip(scripts, drawn.tolist(), strict=True)]
         tokens[:, position] = torch.tensor(said)
         new = tokens[:, position : position + 1]
@@ -85,12 +94,12 @@ class Script:
         return self.due.pop(0)
 
 
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """A token for each row of logits [B, V] by inverting its cumulative law at uniforms [B]: int64 [B]."""
-    cumulative = logits.softmax(-1).cumsum(-1)
+def draw(laws: Tensor, uniforms: Tensor) -> Tensor:
+    """A token for each row of laws [B, V] by inverting its cumulative law at uniforms [B]: int64 [B]."""
+    cumulative = laws.cumsum(-1)
     targets = uniforms.unsqueeze(1) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
-    return drawn.clamp(max=logits.shape[1] - 1)
+    return drawn.clamp(max=laws.shape[1] - 1)
 
 
 def _cache_bytes(config: DecoderConfig, length: int) -> int:

@@ -4,6 +4,7 @@ A drafter that never proposes a rare word loses little, and its largest matrix s
 The other tokens get no probability, so the output keeps its width and its ids.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,11 +20,11 @@ BY_OUTPUT = tuple(f"lm_head.{part}" for part in ("weight", "weight_scale", "weig
 
 
 def cut_vocabulary(src: Path, tokens: Path, size: int, out: Path) -> dict[str, float]:
-    """Write the checkpoint `src` to `out` with an output projection for `size` tokens, which are chosen by
-    how often they are among the calibration `tokens` (``tokens.safetensors``).
+    """Write the checkpoint `src` to `out` with an output projection for the `size` tokens that are the most
+    frequent by the calibration `tokens` (``tokens.safetensors``).
 
-    The report has `covered`: the share of the tokens in every second window that are among those that the
-    other windows choose. Raises ModelError where the model has no more tokens than that.
+    The report has `covered`, their share of the calibration text. Raises ModelError where the model has no
+    more tokens than that.
     """
     checkpoint = Checkpoint(src)
     config = checkpoint.config
@@ -32,9 +33,8 @@ def cut_vocabulary(src: Path, tokens: Path, size: int, out: Path) -> dict[str, f
             f"draft_vocab_size is {size} and the model has {config.vocab_size} tokens: lower it, or leave it "
             "out to draft them all"
         )
-    windows = load_file(tokens)["tokens"].long()
-    ends = torch.tensor(config.eos_token_ids, dtype=torch.long)
-    ids = choose_tokens(windows, ends, config.vocab_size, size)
+    frequencies = load_file(tokens)["frequencies"]
+    ids = choose_tokens(frequencies, config.eos_token_ids, size)
     for part in checkpoint.parts():
         if part != HEAD:
             link_part(src, out, part)
@@ -45,15 +45,13 @@ def cut_vocabulary(src: Path, tokens: Path, size: int, out: Path) -> dict[str, f
     write_part(out, HEAD, head | rows | {HEAD_IDS: ids})
     copy_tokenizer(src, out)
     write_config(out, config.model_copy(update={"tied_head": False}))
-    guess = choose_tokens(windows[::2], ends, config.vocab_size, size)
-    held_out = windows[1::2] if len(windows) > 1 else windows
-    covered = torch.isin(held_out, guess).float().mean().item()
+    covered = (frequencies[ids].sum() / frequencies.sum()).item()
     return {"tokens": size, "of": config.vocab_size, "covered": covered}
 
 
-def choose_tokens(windows: Tensor, ends: Tensor, vocab: int, size: int) -> Tensor:
-    """int64 [size], ascending: those that end a text, then the most frequent of `windows`, then the lowest
-    ids, since tokenizers number their tokens by when they were merged, so by how frequent they were."""
-    counts = torch.bincount(windows.reshape(-1), minlength=vocab)
-    counts[ends] = counts.max() + 1
-    return counts.argsort(descending=True, stable=True)[:size].sort().values
+def choose_tokens(frequencies: Tensor, ends: Sequence[int], size: int) -> Tensor:
+    """int64 [size], ascending: those that end a text, then the most frequent, of equals the lowest, since
+    tokenizers number their tokens by when they were merged, so by how frequent they were."""
+    order = frequencies.argsort(descending=True, stable=True)
+    ends_first = torch.cat([torch.tensor(ends, dtype=torch.long), order])
+    return torch.tensor(list(dict.fromkeys(ends_first.tolist()))[:size]).sort().values

@@ -24,13 +24,12 @@ from tiny_bundle import CONFIG, write_tiny_bundle, write_tiny_checkpoint
 IDS, SLOTS = [3, 17, 5, 90, 33, 8, 41], 16
 
 
-def write_tokens(folder, windows) -> None:
-    write_part(folder, "tokens", {"tokens": torch.tensor(windows, dtype=torch.int32)})
-
-
-def cut(source, folder, size: int, windows) -> dict:
+def cut(source, folder, size: int, text) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokens(folder, windows)
+    vocab = Checkpoint(source).config.vocab_size
+    write_part(
+        folder, "tokens", {"frequencies": torch.bincount(torch.tensor(text), minlength=vocab).double()}
+    )
     return cut_vocabulary(source, folder / "tokens.safetensors", size, folder / "cut")
 
 
@@ -49,25 +48,20 @@ def source(tmp_path_factory):
 
 
 def test_the_most_frequent_are_kept_then_the_lowest(source, tmp_path):
-    windows = np.random.default_rng(3).zipf(1.3, (8, 40)) % CONFIG.vocab_size
-    counts = Counter(windows.reshape(-1).tolist())
+    text = (np.random.default_rng(3).zipf(1.3, 320) % CONFIG.vocab_size).tolist()
+    counts = Counter(text)
     by_count = sorted(range(CONFIG.vocab_size), key=lambda token: (-counts[token], token))
     order = [*CONFIG.eos_token_ids, *(token for token in by_count if token not in CONFIG.eos_token_ids)]
     for size in (1, 2, 20, len(counts) + 9, CONFIG.vocab_size - 1):
-        report = cut(source, tmp_path / str(size), size, windows)
+        report = cut(source, tmp_path / str(size), size, text)
         assert known(tmp_path / str(size)) == sorted(order[:size])
         assert report["tokens"] == size and report["of"] == CONFIG.vocab_size
-
-
-def test_what_is_covered_is_counted_on_windows_that_did_not_choose(source, tmp_path):
-    frequent, others = [5, 5, 6, 6], [5, 6, 7, 8]
-    assert cut(source, tmp_path / "a", 3, [frequent, others])["covered"] == 0.5  # 5, 6 and the end of a text
-    assert cut(source, tmp_path / "b", 3, [frequent, frequent])["covered"] == 1.0
+        assert report["covered"] == pytest.approx(sum(counts[token] for token in order[:size]) / len(text))
 
 
 def test_all_tokens_are_too_many(source, tmp_path):
     with pytest.raises(ModelError, match=r"draft_vocab_size is 300 .* lower it"):
-        cut(source, tmp_path, 300, [[1, 2]])
+        cut(source, tmp_path, 300, [1, 2])
 
 
 # ---- Their logits ------------------------------------------------------------------------------------------
@@ -81,7 +75,7 @@ def test_known_tokens_keep_their_logits_and_others_have_none(tiny_checkpoint, tm
         quantize_checkpoint(whole, tmp_path / "whole", bits=int(weights[-1]))
         whole = tmp_path / "whole"
     vocab = Checkpoint(whole).config.vocab_size
-    cut(whole, tmp_path, len(IDS), [IDS * 3])
+    cut(whole, tmp_path, len(IDS), IDS * 3)
     ids = known(tmp_path)
     assert set(ids) <= {*IDS, *Checkpoint(whole).config.eos_token_ids}
     others = np.setdiff1d(np.arange(vocab), ids)
@@ -113,7 +107,7 @@ def bundle(tmp_path_factory):
     write_tiny_bundle(folder)
     checkpoint, plain = folder.parent / "few.checkpoint", load(folder)
     text = plain.generate("abc abd", max_new_tokens=60, speculate="none", ignore_eos=True).token_ids
-    cut(folder.parent / "target.checkpoint", checkpoint, 60, [text])
+    cut(folder.parent / "target.checkpoint", checkpoint, 60, text)
     export_onnx(checkpoint / "cut", folder / "drafters/few")
     manifest = json.loads((folder / "manifest.json").read_text())
     paths = {key: f"drafters/few/{name}" for key, name in (("graph", "cpu.onnx"), ("portable", "model.onnx"))}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -95,15 +96,17 @@ def test_rows_follow_the_law_of_the_model(base_model, tmp_path):
     common = law * 4000 >= 5
     observed = torch.cat([counts[common], counts[~common].sum()[None]])
     expected = 4000 * torch.cat([law[common], law[~common].sum()[None]])
+    frequencies = load_file(tmp_path / "tokens.safetensors")["frequencies"]
+    torch.testing.assert_close(frequencies, 4000 * law, rtol=1e-4, atol=1e-3)
     statistic = float(2 * torch.xlogy(observed, observed / expected).sum())
     degrees = len(observed) - 1
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # mean and deviation of chi-square
 
 
 def test_draw_inverts_the_cumulative_law():
-    logits = torch.log(torch.tensor([[0.25, 0.0, 0.5, 0.25]])).repeat(5, 1)
+    laws = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).repeat(5, 1)
     uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75])
-    assert draw(logits, uniforms).tolist() == [0, 0, 2, 2, 3]
+    assert draw(laws, uniforms).tolist() == [0, 0, 2, 2, 3]
 
 
 def test_text_is_cut_into_consecutive_windows(checkpoint, tmp_path):
@@ -119,6 +122,8 @@ def test_text_is_cut_into_consecutive_windows(checkpoint, tmp_path):
     write_tokens(checkpoint, str(text), 3, 20, 7, tmp_path / "few")
     starts = [window * exact // 3 * 20 for window in range(3)]
     assert tokens_of(tmp_path / "few").tolist() == [ids[start : start + 20] for start in starts]
+    counts = load_file(tmp_path / "few/tokens.safetensors")["frequencies"]
+    assert {token: count for token, count in enumerate(counts.tolist()) if count} == Counter(ids)
 
 
 def test_files_are_joined_in_order(checkpoint, tmp_path):

@@ -21,12 +21,6 @@ typedef struct {
   float sums[MAX_PARTS * LANES]; /* of weighted values */
 } query;
 
-/* A block is read while the one before it is computed; the hardware's own prefetching stops at each page, and so at
- * each panel. */
-INLINE void fetch_ahead(const float *from, const int lines) {
-  UNROLL for (int i = 0; i < lines; ++i) __builtin_prefetch(from + i * LANES, 0, 2);
-}
-
 INLINE vf load_keys(const float *channel, int32_t width) {
   return width == LANES ? f_load(channel) : f_load_n(channel, width);
 }

@@ -10,7 +10,7 @@ from draftsmith.speculate.datastore import Datastore, write_datastore
 from draftsmith.speculate.drafters import Drafter, Sources
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.ladder import Rung, build_ladder
-from draftsmith.speculate.levels import DRAFTERS, split_level
+from draftsmith.speculate.levels import DRAFTERS, TREE, lacks_trees, split_level
 from draftsmith.speculate.ngrams import Ngrams, write_table
 from draftsmith.speculate.settings import Sampling
 from fake_engine import FakeEngine, open_bundle, write_bundle, write_manifest
@@ -149,12 +149,12 @@ def draft_after(drafter: Drafter, text: list[int], count: int) -> tuple[list[int
 @pytest.mark.parametrize(
     "references, ladder, words",
     [
-        ((), ["llma"], "llma drafts from references and there are none: pass references=[...]"),
+        ((), ["llma"], "llma drafts from references and there are none: pass references=[...] (--ref"),
         (["text"], ["int8"], "references are given, but no level of the ladder ['int8'] reads them"),
         (["text"], "none", "no level of the ladder [] reads them"),
         (["text", ""], ["llma"], "references[1] is empty"),
         ([[]], ["llma"], "references[0] is empty"),
-        ([[1, 300]], ["llma"], "token id 300 at position 1"),
+        ([[1, 300]], ["llma"], "token id 300 at position 1 of references[0]"),
         ([[1, "a"]], ["llma"], "item 1 of references[0] is 'a'"),
         ("text", ["llma"], "references is one text: wanted a list of them"),
         (["text"], ["int8", "llma"], "llma needs no drafter, so it comes first"),
@@ -205,8 +205,18 @@ def test_a_drafter_from_outside_is_one_struct():
 
 
 def test_a_tree_is_asked_of_who_can_grow_one(bundle):
-    with pytest.raises(BundleError, match="rest proposes chains only"):
+    with pytest.raises(BundleError, match="rest proposes chains only: call it rest, or join it: recycling"):
         bundle.generate([1], 4, speculate=["rest-tree"])
+
+
+def test_the_names_of_those_that_propose_trees_are_right(tmp_path):
+    """Names are checked without the native library, so that a recipe is refused before anything is built."""
+    sources = some_sources(tmp_path, [[1, 2, 3]], 4)
+    for name in DRAFTERS:
+        assert bool(lacks_trees(name + TREE)) == (not sources.open(name, 4).proposes_trees)
+        assert not lacks_trees(name)
+    with pytest.raises(BundleError, match="history-tree: history proposes chains only"):
+        sources.open("history-tree", 4)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Drafters that are no models: whatever they propose, the output is the target's alone; and they help."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 from decoding import random_costs
-from draftsmith.speculate.binding import ffi
+from draftsmith.speculate.binding import ffi, lib
 from draftsmith.speculate.datastore import Datastore, write_datastore
 from draftsmith.speculate.drafters import Drafter, Sources
 from draftsmith.speculate.errors import BundleError
@@ -202,6 +203,40 @@ def test_a_drafter_from_outside_is_one_struct():
     for ladder in (["suffix"], ["suffix", "int8"]):
         tokens, drafts, _ = run(engines, ladder, [3] * len(ladder), Own(), [1], 60)
         assert tokens == plain and drafts.drafted > 0
+
+
+@pytest.mark.parametrize("in_hybrid", [False, True])
+def test_all_that_a_drafter_does_is_its_cost(in_hybrid):
+    """Being told what stands, reading logits and drafting each take two milliseconds, and are reported."""
+    slept = [0]
+
+    def slow(signature: str, call):
+        def work(*arguments):
+            slept[0] += 1
+            time.sleep(0.002)
+            return call(*arguments)
+
+        return ffi.callback(signature, work)
+
+    says = Stubborn([2, 2, 1])
+    observe = "int32_t(ds_drafter *, const int32_t *, const int32_t *, int32_t, const float *, int32_t)"
+    told = slow("int32_t(ds_drafter *, const int32_t *, int32_t)", lambda *_: 0)
+    asked = slow("int32_t(ds_drafter *, const int32_t *, int32_t, int32_t, int32_t *, int32_t *)", says.draft)
+    read = slow(observe, lambda *_: 0)
+    says.handle.append, says.handle.draft, says.handle.observe = told, asked, read
+    parts = ffi.new("ds_drafter *[]", [says.handle])
+    hybrid = Drafter(lib.ds_hybrid_drafter_create(parts, 1))
+
+    class Own(Sources):
+        def open(self, name, vocab_size):
+            return hybrid if in_hybrid else says
+
+    began = time.perf_counter()
+    _, drafts, rounds = run({"target": FakeEngine(4, 2)}, ["suffix"], [3], Own(), [1], 20)
+    elapsed = 1e3 * (time.perf_counter() - began)
+    untimed = 1  # after the last round a drafter is told its tokens, for the next generation
+    assert rounds > 5 and slept[0] >= 3 * (rounds - 1)
+    assert 2 * (slept[0] - untimed) <= drafts.busy_ms <= elapsed
 
 
 def test_a_tree_is_asked_of_who_can_grow_one(bundle):

@@ -2,7 +2,10 @@
 
 import struct
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -115,6 +118,42 @@ def test_monotonous_text_is_sorted_as_fast_as_any(tmp_path):
     """Compared without end, 300,000 equal tokens would take some 10^11 comparisons."""
     write_datastore(tmp_path / "a.rest", [[5] * 300_000], chunk_tokens=100_000)
     assert Datastore(tmp_path / "a.rest", 6).draft([5] * 40, 9)[0] == [5] * 9
+
+
+def watch_writing(path: Path, kind: str, chunk_tokens: int) -> int:
+    """Bytes of memory that a datastore of 4 million tokens takes at most, but for pages of its files."""
+    rng, sizes, done = np.random.default_rng(0), [], Event()
+
+    def texts():
+        for _ in range(40):
+            yield rng.integers(50_000, size=99_999) if kind == "varied" else np.full(99_999, 5)
+            sizes.append(read_anonymous())
+
+    def watch():
+        while not done.wait(0.001):
+            sizes.append(read_anonymous())
+
+    next(texts())
+    before, watcher = read_anonymous(), Thread(target=watch)
+    watcher.start()
+    write_datastore(path, texts(), chunk_tokens=chunk_tokens)
+    done.set()
+    watcher.join()
+    return max(sizes) - before
+
+
+def read_anonymous() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) << 10
+
+
+@pytest.mark.parametrize("kind", ["varied", "monotonous"])
+def test_memory_is_that_of_a_chunk_however_long_the_text(tmp_path, kind):
+    chunk_tokens = 1 << 21
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        taken = process.submit(watch_writing, tmp_path / "a.rest", kind, chunk_tokens).result()
+    assert 4 * chunk_tokens < taken < 4 * chunk_tokens + (6 << 20)
+    assert len(Datastore(tmp_path / "a.rest", 50_000)) == 4_000_000
 
 
 def test_any_vocabulary_fits(tmp_path):

@@ -26,11 +26,16 @@ def build_datastore(
     """
     for path in texts:
         if not path.is_file():
-            raise RecipeError(f"{path}: no such file; text files are wanted")
+            what = "a folder" if path.is_dir() else "no such file"
+            raise RecipeError(f"{path}: {what}; text files are wanted")
+        if out.exists() and out.samefile(path):
+            raise RecipeError(f"-o {out} is one of the texts and would replace it; name another file")
     if not out.absolute().parent.is_dir():
         raise RecipeError(f"-o {out}: its folder is not there; make it first")
-    bundle = load(bundle_dir)
     total = sum(path.stat().st_size for path in texts)
+    if total == 0:
+        raise RecipeError(f"{', '.join(map(str, texts))}: empty; some text is wanted")
+    bundle = load(bundle_dir)
 
     def read(done: int) -> None:
         progress(done // 1024, total // 1024, "KiB of text")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..model.config import Dtype
-from ..speculate.levels import TARGET, is_drafter, split_level
+from ..speculate.levels import TARGET, is_drafter, lacks_trees, split_level
 
 # What other tools call our keys. Old habits work in a recipe; the published schema has our names only.
 ALIASES = {
@@ -376,6 +376,8 @@ def _check_levels(key: str, names: Iterable[str], models: Iterable[str], free: l
             _check_level(key, part, [*free, *models] if name == part else free)
         if len(set(parts)) < len(parts):
             raise ValueError(f"{key}: {name} names a drafter twice")
+        if problem := lacks_trees(name):
+            raise ValueError(f"{key}: {name}: {problem}")
 
 
 def _check_level(key: str, name: str, levels: list[str]) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .binding import check, ffi, lib, view
 from .datastore import Datastore
 from .errors import BundleError
-from .levels import SUFFIX, TREE, split_level, wants_tree
+from .levels import SUFFIX, check_parts, split_level
 from .ngrams import Ngrams
 
 HISTORY_BYTES = 64 << 20  # for earlier outputs
@@ -85,10 +85,9 @@ class Sources:
 
     def open(self, name: str, vocab_size: int) -> Drafter:
         """The drafter of a ladder's level, or several as one. vocab_size: the target's."""
+        check_parts(name)
         parts = [self.open_one(part, vocab_size) for part in split_level(name)]
         if len(parts) == 1:
-            if wants_tree(name) and not parts[0].proposes_trees:
-                raise BundleError(f"{name}: {name.removesuffix(TREE)} proposes chains only: name it so")
             return parts[0]
         handles = ffi.new("ds_drafter *[]", [part.handle for part in parts])
         return Drafter(lib.ds_hybrid_drafter_create(handles, len(parts)), parts)
@@ -117,12 +116,13 @@ class Sources:
         parts = {part for name in names for part in split_level(name)}
         if "llma" in parts and not self.references:
             raise BundleError(
-                f"ladder {names}: llma drafts from references and there are none: pass references=[...]"
+                f"ladder {names}: llma drafts from references and there are none: pass "
+                "references=[...] (--reference FILE)"
             )
         if "rest" in parts and not self.datastore:
             raise BundleError(
-                f"ladder {names}: rest drafts from a datastore and none is open: give the datastore "
-                "that `draftsmith datastore` wrote when the bundle is loaded"
+                f"ladder {names}: rest drafts from a datastore and none is open: load the bundle with "
+                "datastore=FILE (--datastore FILE), which `draftsmith datastore` writes"
             )
         if "bigram" in parts and not self.ngrams:
             raise BundleError(

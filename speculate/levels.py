@@ -18,6 +18,8 @@ DRAFTERS = {
     "rest": "what most places of a datastore say that go on as the text does (arXiv 2311.08252)",
 }
 
+CHAINS_ONLY = ("history", "rest")  # alone; in a hybrid they add chains to its tree
+
 JOINT = "+"  # between drafters that are one level
 TREE = "-tree"  # behind a level that is to propose trees
 
@@ -31,13 +33,21 @@ def wants_tree(name: str) -> bool:
     return name.endswith(TREE)
 
 
+def lacks_trees(name: str) -> str:
+    """What is wrong with a level that is to propose trees, if that is: its only drafter knows none."""
+    parts = split_level(name)
+    if not wants_tree(name) or len(parts) > 1 or parts[0] not in CHAINS_ONLY:
+        return ""
+    return f"{parts[0]} proposes chains only: call it {parts[0]}, or join it: recycling+{name}"
+
+
 def is_drafter(name: object) -> bool:
     """Whether a level is made of drafters that are no models. It may only be the first of a ladder."""
     return isinstance(name, str) and all(part in DRAFTERS for part in split_level(name))
 
 
 def check_parts(name: str) -> None:
-    """Refuse a hybrid or a tree with a part that is unknown or doubled."""
+    """Refuse a level with a part that is unknown or doubled, and a tree of a drafter that knows none."""
     parts = split_level(name)
     for part in parts:
         if part not in DRAFTERS:
@@ -46,3 +56,5 @@ def check_parts(name: str) -> None:
             )
     if len(set(parts)) < len(parts):
         raise BundleError(f"{name} names a drafter twice")
+    if problem := lacks_trees(name):
+        raise BundleError(f"{name}: {problem}")

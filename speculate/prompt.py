@@ -56,5 +56,7 @@ def check_ids(token_ids: Iterable[Any], vocab_size: int, name: str = "the prompt
         if not isinstance(token, Integral) or isinstance(token, bool):
             raise BundleError(f"item {i} of {name} is {token!r:.80}: wanted a token id")
         if not 0 <= int(token) < vocab_size:
-            raise BundleError(f"token id {token} at position {i}: this vocabulary ends at {vocab_size - 1}")
+            raise BundleError(
+                f"token id {token} at position {i} of {name}: this vocabulary ends at {vocab_size - 1}"
+            )
     return list(map(int, ids))

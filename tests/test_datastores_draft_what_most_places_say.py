@@ -2,7 +2,10 @@
 
 import struct
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -85,12 +88,19 @@ def test_the_file_does_not_depend_on_how_it_was_sorted(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.rest"], "something was left behind"
 
 
-@pytest.mark.parametrize("vocab", [50, 40_000, 2**31 - 1])
-def test_many_places_sorted_by_threads_in_chunks_are_in_order(tmp_path, vocab):
-    """A file that is merged of several chunks, in several pieces, against numpy's sort of all contexts."""
+def varied(vocab: int) -> list[list[int]]:
     rng = np.random.default_rng(vocab)
     ids = rng.integers(vocab, size=20_000)
-    texts = [ids[rng.zipf(1.3, size=40_000).clip(max=20_000) - 1] for _ in range(6)]
+    return [ids[rng.zipf(1.3, size=40_000).clip(max=20_000) - 1].tolist() for _ in range(6)]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [varied(50), varied(40_000), varied(2**31 - 1), [[5] * 40_000, [5, 6] * 30_000, [5] * 30_000]],
+    ids=["few ids", "a vocabulary", "any ids", "monotonous"],
+)
+def test_many_places_sorted_by_threads_in_chunks_are_in_order(tmp_path, texts):
+    """A file that is merged of several chunks, in several pieces, against numpy's sort of all contexts."""
     write_datastore(tmp_path / "a.rest", texts, chunk_tokens=70_000)
     raw = (tmp_path / "a.rest").read_bytes()
     n_tokens, n_places = struct.unpack_from("QQ", raw, 16)
@@ -108,6 +118,42 @@ def test_monotonous_text_is_sorted_as_fast_as_any(tmp_path):
     """Compared without end, 300,000 equal tokens would take some 10^11 comparisons."""
     write_datastore(tmp_path / "a.rest", [[5] * 300_000], chunk_tokens=100_000)
     assert Datastore(tmp_path / "a.rest", 6).draft([5] * 40, 9)[0] == [5] * 9
+
+
+def watch_writing(path: Path, kind: str, chunk_tokens: int) -> int:
+    """Bytes of memory that a datastore of 4 million tokens takes at most, but for pages of its files."""
+    rng, sizes, done = np.random.default_rng(0), [], Event()
+
+    def texts():
+        for _ in range(40):
+            yield rng.integers(50_000, size=99_999) if kind == "varied" else np.full(99_999, 5)
+            sizes.append(read_anonymous())
+
+    def watch():
+        while not done.wait(0.001):
+            sizes.append(read_anonymous())
+
+    next(texts())
+    before, watcher = read_anonymous(), Thread(target=watch)
+    watcher.start()
+    write_datastore(path, texts(), chunk_tokens=chunk_tokens)
+    done.set()
+    watcher.join()
+    return max(sizes) - before
+
+
+def read_anonymous() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) << 10
+
+
+@pytest.mark.parametrize("kind", ["varied", "monotonous"])
+def test_memory_is_that_of_a_chunk_however_long_the_text(tmp_path, kind):
+    chunk_tokens = 1 << 21
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        taken = process.submit(watch_writing, tmp_path / "a.rest", kind, chunk_tokens).result()
+    assert 4 * chunk_tokens < taken < 4 * chunk_tokens + (6 << 20)
+    assert len(Datastore(tmp_path / "a.rest", 50_000)) == 4_000_000
 
 
 def test_any_vocabulary_fits(tmp_path):
@@ -173,12 +219,48 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, good):
 
     with pytest.raises(RuntimeError):
         write_datastore(good, texts())
-    for bad, words in (([], "no tokens"), ([[1, -3]], "token 1 is -3")):
+    for bad, words in (
+        ([], "no tokens"),
+        ([[1], [1, -3]], r"texts\[1\] holds ids from -3 to 1"),
+        ([[1, 2**31]], "to 2147483648, which no vocabulary has"),
+        ([[1.0, 2.5]], "float64 .2.: wanted a flat list of token ids"),
+        ([[[1, 2]]], "int64 .1, 2.: wanted a flat list"),
+    ):
         with pytest.raises(BundleError, match=words):
             write_datastore(good, bad)
+    for digest in ("ab", "no hash", "ab" * 31 + "xy"):
+        with pytest.raises(BundleError, match=f"tokenizer='{digest}': wanted the SHA-256"):
+            write_datastore(good, [[1]], digest)
+        with pytest.raises(BundleError, match="wanted the SHA-256"):
+            Datastore(good, 5, digest)
     with pytest.raises(BundleError, match="cannot be written"):
         write_datastore(tmp_path / "no" / "folder", [[1]])
     assert good.read_bytes() == before and list(tmp_path.iterdir()) == [good]
+
+
+def test_what_is_being_written_is_not_there_and_of_two_writers_the_last_one_counts(tmp_path):
+    path = tmp_path / "a.rest"
+
+    def texts():
+        yield [1, 2, 3] * 30_000
+        expect_refusal(path, "No such file")
+        (part,) = tmp_path.glob("*.part")
+        expect_refusal(part, "cut short or damaged")
+        write_datastore(path, [[7, 8, 9]])
+        assert len(Datastore(path, 100)) == 4
+        yield [1, 2, 4]
+
+    write_datastore(path, texts())
+    assert len(Datastore(path, 100)) == 90_005
+    assert [path.name for path in tmp_path.iterdir()] == ["a.rest"]
+
+
+def test_a_datastore_that_is_replaced_stays_as_it_was_for_who_has_it_open(tmp_path):
+    write_datastore(tmp_path / "a.rest", [[1, 2, 3]])
+    before = Datastore(tmp_path / "a.rest", 10)
+    write_datastore(tmp_path / "a.rest", [[1, 2, 4]])
+    after = Datastore(tmp_path / "a.rest", 10)
+    assert before.draft([1, 2], 1)[0] == [3] and after.draft([1, 2], 1)[0] == [4]
 
 
 # ---- With bundles ------------------------------------------------------------------------------------------
@@ -203,6 +285,30 @@ def test_the_command_indexes_text_for_a_bundle(tmp_path, capsys):
     assert bundle.datastore and len(bundle.datastore) == 77
     draft, _ = bundle.datastore.draft(bundle.encode("my cat s"), 14)
     assert bundle.tokenizer.decode(draft) == "at on the mat\n"
+
+
+@pytest.mark.parametrize(
+    "texts, out, words",
+    [
+        (["a.txt"], "a.txt", "-o a.txt is one of the texts and would replace it"),
+        (["a.txt"], "folder", "folder is a folder: name the file"),
+        (["a.txt"], "gone/out.rest", "-o gone/out.rest: its folder is not there"),
+        (["gone.txt"], "out.rest", "gone.txt: no such file"),
+        (["folder"], "out.rest", "folder: a folder; text files are wanted"),
+        (["empty.txt"], "out.rest", "empty.txt: empty; some text is wanted"),
+    ],
+)
+def test_the_command_says_in_a_line_what_it_cannot_index(tmp_path, monkeypatch, capsys, texts, out, words):
+    monkeypatch.chdir(tmp_path)
+    folder = write_bundle(tmp_path / "bundle")
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit) as done:
+        main(["datastore", *texts, "-o", out, "--bundle", str(folder)])
+    said = capsys.readouterr()
+    assert done.value.code == 2 and words in said.err and said.err.count("\n") == 1
+    assert (tmp_path / "a.txt").read_text() == "the cat sat on the mat\n"
 
 
 def test_a_bundle_refuses_the_datastore_of_another_tokenizer_and_rest_without_one(tmp_path):

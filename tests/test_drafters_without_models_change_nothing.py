@@ -1,16 +1,17 @@
 """Drafters that are no models: whatever they propose, the output is the target's alone; and they help."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 from decoding import random_costs
-from draftsmith.speculate.binding import ffi
+from draftsmith.speculate.binding import ffi, lib
 from draftsmith.speculate.datastore import Datastore, write_datastore
 from draftsmith.speculate.drafters import Drafter, Sources
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.ladder import Rung, build_ladder
-from draftsmith.speculate.levels import DRAFTERS, split_level
+from draftsmith.speculate.levels import DRAFTERS, TREE, lacks_trees, split_level
 from draftsmith.speculate.ngrams import Ngrams, write_table
 from draftsmith.speculate.settings import Sampling
 from fake_engine import FakeEngine, open_bundle, write_bundle, write_manifest
@@ -149,12 +150,12 @@ def draft_after(drafter: Drafter, text: list[int], count: int) -> tuple[list[int
 @pytest.mark.parametrize(
     "references, ladder, words",
     [
-        ((), ["llma"], "llma drafts from references and there are none: pass references=[...]"),
+        ((), ["llma"], "llma drafts from references and there are none: pass references=[...] (--ref"),
         (["text"], ["int8"], "references are given, but no level of the ladder ['int8'] reads them"),
         (["text"], "none", "no level of the ladder [] reads them"),
         (["text", ""], ["llma"], "references[1] is empty"),
         ([[]], ["llma"], "references[0] is empty"),
-        ([[1, 300]], ["llma"], "token id 300 at position 1"),
+        ([[1, 300]], ["llma"], "token id 300 at position 1 of references[0]"),
         ([[1, "a"]], ["llma"], "item 1 of references[0] is 'a'"),
         ("text", ["llma"], "references is one text: wanted a list of them"),
         (["text"], ["int8", "llma"], "llma needs no drafter, so it comes first"),
@@ -204,9 +205,53 @@ def test_a_drafter_from_outside_is_one_struct():
         assert tokens == plain and drafts.drafted > 0
 
 
+@pytest.mark.parametrize("in_hybrid", [False, True])
+def test_all_that_a_drafter_does_is_its_cost(in_hybrid):
+    """Being told what stands, reading logits and drafting each take two milliseconds, and are reported."""
+    slept = [0]
+
+    def slow(signature: str, call):
+        def work(*arguments):
+            slept[0] += 1
+            time.sleep(0.002)
+            return call(*arguments)
+
+        return ffi.callback(signature, work)
+
+    says = Stubborn([2, 2, 1])
+    observe = "int32_t(ds_drafter *, const int32_t *, const int32_t *, int32_t, const float *, int32_t)"
+    told = slow("int32_t(ds_drafter *, const int32_t *, int32_t)", lambda *_: 0)
+    asked = slow("int32_t(ds_drafter *, const int32_t *, int32_t, int32_t, int32_t *, int32_t *)", says.draft)
+    read = slow(observe, lambda *_: 0)
+    says.handle.append, says.handle.draft, says.handle.observe = told, asked, read
+    parts = ffi.new("ds_drafter *[]", [says.handle])
+    hybrid = Drafter(lib.ds_hybrid_drafter_create(parts, 1))
+
+    class Own(Sources):
+        def open(self, name, vocab_size):
+            return hybrid if in_hybrid else says
+
+    began = time.perf_counter()
+    _, drafts, rounds = run({"target": FakeEngine(4, 2)}, ["suffix"], [3], Own(), [1], 20)
+    elapsed = 1e3 * (time.perf_counter() - began)
+    untimed = 1  # after the last round a drafter is told its tokens, for the next generation
+    assert rounds > 5 and slept[0] >= 3 * (rounds - 1)
+    assert 2 * (slept[0] - untimed) <= drafts.busy_ms <= elapsed
+
+
 def test_a_tree_is_asked_of_who_can_grow_one(bundle):
-    with pytest.raises(BundleError, match="rest proposes chains only"):
+    with pytest.raises(BundleError, match="rest proposes chains only: call it rest, or join it: recycling"):
         bundle.generate([1], 4, speculate=["rest-tree"])
+
+
+def test_the_names_of_those_that_propose_trees_are_right(tmp_path):
+    """Names are checked without the native library, so that a recipe is refused before anything is built."""
+    sources = some_sources(tmp_path, [[1, 2, 3]], 4)
+    for name in DRAFTERS:
+        assert bool(lacks_trees(name + TREE)) == (not sources.open(name, 4).proposes_trees)
+        assert not lacks_trees(name)
+    with pytest.raises(BundleError, match="history-tree: history proposes chains only"):
+        sources.open("history-tree", 4)
 
 
 @pytest.mark.parametrize(

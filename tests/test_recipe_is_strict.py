@@ -189,6 +189,11 @@ def test_a_list_of_one_text_is_that_text(load, text):
         ("speculate.ladder=[suffix+int8]", r"no drafter is called int8; there are: suffix, history"),
         ("speculate.ladder=[suffix+sufix]", r"no drafter is called sufix; did you mean suffix\?"),
         ("speculate.ladder=[suffix+suffix]", r"suffix\+suffix names a drafter twice"),
+        (
+            "speculate.ladder=[history-tree, int8]",
+            r"history-tree: history proposes chains only: call it history",
+        ),
+        ("speculate.num_speculative_tokens=65", r"num_speculative_tokens: found 65, wanted .* at most 64"),
         ("speculate.rest.datastore=", r"speculate\.rest\.datastore: found None, wanted a string"),
         ("speculate.ladder=[int8, int8]", r"a level is named twice"),
         ("speculate.ladder=[sufix]", r"no drafter is called sufix; did you mean suffix\?"),

@@ -27,8 +27,10 @@ struct ds_datastore {
 static int32_t check_header(const char *path, const ds_datastore_header *h, uint64_t size, int32_t vocab,
                             const uint8_t *tokenizer) {
   if (memcmp(h->magic, DS_DATASTORE_MAGIC, sizeof h->magic) || h->byte_order != 1)
-    return ds_fail(DS_ERROR_ARGUMENT, "%s is no datastore of this version and byte order: build it again",
-                   path);
+    return ds_fail(
+        DS_ERROR_ARGUMENT,
+        "%s is no datastore of this version and byte order: build it again with `draftsmith datastore`",
+        path);
   if (h->n_tokens > DS_DATASTORE_MOST || h->n_places > h->n_tokens ||
       size != sizeof *h + 4 * (h->n_tokens + h->n_places))
     return ds_fail(
@@ -37,11 +39,15 @@ static int32_t check_header(const char *path, const ds_datastore_header *h, uint
         "build it again",
         path, (unsigned long long)size, (unsigned long long)h->n_tokens);
   if (memcmp(h->tokenizer, tokenizer, sizeof h->tokenizer))
-    return ds_fail(DS_ERROR_ARGUMENT, "%s was built with another tokenizer: build it again for this model",
-                   path);
+    return ds_fail(
+        DS_ERROR_ARGUMENT,
+        "%s was built with another tokenizer: build it again with `draftsmith datastore --bundle` and "
+        "this bundle",
+        path);
   if (h->vocab > (uint32_t)vocab)
-    return ds_fail(DS_ERROR_ARGUMENT, "%s holds token ids up to %u, outside the vocabulary of %d", path,
-                   h->vocab - 1, vocab);
+    return ds_fail(DS_ERROR_ARGUMENT,
+                   "%s holds token ids up to %u, outside the vocabulary of %d: build it again for this model",
+                   path, h->vocab - 1, vocab);
   return DS_OK;
 }
 

@@ -126,15 +126,27 @@ static void sort_few(const int32_t *tokens, uint32_t *places, size_t n, int32_t 
   }
 }
 
-static int compare_places(const void *a, const void *b) {
-  uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-  return (x > y) - (x < y);
-}
-
 static void swap(uint32_t *a, uint32_t *b) {
   uint32_t kept = *a;
   *a = *b;
   *b = kept;
+}
+
+/* By the places themselves, from `bit` down: radix exchange, which takes no memory, as many a qsort does, and is slow
+ * for no order. */
+static void sort_equal(uint32_t *places, size_t n, uint32_t bit) {
+  for (; n > 1 && bit; bit >>= 1) {
+    size_t low = 0, high = n;
+    while (low < high)
+      if (!(places[low] & bit))
+        ++low;
+      else if (places[high - 1] & bit)
+        --high;
+      else
+        swap(&places[low++], &places[--high]);
+    sort_equal(places + low, n - low, bit >> 1);
+    n = low;
+  }
 }
 
 static int32_t middle_of(int32_t a, int32_t b, int32_t c) {
@@ -176,7 +188,7 @@ static void sort_places(const int32_t *tokens, uint32_t *places, size_t n, int32
   if (n <= SMALL)
     sort_few(tokens, places, n, depth);
   else
-    qsort(places, n, sizeof *places, compare_places); /* equal as far as is compared: in order of place */
+    sort_equal(places, n, 1U << 31);
 }
 
 /* ---- Threads ------------------------------------------------------------------------------------------- */

@@ -22,6 +22,16 @@ extern "C" {
 
 enum { DS_MAX_LEVELS = 8, DS_MAX_DRAFT = 64, DS_PREFILL_ROWS = 128 /* of a call that reads a prompt */ };
 
+/* How a level's proposals branch. Trees of a model are grown best first from its law (that which tokens are sampled from;
+ * at temperature 0 the softmax): they are chosen, not sampled, and under DS_RULE_EXACT the walk over them is that of
+ * SpecExec (arXiv 2406.02532) over a cache of the target's tokens. */
+enum ds_branching {
+  DS_CHAIN = 0,
+  DS_TREE = 1, /* the likeliest n_draft prefixes */
+  DS_GRAPH =
+      2, /* of a model: the same, but what follows two tokens is read once for a tree (arXiv 2407.16207) */
+};
+
 /* One level of a ladder. Each drafts for the next and verifies the one before; the last is the target, whose
  * vocabulary rules: a drafter may know fewer ids (it never drafts the rest) or more (those are masked). The host
  * of a guest (engine.h) is the engine of a level above it. */
@@ -32,7 +42,9 @@ typedef struct ds_level {
   const double *costs; /* [r]: milliseconds of an engine's call with r + 1 rows, positive; or NULL */
   ds_drafter
       *drafter; /* of a level without an engine; NULL there: prompt lookup over the generation's text */
-  int32_t tree; /* whether that drafter proposes trees, of n_draft nodes at most, if it knows how to */
+  int32_t
+      tree; /* enum ds_branching: trees have n_draft nodes at most. A model that drafts them comes first; a drafter
+                 * without an engine drafts chains all the same if it knows no trees */
 } ds_level;
 
 /* Drafts are n_draft long where costs are NULL: those of the drafter (where that is an engine: others

@@ -27,6 +27,7 @@ TREE = "-tree"  # behind a level that is to propose trees
 ENGINE_TREES = {
     TREE: "the likeliest prefixes (SpecExec, arXiv 2406.02532)",
     "-graph": "the same, where what follows two tokens is read once (GSD, arXiv 2407.16207)",
+    "-sequoia": "the shape that is worth most, filled with draws (Sequoia, arXiv 2402.12374)",
 }
 
 

@@ -16,7 +16,12 @@ from .onnx_engine import OnnxEngine
 from .settings import Sampling
 from .verify import RULES
 
-BRANCHING: dict[str, int] = {"": lib.DS_CHAIN, TREE: lib.DS_TREE, "-graph": lib.DS_GRAPH}
+BRANCHING: dict[str, int] = {
+    "": lib.DS_CHAIN,
+    TREE: lib.DS_TREE,
+    "-graph": lib.DS_GRAPH,
+    "-sequoia": lib.DS_SEQUOIA,
+}
 PREFILL_ROWS: int = lib.DS_PREFILL_ROWS  # rows of one call while reading a prompt
 
 

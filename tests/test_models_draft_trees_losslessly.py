@@ -17,6 +17,7 @@ from test_trees_are_drafted_losslessly import TreeBranches
 
 GREEDY = Sampling()
 KINDS = ["int8-tree", "int8-graph"]
+ALL_KINDS = [*KINDS, "int8-sequoia"]
 
 
 class Forgetful(FakeEngine):
@@ -203,6 +204,11 @@ LADDERS = [
     [("int4-graph", 30), ("int8", 6)],
     [("skip-tree", 8), ("int8", 3)],
     [("int4-tree", 9), ("skip", 4)],
+    [("int8-sequoia", 1)],
+    [("int8-sequoia", 64)],
+    [("skip-sequoia", 12)],
+    [("int4-sequoia", 9), ("int8", 4)],
+    [("int4-sequoia", 9), ("skip", 4)],
 ]
 
 
@@ -226,7 +232,7 @@ def test_the_output_is_the_targets(ladder, kind):
 
 
 @pytest.mark.parametrize("padding", [-2, 0, 3])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ALL_KINDS)
 def test_a_drafter_may_know_more_or_fewer_tokens(name, padding):
     """Of a target's padding it knows less, or has more, which is likely to it and never drafted."""
     target = FakeEngine(5, 3, padding=2, pad_logit=-9)
@@ -239,7 +245,7 @@ def test_a_drafter_may_know_more_or_fewer_tokens(name, padding):
 
 
 @pytest.mark.parametrize("slots", [60, 62, 70, 100])
-@pytest.mark.parametrize("name", [*KINDS, "skip-tree"])
+@pytest.mark.parametrize("name", [*ALL_KINDS, "skip-tree", "skip-sequoia"])
 def test_trees_shrink_where_the_cache_ends(name, slots):
     engines = engines_of(4, 2, max_seq_len=slots)
     plain = decode(engines, [], [1, 2], 58).tokens
@@ -248,7 +254,7 @@ def test_trees_shrink_where_the_cache_ends(name, slots):
     assert out.drafter.accepted > 10
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ALL_KINDS)
 def test_what_was_read_of_the_path_that_stands_is_not_read_again(name):
     """A drafter that is always right has read all of an accepted path but its last node."""
     engines = {"target": FakeEngine(5, 1), "int8": Watched(5, 1)}

@@ -51,7 +51,7 @@ static int32_t check_levels(const ds_level *levels, int32_t n_levels) {
       return ds_fail(DS_ERROR_ARGUMENT,
                      "level %d is a model that drafts trees: it has no drafter of its own, so it comes first",
                      i);
-    if (l->tree < DS_CHAIN || l->tree > (l->engine ? DS_GRAPH : DS_TREE))
+    if (l->tree < DS_CHAIN || l->tree > (l->engine ? DS_SEQUOIA : DS_TREE))
       return ds_fail(DS_ERROR_ARGUMENT, "level %d: tree is %d, none of ds_branching%s", i, l->tree,
                      l->engine ? "" : " for drafters without an engine");
     if (is_target ? l->n_draft != 0 : l->n_draft < 1 || l->n_draft > DS_MAX_DRAFT)
@@ -212,7 +212,8 @@ static int32_t allocate(ds_decoder *d, int32_t n_tokens, int32_t n_eos) {
     /* A drafter has laws for its longest proposal; the target for its drafter's and the token after it. */
     int32_t rows = l->above ? l->n_draft : l->inner ? l->inner->n_draft + 1 : 1;
     if (l->above && l->inner && l->inner->tree) rows += l->inner->n_draft;
-    if (l->engine && !l->tree && !ds_is_greedy(d) && !d->on_device)
+    bool chosen = l->tree && (l->tree != DS_SEQUOIA || d->sampling.rule == DS_RULE_EXACT);
+    if (l->engine && !chosen && !ds_is_greedy(d) && !d->on_device)
       complete = !!(l->laws = malloc((size_t)rows * (size_t)d->vocab * sizeof *l->laws));
   }
   return complete ? DS_OK : ds_fail(DS_ERROR_MEMORY, "no memory to decode %d tokens", n_tokens);
@@ -260,6 +261,7 @@ int32_t ds_decoder_begin(ds_decoder *d, const ds_sampling *sampling, const int32
   for (int32_t i = 0; i < d->n_levels && status == DS_OK; ++i) {
     level *l = &d->levels[i];
     reset(l);
+    if (l->engine && l->tree) ds_sequoia_reset(&d->cache->sequoia);
     status = l->engine ? reserve(d, l, n_prompt + max_new_tokens)
                        : l->drafter->begin(l->drafter, n_prompt + max_new_tokens);
     if (status > 0) status = DS_OK;

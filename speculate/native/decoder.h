@@ -82,6 +82,9 @@ int32_t ds_write_laws_of(ds_decoder *d, const level *l, const float *logits, int
  * d->tree.parents and the level's buckets (engine_tree.c). Returns how many nodes. */
 int32_t ds_grow_tree(ds_decoder *d, level *l, int32_t length, int32_t count);
 
+/* The same of a tree whose shape is fixed; where a verdict wants laws, they are written (drawn_tree.c). */
+int32_t ds_draw_tree(ds_decoder *d, level *l, int32_t length, int32_t count);
+
 /* Whether l's drafts end where they stop to pay. */
 static inline int ds_is_scheduled(const level *l) {
   return l->above && l->above->pace.costs && (!l->engine || l->pace.costs);
@@ -91,6 +94,16 @@ static inline int ds_ends_text(const ds_decoder *d, int32_t token) {
   for (int32_t e = 0; e < d->n_eos; ++e)
     if (token == d->eos[e]) return 1;
   return 0;
+}
+
+/* Where in which stream the next n uniforms stand; under DS_RULE_EXACT, that from `position` on. */
+uint64_t ds_take_uniforms(const ds_decoder *d, level *l, int32_t position, int32_t n, uint64_t *counter);
+
+/* The run's rule, for trees. */
+static inline int32_t ds_tree_rule(const ds_decoder *d) {
+  static const int32_t rules[] = {
+      [DS_RULE_TOKEN] = DS_RULE_RRS, [DS_RULE_BLOCK] = DS_RULE_TRAVERSAL, [DS_RULE_EXACT] = DS_RULE_EXACT};
+  return rules[d->sampling.rule];
 }
 
 static inline int ds_is_greedy(const ds_decoder *d) { return d->sampling.temperature == 0; }

@@ -20,7 +20,7 @@
  * The first level may propose a tree. Its nodes lie in the array, and in the cache of the level that reads them, in
  * their order; once there is a verdict, the path that stands moves together, and from there on all is as with a
  * chain. The tree of a drafter without an engine is chosen, not sampled, whatever its shape; so is that of
- * engine_tree.c.
+ * engine_tree.c. That of drawn_tree.c is sampled: its shape is fixed beforehand, and it is not cut.
  *
  * A guest (engine.h) drafts in the cache of its host, a level above it. The host reads again whatever follows
  * the tokens that it kept, and a guest writes nowhere else, so no draft's rows are left when the host reads them.
@@ -65,8 +65,7 @@ static int32_t decide_greedily(const ds_decoder *d, const level *l, const float 
   }
 }
 
-/* Where in which stream the next n uniforms stand. */
-static uint64_t take_uniforms(const ds_decoder *d, level *l, int32_t position, int32_t n, uint64_t *counter) {
+uint64_t ds_take_uniforms(const ds_decoder *d, level *l, int32_t position, int32_t n, uint64_t *counter) {
   if (d->sampling.rule == DS_RULE_EXACT) {
     *counter = (uint64_t)position;
     return BY_POSITION;
@@ -81,7 +80,7 @@ static void draw_uniforms(ds_decoder *d, level *l, int32_t length) {
   bool by_position = d->sampling.rule == DS_RULE_EXACT; /* one for each place that a token could take */
   int32_t n = d->tree.n_nodes, count = by_position ? ds_tree_count_levels(&d->tree) + 1 : n + 2;
   double at[DS_MAX_DRAFT + 1];
-  uint64_t counter, stream = take_uniforms(d, l, length, count, &counter);
+  uint64_t counter, stream = ds_take_uniforms(d, l, length, count, &counter);
   ds_uniforms(d->sampling.seed, stream, counter, count, by_position ? at : d->uniforms);
   if (!by_position) return;
   d->uniforms[0] = at[0];
@@ -114,7 +113,7 @@ static int32_t decide_on_device(ds_decoder *d, level *l, int32_t length, int32_t
                           .draft = d->ids + length,
                           .drafter = l->inner && !ds_is_greedy(d) ? l->inner->engine : NULL,
                           .row = row};
-  if (!ds_is_greedy(d)) decision.stream = take_uniforms(d, l, length, count + 2, &decision.counter);
+  if (!ds_is_greedy(d)) decision.stream = ds_take_uniforms(d, l, length, count + 2, &decision.counter);
   int32_t status = l->engine->decide(l->engine, &decision, &v->n_accepted, &v->next);
   for (int32_t i = 0; i < count; ++i) v->path[i] = i;
   return status < 0 ? status : check_verdict(d, v);
@@ -126,16 +125,14 @@ static int32_t decide_on_device(ds_decoder *d, level *l, int32_t length, int32_t
 static int32_t decide(ds_decoder *d, level *l, const float *logits, int32_t length, int32_t row, verdict *v) {
   if (d->on_device) return decide_on_device(d, l, length, row, v);
   if (ds_is_greedy(d)) return decide_greedily(d, l, logits, length, v);
-  static const int32_t rules[] = {
-      [DS_RULE_TOKEN] = DS_RULE_RRS, [DS_RULE_BLOCK] = DS_RULE_TRAVERSAL, [DS_RULE_EXACT] = DS_RULE_EXACT};
   size_t size = (size_t)d->vocab;
   double *laws = l->laws + (size_t)row * size;
   int32_t status = ds_write_laws_of(d, l, logits, d->tree.n_nodes + 1, laws);
   if (status != DS_OK) return status;
   draw_uniforms(d, l, length);
-  status = d->sampling.verify(rules[d->sampling.rule], d->tree.n_nodes, d->vocab, laws,
-                              l->inner ? l->inner->laws : NULL, d->ids + length, d->tree.parents, d->uniforms,
-                              v->path, &v->n_accepted, &v->next);
+  status =
+      d->sampling.verify(ds_tree_rule(d), d->tree.n_nodes, d->vocab, laws, l->inner ? l->inner->laws : NULL,
+                         d->ids + length, d->tree.parents, d->uniforms, v->path, &v->n_accepted, &v->next);
   if (status >= 0) status = check_verdict(d, v);
   for (int32_t i = 0; status >= 0 && i < v->n_accepted; ++i)
     if (v->path[i] != i)
@@ -185,7 +182,8 @@ static int32_t keep_drafted(ds_decoder *d, const level *l, int32_t length, const
   return ds_tree_cache_keep(d, l->inner, length, v->path, v->n_accepted);
 }
 
-static void record_verdict(const ds_tree *tree, level *drafter, const verdict *v) {
+static void record_verdict(ds_decoder *d, level *drafter, const verdict *v) {
+  const ds_tree *tree = &d->tree;
   ds_level_stats *s = &drafter->stats;
   s->asked += 1;
   s->drafted += tree->n_nodes;
@@ -194,7 +192,9 @@ static void record_verdict(const ds_tree *tree, level *drafter, const verdict *v
     s->drafted_at[i] += 1;
     s->accepted_at[i] += i < v->n_accepted;
   }
-  if (ds_is_scheduled(drafter))
+  if (drafter->engine && drafter->tree == DS_SEQUOIA)
+    ds_sequoia_learn(&d->cache->sequoia, tree, v->path, v->n_accepted);
+  else if (ds_is_scheduled(drafter))
     ds_trust_learn(&drafter->trust, drafter->buckets, tree, v->path, v->n_accepted);
 }
 
@@ -237,7 +237,7 @@ static int32_t advance(ds_decoder *d, level *l, int32_t length, int32_t room, in
   int32_t emitted = cut_at_eos(d, length, v.n_accepted + 1);
   l->stats.rounds += 1;
   l->stats.discarded += v.n_accepted + 1 - emitted;
-  if (l->inner && room > 1) record_verdict(tree, l->inner, &v);
+  if (l->inner && room > 1) record_verdict(d, l->inner, &v);
   double spent = ds_pace_of_call(&l->pace, tree->n_nodes + 1) + (l->inner ? l->inner->clock - clock : 0);
   l->clock += spent;
   ds_pace_add(&l->pace, spent, emitted);
@@ -287,8 +287,8 @@ static int32_t draft_text(ds_decoder *d, level *l, int32_t length, int32_t count
 }
 
 /* The tree of a model. */
-static int32_t grow_tree(ds_decoder *d, level *l, int32_t length, int32_t count) {
-  int32_t drafted = ds_grow_tree(d, l, length, count);
+static int32_t model_tree(ds_decoder *d, level *l, int32_t length, int32_t count) {
+  int32_t drafted = (l->tree == DS_SEQUOIA ? ds_draw_tree : ds_grow_tree)(d, l, length, count);
   if (drafted < 0) return drafted;
   int32_t status = ds_tree_measure(&d->tree, drafted, count);
   return status == DS_OK ? drafted : status;
@@ -296,7 +296,7 @@ static int32_t grow_tree(ds_decoder *d, level *l, int32_t length, int32_t count)
 
 /* What is chosen, not sampled. */
 static int32_t propose_chosen(ds_decoder *d, level *l, int32_t length, int32_t count) {
-  int32_t drafted = (l->engine ? grow_tree : draft_text)(d, l, length, count);
+  int32_t drafted = (l->engine ? model_tree : draft_text)(d, l, length, count);
   if (drafted < 0) return drafted;
   for (int32_t i = 0; i < drafted; ++i)
     if (d->ids[length + i] < 0 || d->ids[length + i] >= d->vocab)
@@ -307,6 +307,13 @@ static int32_t propose_chosen(ds_decoder *d, level *l, int32_t length, int32_t c
   ds_tree_cut(&d->tree, ds_length_that_pays(&l->above->pace, &l->trust, l->buckets, &d->tree));
   ds_trust_note(&l->trust, d->tree.n_nodes);
   return DS_OK;
+}
+
+/* What has the shape that it was to have. */
+static int32_t propose_shaped(ds_decoder *d, level *l, int32_t length, int32_t count) {
+  int32_t drafted = model_tree(d, l, length, count);
+  if (drafted >= 0) ds_trust_note(&l->trust, drafted);
+  return drafted;
 }
 
 static int32_t propose_tokens(ds_decoder *d, level *l, int32_t length, int32_t count) {
@@ -326,10 +333,20 @@ static int32_t propose_tokens(ds_decoder *d, level *l, int32_t length, int32_t c
   return DS_OK;
 }
 
+static int32_t propose_as(ds_decoder *d, level *l, int32_t length, int32_t count) {
+  if (!l->engine) return propose_chosen(d, l, length, count);
+  switch (l->tree) {
+  case DS_TREE:
+  case DS_GRAPH: return propose_chosen(d, l, length, count);
+  case DS_SEQUOIA: return propose_shaped(d, l, length, count);
+  default: return propose_tokens(d, l, length, count);
+  }
+}
+
 /* Draft d->tree, at most `count` tokens deep, to follow the first `length` ones, and write them there. */
 static int32_t propose(ds_decoder *d, level *l, int32_t length, int32_t count) {
   double began = ds_now_ms();
-  int32_t status = (l->engine && !l->tree ? propose_tokens : propose_chosen)(d, l, length, count);
+  int32_t status = propose_as(d, l, length, count);
   l->stats.busy_ms += ds_now_ms() - began;
   return status;
 }

@@ -145,7 +145,7 @@ void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, const ds_tree *tree
 
 void ds_trust_note(ds_trust *trust, int32_t n_draft) { trust->idle = n_draft ? 0 : trust->idle + 1; }
 
-static bool explores(const ds_trust *trust) { return trust->idle >= IDLE_ROUNDS; }
+bool ds_explores(const ds_trust *trust) { return trust->idle >= IDLE_ROUNDS; }
 
 /* ---- Length -------------------------------------------------------------------------------------------- */
 
@@ -165,7 +165,7 @@ static bool steps_pay(const ds_pace *above, double step_ms, double reach, double
 
 bool ds_pays_to_go_on(const ds_pace *above, const ds_pace *own, const ds_trust *trust, const uint8_t *buckets,
                       int32_t n_draft, int32_t room) {
-  if (n_draft == 0 && explores(trust)) return true;
+  if (n_draft == 0 && ds_explores(trust)) return true;
   double reach = 1;
   for (int32_t i = 0; i < n_draft; ++i) reach *= ds_trust_in(trust, buckets[i]);
   return steps_pay(above, rate(own), reach, trust_in_next(trust), n_draft, room);
@@ -177,7 +177,7 @@ static double trust_in_places(const ds_trust *trust) {
 
 bool ds_pays_to_read(const ds_pace *above, const ds_trust *trust, double call_ms, double reach,
                      int32_t n_nodes, int32_t room) {
-  if (n_nodes == 0 && explores(trust)) return true;
+  if (n_nodes == 0 && ds_explores(trust)) return true;
   return steps_pay(above, call_ms, reach, trust_in_places(trust), n_nodes, room);
 }
 
@@ -194,7 +194,7 @@ int32_t ds_length_that_pays(const ds_pace *above, const ds_trust *trust, const u
     reach[i] = (parent < 0 ? 1 : reach[parent]) * ds_trust_in(trust, buckets[i]);
     gain += rate(above) * reach[i];
     double profit = gain - (ds_pace_of_call(above, i + 2) - ds_pace_of_call(above, 1));
-    if (profit > most || (i == 0 && explores(trust))) {
+    if (profit > most || (i == 0 && ds_explores(trust))) {
       most = profit;
       best = i + 1;
     }

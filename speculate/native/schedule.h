@@ -74,6 +74,9 @@ void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, const ds_tree *tree
 /* One round in which the level proposed n_draft tokens. */
 void ds_trust_note(ds_trust *trust, int32_t n_draft);
 
+/* Whether a drafter that does not pay is due to be tried. */
+bool ds_explores(const ds_trust *trust);
+
 /* Whether to go on drafting, at most `room` more behind those with the given buckets [n_draft]. */
 bool ds_pays_to_go_on(const ds_pace *above, const ds_pace *own, const ds_trust *trust, const uint8_t *buckets,
                       int32_t n_draft, int32_t room);

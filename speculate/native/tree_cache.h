@@ -5,6 +5,7 @@
 #define DRAFTSMITH_TREE_CACHE_H
 
 #include "decoder.h"
+#include "sequoia.h"
 
 enum { DS_TREE_ROWS = 2 * DS_MAX_DRAFT /* read for one proposal at most */ };
 
@@ -22,6 +23,7 @@ struct ds_tree_cache {
   int32_t rows[DS_MAX_DRAFT];                 /* of each node of the proposal, or -1: it was not read */
   ds_candidates candidates[DS_TREE_ROWS + 1]; /* behind the text, and behind each row */
   double *law;                                /* [vocab] to work in */
+  ds_sequoia sequoia;                         /* of DS_SEQUOIA */
 };
 
 /* How many rows may be read for a proposal behind the first `length` tokens. */

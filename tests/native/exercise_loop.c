@@ -78,7 +78,7 @@ static int32_t make_ladder(model models[4], ds_level levels[5], gardener *trees)
       levels[n].n_costs = DS_MAX_DRAFT + 1;
     }
     if (n == 0 && i > 0 && below(3)) { /* a model that drafts trees */
-      levels[n].tree = 1 + below(DS_GRAPH);
+      levels[n].tree = 1 + below(DS_SEQUOIA);
       levels[n].n_draft = 1 + below(DS_MAX_DRAFT);
     }
     ++n;

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..speculate.levels import TARGET
+from ..speculate.levels import TARGET, split_engine_tree
 
 
 def explain_candidates(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def _why(row: Mapping[str, Any], chosen: Mapping[str, Any], plan: Mapping[str, A
     calls, others = row["tokens_per_target_call"], chosen["tokens_per_target_call"]
     drafting, instead = (_drafting(one) for one in (row, chosen))
     agreement = plan.get("greedy_agreement", {})
-    outermost = row["ladder"][-1]
+    outermost = split_engine_tree(row["ladder"][-1])[0]
     doubt = (
         f" ({outermost} would choose {agreement[outermost]:.0%} of the target's tokens)"
         if outermost in agreement

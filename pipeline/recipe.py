@@ -8,7 +8,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..model.config import Dtype
-from ..speculate.levels import TARGET, is_drafter, lacks_trees, split_level
+from ..speculate.levels import (
+    ENGINE_TREES,
+    TARGET,
+    is_drafter,
+    lacks_trees,
+    list_models,
+    split_engine_tree,
+    split_level,
+)
 
 # What other tools call our keys. Old habits work in a recipe; the published schema has our names only.
 ALIASES = {
@@ -333,10 +341,10 @@ class Recipe(Section):
     def _check_names(self) -> "Recipe":
         for name, drafter in self.drafters.items():
             fits = re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", name)
-            if not fits or name in RESERVED or is_drafter(name):
+            if not fits or name in RESERVED or is_drafter(name) or split_engine_tree(name)[1]:
                 raise ValueError(
                     f"drafters.{name}: wanted a name of lower-case letters, digits, - and _ that is none of "
-                    f"{', '.join(RESERVED)}"
+                    f"{', '.join(RESERVED)} and does not end in {', '.join(ENGINE_TREES)}"
                 )
             if not (drafter.prune or drafter.quantize or drafter.skip_layers):
                 raise ValueError(
@@ -354,6 +362,9 @@ class Recipe(Section):
             for name in ladder[1:]:
                 if name not in self.drafters:
                     raise ValueError(f"speculate.ladder: {name} verifies nothing, so it can only come first")
+            models = list_models(ladder)
+            if len(set(models)) < len(models):
+                raise ValueError("speculate.ladder: a drafter is named twice")
         if isinstance(lengths, dict):
             _check_levels("speculate.num_speculative_tokens", lengths, self.drafters, free)
         return self
@@ -369,11 +380,11 @@ class Recipe(Section):
 
 def _check_levels(key: str, names: Iterable[str], models: Iterable[str], free: list[str]) -> None:
     for name in names:
-        if name in models:
+        if name in models or split_engine_tree(name)[0] in models:
             continue
         parts = split_level(name)
         for part in parts:
-            _check_level(key, part, [*free, *models] if name == part else free)
+            _check_level(key, part, [*free, *models] if len(parts) == 1 else free)
         if len(set(parts)) < len(parts):
             raise ValueError(f"{key}: {name} names a drafter twice")
         if problem := lacks_trees(name):

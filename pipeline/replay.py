@@ -22,7 +22,7 @@ from ..speculate.binding import ffi
 from ..speculate.costs import Costs
 from ..speculate.drafters import Drafter, Sources
 from ..speculate.ladder import Rung, build_ladder
-from ..speculate.levels import TARGET, is_drafter
+from ..speculate.levels import TARGET, list_models
 from ..speculate.plan import Work
 from ..speculate.settings import Sampling
 
@@ -235,7 +235,7 @@ def replay(
     rows = 1 + max(lengths[name] for name in ladder) if ladder else 1
     tables = None
     if costs and ladder:
-        timed = (name for name in [TARGET, *ladder] if not is_drafter(name))
+        timed = [TARGET, *list_models(ladder)]
         tables = {name: costs.spread(name, rows, num_prompt + count // 2) for name in timed}
     read = sources or Sources()
     drafters = TapeSources((), read.datastore, read.ngrams, known=known)
@@ -244,7 +244,7 @@ def replay(
     output = [token for tokens in iter(decoder.step, []) for token in tokens]
     assert output == text[num_prompt:].tolist(), "the loop left the target's own text"
     target_log = [call for call in engines[TARGET].log if call[1] >= num_prompt]
-    logs = {name: engines[name].log for name in ladder if not is_drafter(name)}
+    logs = {name: engines[name].log for name in list_models(ladder)}
     return Calls(len(target_log), {**logs, TARGET: target_log})
 
 
@@ -262,7 +262,7 @@ def predict(
     tokens = sum(len(recording.tokens) - 1 for recording in recordings)
     calls = sum(one.target_calls for one in replays)
     shares, work = {}, {}
-    for name in [*(name for name in ladder if not is_drafter(name)), TARGET]:
+    for name in [*list_models(ladder), TARGET]:
         log = [call for one in replays for call in one.calls[name]]
         shares[name] = float(costs.of(name, *np.array(log, int).reshape(-1, 2).T).sum()) / tokens
         behind = [

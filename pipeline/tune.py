@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from ..speculate.bundle import Bundle, load
 from ..speculate.costs import Costs
 from ..speculate.drafters import Sources
-from ..speculate.levels import JOINT, SUFFIX, TARGET, TREE, is_drafter, wants_tree
+from ..speculate.levels import JOINT, SUFFIX, TARGET, TREE, is_drafter, split_engine_tree, wants_tree
 from ..speculate.plan import Candidate, Plan
 from .call_costs import CostMeter
 from .compare import settle
@@ -201,11 +201,8 @@ def _list_ladders(free: Sequence[str], drafters: Sequence[str], costs: Costs) ->
 def _length_options(
     spec: Speculate, free: Sequence[str], drafters: Sequence[str]
 ) -> dict[str, Sequence[int]]:
-    named = [name for name in spec.ladder if is_drafter(name)] if isinstance(spec.ladder, list) else []
-    options: dict[str, Sequence[int]] = {
-        name: TREE_SIZES if wants_tree(name) else FREE_LENGTHS for name in [*free, *named]
-    }
-    options.update((name, ENGINE_LENGTHS) for name in drafters)
+    named = spec.ladder if isinstance(spec.ladder, list) else []
+    options: dict[str, Sequence[int]] = {name: _lengths_to_try(name) for name in [*free, *drafters, *named]}
     match spec.num_speculative_tokens:
         case "auto":
             return options
@@ -213,6 +210,12 @@ def _length_options(
             return dict.fromkeys(options, (length,))
         case lengths:
             return options | {name: (length,) for name, length in lengths.items()}
+
+
+def _lengths_to_try(level: str) -> Sequence[int]:
+    if is_drafter(level):
+        return TREE_SIZES if wants_tree(level) else FREE_LENGTHS
+    return TREE_SIZES if split_engine_tree(level)[1] else ENGINE_LENGTHS
 
 
 def _choose(

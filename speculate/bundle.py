@@ -26,7 +26,7 @@ from .ladder import (
     check_names,
     choose_ladder,
 )
-from .levels import TARGET
+from .levels import TARGET, list_models
 from .loop import PREFILL_ROWS, Decoder
 from .manifest import (
     CHAT_TEMPLATE,
@@ -391,7 +391,7 @@ class Bundle:
         planned = [
             Rung(name, counts.get(name, DEFAULT_NUM_SPECULATIVE_TOKENS))
             for name in best.ladder
-            if name not in engines or not engines[name].skips or self.devices[TARGET] == "cpu"
+            if self.devices[TARGET] == "cpu" or not any(engines[model].skips for model in list_models([name]))
         ]
         return choose_ladder(speculate, num_speculative_tokens, planned, engines)
 
@@ -404,7 +404,7 @@ class Bundle:
         return {name: costs.spread(name, num_rows, context) for name in engines if name in costs.milliseconds}
 
     def _engine_names(self, rungs: list[Rung]) -> list[str]:
-        return [TARGET, *(rung.name for rung in rungs if rung.name in self.manifest.engines)]
+        return [TARGET, *list_models(rung.name for rung in rungs)]
 
     def _check_room(self, prompt_tokens: int, max_new_tokens: int, rungs: list[Rung]) -> None:
         wanted = prompt_tokens + max_new_tokens

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from .errors import BundleError
+from .levels import split_engine_tree
 from .loop import Decoder
 from .stats import DraftStats, GenerationStats
 from .text import StopStrings, TextStream
@@ -128,7 +129,7 @@ def _collect(stats: GenerationStats, decoder: Decoder) -> None:
     stats.discarded = target.discarded
     stats.drafts = [_read_drafts(name, counters) for name, counters in drafters]
     stats.calls = {
-        level.name: counters.calls
+        split_engine_tree(level.name)[0]: counters.calls
         for level, (_, counters) in zip(decoder.levels, levels, strict=True)
         if level.engine
     }

@@ -9,7 +9,7 @@ from .binding import lib
 from .drafters import Drafter, Sources
 from .engine import Engine
 from .errors import BundleError
-from .levels import DRAFTERS, JOINT, TARGET, check_parts, is_drafter, wants_tree
+from .levels import DRAFTERS, JOINT, TARGET, TREE, check_parts, is_drafter, split_engine_tree, wants_tree
 from .loop import Decoder, Level
 
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
@@ -68,24 +68,34 @@ def choose_ladder(
 
 def check_names(names: list[str], engines: Iterable[str]) -> None:
     """Refuse a ladder with a name that is unknown, doubled or out of its place."""
-    known = [*DRAFTERS, *(name for name in engines if name != TARGET)]
+    models = [name for name in engines if name != TARGET]
+    known, used = [*DRAFTERS, *models], set()
     for i, name in enumerate(names):
+        engine, tree = split_engine_tree(str(name))
         if name == TARGET:
             raise BundleError(
                 f"ladder {names} names the target, which always comes last by itself: leave it out"
             )
         if is_drafter(name) or JOINT in str(name):
             check_parts(name)
-        elif name not in known:
-            near = get_close_matches(str(name), known, n=1, cutoff=0.0)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+        elif tree and is_drafter(engine):
+            raise BundleError(f"ladder {names}: only models draft {tree}; take {engine}{TREE}")
+        elif engine not in models:
+            near = get_close_matches(engine, known, n=1, cutoff=0.0)
+            hint = f"; did you mean {near[0] + tree!r}?" if near else ""
             raise BundleError(
                 f"ladder {names}: this bundle has no drafter {name!r}, only {', '.join(known)}{hint}"
             )
-        if name in names[:i]:
-            raise BundleError(f"ladder {names} names {name!r} twice")
+        if engine in used:
+            raise BundleError(f"ladder {names} names {engine!r} twice")
+        used.add(engine)
         if is_drafter(name) and i > 0:
             raise BundleError(f"ladder {names}: {name} needs no drafter, so it comes first")
+        if tree and i > 0:
+            raise BundleError(
+                f"ladder {names}: {name} drafts its tree from the text alone, so it comes first; to let it "
+                f"verify {names[i - 1]}, name it {engine}"
+            )
 
 
 def build_ladder(
@@ -104,8 +114,11 @@ def build_ladder(
     def level(rung: Rung) -> Level:
         if is_drafter(rung.name):
             drafter = open_drafter(rung.name, target.vocab_size)
-            length, tree = rung.num_speculative_tokens, wants_tree(rung.name)
-            return Level(rung.name, None, length, drafter=drafter, tree=tree)
-        return Level(rung.name, open_engine(rung.name), rung.num_speculative_tokens, known.get(rung.name))
+            tree = TREE if wants_tree(rung.name) else ""
+            return Level(rung.name, None, rung.num_speculative_tokens, drafter=drafter, tree=tree)
+        engine, tree = split_engine_tree(rung.name)
+        return Level(
+            rung.name, open_engine(engine), rung.num_speculative_tokens, known.get(engine), tree=tree
+        )
 
     return Decoder([*map(level, rungs), Level(TARGET, target, costs=known.get(TARGET))])

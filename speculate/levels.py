@@ -1,7 +1,9 @@
-"""What the levels of a ladder are called: target, drafters that are no models, hybrids of them, and trees.
+"""What the levels of a ladder are called: target, models, drafters that are none, hybrids of them, and trees.
 
 Names only, so that a recipe can be checked without the native library.
 """
+
+from collections.abc import Iterable
 
 from .errors import BundleError
 
@@ -22,6 +24,20 @@ CHAINS_ONLY = ("history", "rest")  # alone; in a hybrid they add chains to its t
 
 JOINT = "+"  # between drafters that are one level
 TREE = "-tree"  # behind a level that is to propose trees
+
+# What may stand behind the name of a level that is a model, and the tree that it then drafts.
+ENGINE_TREES = {
+    TREE: "the likeliest prefixes (SpecExec, arXiv 2406.02532)",
+    "-graph": "the same, where what follows two tokens is read once (GSD, arXiv 2407.16207)",
+    "-sequoia": "the shape that is worth most, filled with draws (Sequoia, arXiv 2402.12374)",
+}
+
+
+def split_engine_tree(name: str) -> tuple[str, str]:
+    """The engine of a level that is a model and the tree that it drafts: "int8-graph" is int8 and "-graph",
+    "int8" alone drafts chains, which is ""."""
+    tree = next((tree for tree in ENGINE_TREES if name.endswith(tree)), "")
+    return name.removesuffix(tree), tree
 
 
 def split_level(name: str) -> list[str]:
@@ -44,6 +60,11 @@ def lacks_trees(name: str) -> str:
 def is_drafter(name: object) -> bool:
     """Whether a level is made of drafters that are no models. It may only be the first of a ladder."""
     return isinstance(name, str) and all(part in DRAFTERS for part in split_level(name))
+
+
+def list_models(ladder: Iterable[str]) -> list[str]:
+    """The engines of the levels that are models, in their order."""
+    return [split_engine_tree(name)[0] for name in ladder if not is_drafter(name)]
 
 
 def check_parts(name: str) -> None:

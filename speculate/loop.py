@@ -11,10 +11,17 @@ from .binding import check, ffi, lib
 from .drafters import Drafter
 from .engine import Decision, DeviceEngine, Engine, GuestEngine, MovingEngine
 from .errors import BundleError
+from .levels import TREE
 from .onnx_engine import OnnxEngine
 from .settings import Sampling
 from .verify import RULES
 
+BRANCHING: dict[str, int] = {
+    "": lib.DS_CHAIN,
+    TREE: lib.DS_TREE,
+    "-graph": lib.DS_GRAPH,
+    "-sequoia": lib.DS_SEQUOIA,
+}
 PREFILL_ROWS: int = lib.DS_PREFILL_ROWS  # rows of one call while reading a prompt
 
 
@@ -29,7 +36,7 @@ class Level:
         None  # [r]: milliseconds of a call with r + 1 rows; None: lengths are fixed
     )
     drafter: Drafter | None = None
-    tree: bool = False  # whether the drafter proposes trees, if it knows how to
+    tree: str = ""  # the tree that it proposes, if it knows how to: TREE, of an engine one of ENGINE_TREES
 
 
 class EngineCalls:
@@ -184,7 +191,7 @@ class Decoder:
                     "n_costs": 0 if level.costs is None else len(level.costs),
                     "costs": cost,
                     "drafter": level.drafter.handle if level.drafter else ffi.NULL,
-                    "tree": level.tree,
+                    "tree": BRANCHING[level.tree],
                 }
                 for level, cost in zip(self.levels, costs, strict=True)
             ],

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .costs import Costs
-from .levels import TARGET, is_drafter
+from .levels import TARGET, list_models
 
 
 class Work(BaseModel):
@@ -75,7 +75,7 @@ class Plan(BaseModel):
             for name in choice.work:
                 if name not in timed:
                     raise ValueError(f"choices need the costs of {name}")
-            models = {TARGET, *(name for name in choice.ladder if not is_drafter(name))}
+            models = {TARGET, *list_models(choice.ladder)}
             if models != choice.work.keys():
                 raise ValueError(f"a choice needs the work of {', '.join(sorted(models))}")
         return self

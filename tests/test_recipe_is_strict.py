@@ -249,11 +249,19 @@ def test_no_drafter_of_a_recipe_has_the_name_of_one_that_is_no_model():
     assert DRAFTERS.keys() <= set(RESERVED)
 
 
-def test_a_compressed_copy_may_be_called_a_tree_unless_that_is_a_drafter_of_trees(load):
-    recipe = RECIPE.replace("sparse8", "big-tree")
-    assert load(recipe, "speculate.ladder=[suffix, big-tree]").speculate.ladder == ["suffix", "big-tree"]
-    message = refusal(load, RECIPE.replace("sparse8", "suffix-tree"))
-    assert "drafters.suffix-tree: wanted a name" in message
+@pytest.mark.parametrize("name", ["suffix-tree", "big-tree", "big-graph"])
+def test_a_compressed_copy_is_not_called_what_its_tree_would_be(load, name):
+    message = refusal(load, RECIPE.replace("sparse8", name))
+    assert f"drafters.{name}: wanted a name" in message and "does not end in -tree" in message
+
+
+def test_a_ladder_may_begin_with_the_tree_of_a_model(load):
+    for ladder in (["sparse8-tree"], ["sparse8-graph", "int8"]):
+        assert load(RECIPE, f"speculate.ladder=[{', '.join(ladder)}]").speculate.ladder == ladder
+    load(RECIPE, "speculate.ladder=[int8-tree]", "speculate.num_speculative_tokens.int8-tree=16")
+    assert "int8-tree verifies nothing" in refusal(load, RECIPE, "speculate.ladder=[suffix, int8-tree]")
+    assert "a drafter is named twice" in refusal(load, RECIPE, "speculate.ladder=[int8-tree, int8]")
+    assert "no drafter is called int9; did you mean" in refusal(load, RECIPE, "speculate.ladder=[int9-tree]")
 
 
 def test_what_a_ladder_drafts_from_is_asked_for(load):

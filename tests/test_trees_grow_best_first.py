@@ -209,7 +209,10 @@ def test_merged_drafters_keep_the_likeliest_of_what_all_propose():
         ("suffix+suffix", "names a drafter twice"),
         ("suffix+int8", "'int8' is no drafter"),
         ("suffix-tree+recycling", "'suffix-tree' is no drafter"),
-        ("int8-tree", "no drafter 'int8-tree'"),
+        ("int8-tree", None),
+        ("int4-tree", "no drafter 'int4-tree'"),
+        ("suffix-graph", "only models draft -graph; take suffix-tree"),
+        ("suffix+int8-tree", "'int8' is no drafter"),
         ("suffix+", "'' is no drafter"),
     ],
 )

@@ -105,6 +105,13 @@ def test_lengths_that_the_recipe_names_are_kept(tune_with):
     assert plan["why"].startswith("Named by the recipe")
 
 
+@pytest.mark.parametrize("ladder", [["int8-tree"], ["int8-sequoia"], ["int8-graph", "tiny"]], ids=",".join)
+def test_a_recipe_may_name_the_trees_of_models(tune_with, ladder):
+    plan = tune_with(Speculate(ladder=ladder), target=15.0, int8=3.0, tiny=9.0)
+    assert plan["ladder"] == ladder and plan["num_speculative_tokens"].keys() == set(ladder)
+    assert plan["choices"][0]["work"].keys() == {"target", "int8", *ladder[1:]}
+
+
 def test_the_verb_writes_a_whole_bundle_again(tmp_path, monkeypatch, capsys):
     from draftsmith.pipeline import retune
 

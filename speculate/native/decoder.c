@@ -2,6 +2,7 @@
 #include "decoder.h"
 #include "arguments.h"
 #include "laws.h"
+#include "tree_cache.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -46,9 +47,13 @@ static int32_t check_levels(const ds_level *levels, int32_t n_levels) {
       return ds_fail(DS_ERROR_ARGUMENT, "level %d has an engine and a drafter; one of them is wanted", i);
     if (l->drafter && (!l->drafter->begin || !l->drafter->append || !l->drafter->draft))
       return ds_fail(DS_ERROR_ARGUMENT, "the drafter of level %d has no functions", i);
-    if (l->tree && l->engine)
+    if (l->tree && l->engine && (i > 0 || is_target))
       return ds_fail(DS_ERROR_ARGUMENT,
-                     "level %d proposes trees but has an engine; only drafters without one do", i);
+                     "level %d is a model that drafts trees: it has no drafter of its own, so it comes first",
+                     i);
+    if (l->tree < DS_CHAIN || l->tree > (l->engine ? DS_SEQUOIA : DS_TREE))
+      return ds_fail(DS_ERROR_ARGUMENT, "level %d: tree is %d, none of ds_branching%s", i, l->tree,
+                     l->engine ? "" : " for drafters without an engine");
     if (is_target ? l->n_draft != 0 : l->n_draft < 1 || l->n_draft > DS_MAX_DRAFT)
       return ds_fail(DS_ERROR_ARGUMENT, "level %d drafts %d tokens; 1 to %d are wanted, of the target 0", i,
                      l->n_draft, DS_MAX_DRAFT);
@@ -83,7 +88,7 @@ ds_decoder *ds_decoder_create(const ds_level *levels, int32_t n_levels) {
     l->inner = i > 0 ? l - 1 : NULL;
     l->above = i + 1 < n_levels ? l + 1 : NULL;
     l->n_draft = levels[i].n_draft;
-    l->tree = levels[i].tree && l->drafter->draft_tree;
+    l->tree = l->engine || l->drafter->draft_tree ? levels[i].tree : DS_CHAIN;
     l->stream = (uint64_t)i + 1;
     if (!levels[i].costs) continue;
     size_t size = (size_t)levels[i].n_costs * sizeof(double);
@@ -96,6 +101,11 @@ ds_decoder *ds_decoder_create(const ds_level *levels, int32_t n_levels) {
     memcpy(costs, levels[i].costs, size);
     l->pace.costs = costs;
     l->pace.n_costs = levels[i].n_costs;
+  }
+  if (d->levels[0].engine && d->levels[0].tree && !(d->cache = calloc(1, sizeof *d->cache))) {
+    ds_fail(DS_ERROR_MEMORY, "no memory to draft trees");
+    ds_decoder_free(d);
+    return NULL;
   }
   return d;
 }
@@ -110,6 +120,8 @@ static void release(ds_decoder *d) {
   free(d->scratch);
   free(d->positions);
   free(d->mask);
+  if (d->cache) free(d->cache->law);
+  if (d->cache) d->cache->law = NULL;
   d->ids = d->eos = NULL;
   d->scratch = NULL;
   d->positions = NULL;
@@ -123,6 +135,7 @@ void ds_decoder_free(ds_decoder *d) {
     free((void *)d->levels[i].pace.costs);
     if (d->levels[i].owned) ds_drafter_close(d->levels[i].drafter);
   }
+  free(d->cache);
   free(d);
 }
 
@@ -152,16 +165,18 @@ static int32_t check_room(const ds_decoder *d, int32_t n_prompt, int32_t max_new
   return DS_OK;
 }
 
-/* Slots of a level for a sequence of n_tokens: a verifier of trees has room for one behind it, as far as its cache
- * goes. */
+/* Slots of a level for a sequence of n_tokens: who verifies trees, or drafts them, has room for one behind it, as far as
+ * the cache goes. */
 static int32_t count_slots(const level *l, int32_t n_tokens) {
-  int32_t most = l->engine->max_seq_len,
-          wanted = n_tokens + (l->inner && l->inner->tree ? l->inner->n_draft : 0);
+  int32_t most = l->engine->max_seq_len, wanted = n_tokens;
+  if (l->tree) wanted += DS_TREE_ROWS;
+  if (l->inner && l->inner->tree) wanted += l->inner->n_draft;
   return wanted < most ? wanted : most;
 }
 
 /* Room in a level's cache for itself and its guests; a guest has none of its own. */
-static int32_t reserve(const ds_decoder *d, const level *l, int32_t n_tokens) {
+static int32_t reserve(const ds_decoder *d, level *l, int32_t n_tokens) {
+  l->n_slots = count_slots(l, n_tokens);
   if (l->engine->host) return DS_OK;
   int32_t n_slots = 0;
   for (int32_t i = 0; i < d->n_levels; ++i) {
@@ -182,17 +197,23 @@ static int32_t allocate(ds_decoder *d, int32_t n_tokens, int32_t n_eos) {
   d->eos = malloc((size_t)(n_eos ? n_eos : 1) * sizeof *d->eos);
   complete = d->ids && d->eos;
   if (d->levels[0].tree && complete) {
+    int32_t n_slots =
+        d->cache ? count_slots(&d->levels[0], n_tokens) : 0; /* that a row of the mask may have */
+    if (n_slots < d->n_slots) n_slots = d->n_slots;
     d->positions = malloc(DS_MOST_ROWS * sizeof *d->positions);
-    d->mask = malloc((size_t)DS_MOST_ROWS * (size_t)d->n_slots);
+    d->mask = malloc((size_t)DS_MOST_ROWS * (size_t)n_slots);
     complete = d->positions && d->mask;
   }
-  if (!ds_is_greedy(d)) complete = complete && (d->scratch = malloc(ds_laws_scratch_size(d->vocab)));
+  if (d->cache) complete = complete && (d->cache->law = malloc((size_t)d->vocab * sizeof *d->cache->law));
+  if (!ds_is_greedy(d) || d->cache)
+    complete = complete && (d->scratch = malloc(ds_laws_scratch_size(d->vocab)));
   for (int32_t i = 0; i < d->n_levels && complete; ++i) {
     level *l = &d->levels[i];
     /* A drafter has laws for its longest proposal; the target for its drafter's and the token after it. */
     int32_t rows = l->above ? l->n_draft : l->inner ? l->inner->n_draft + 1 : 1;
     if (l->above && l->inner && l->inner->tree) rows += l->inner->n_draft;
-    if (l->engine && !ds_is_greedy(d) && !d->on_device)
+    bool chosen = l->tree && (l->tree != DS_SEQUOIA || d->sampling.rule == DS_RULE_EXACT);
+    if (l->engine && !chosen && !ds_is_greedy(d) && !d->on_device)
       complete = !!(l->laws = malloc((size_t)rows * (size_t)d->vocab * sizeof *l->laws));
   }
   return complete ? DS_OK : ds_fail(DS_ERROR_MEMORY, "no memory to decode %d tokens", n_tokens);
@@ -240,6 +261,7 @@ int32_t ds_decoder_begin(ds_decoder *d, const ds_sampling *sampling, const int32
   for (int32_t i = 0; i < d->n_levels && status == DS_OK; ++i) {
     level *l = &d->levels[i];
     reset(l);
+    if (l->engine && l->tree) ds_sequoia_reset(&d->cache->sequoia);
     status = l->engine ? reserve(d, l, n_prompt + max_new_tokens)
                        : l->drafter->begin(l->drafter, n_prompt + max_new_tokens);
     if (status > 0) status = DS_OK;

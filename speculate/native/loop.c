@@ -17,9 +17,10 @@
  * them, over one another's. So nesting is cheap: an accepted draft is already where it belongs, and a verdict
  * is one token written at the place of the first rejected one.
  *
- * A drafter without an engine may propose a tree. Its nodes lie in the array, and in the cache of the level that
- * reads them, in their order; once there is a verdict, the path that stands moves together, and from there on all
- * is as with a chain. Such a tree is chosen, not sampled, whatever its shape.
+ * The first level may propose a tree. Its nodes lie in the array, and in the cache of the level that reads them, in
+ * their order; once there is a verdict, the path that stands moves together, and from there on all is as with a
+ * chain. The tree of a drafter without an engine is chosen, not sampled, whatever its shape; so is that of
+ * engine_tree.c. That of drawn_tree.c is sampled: its shape is fixed beforehand, and it is not cut.
  *
  * A guest (engine.h) drafts in the cache of its host, a level above it. The host reads again whatever follows
  * the tokens that it kept, and a guest writes nowhere else, so no draft's rows are left when the host reads them.
@@ -30,60 +31,14 @@
  * drafted; and a drafter that draws with its verifier's uniform guesses its token far more often than with
  * one of its own (arXiv 2408.07978).
  */
-#define _POSIX_C_SOURCE 200809L /* clock_gettime */
 #include "decoder.h"
 #include "error.h"
-#include "laws.h"
+#include "tree_cache.h"
 
 #include <stddef.h>
 #include <string.h>
-#include <time.h>
 
 enum { BY_POSITION = 0 /* the stream of DS_RULE_EXACT, shared by all levels; level i has stream i + 1 */ };
-
-static double now_ms(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
-}
-
-/* ---- Reading ------------------------------------------------------------------------------------------- */
-
-/* `length`: where the proposal begins, if these rows reach it; its nodes then are the last rows. */
-static int32_t forward(ds_decoder *d, level *l, int32_t n_rows, int32_t length, int32_t n_logits,
-                       const float **logits) {
-  const int32_t *ids = d->ids + l->kept;
-  if (l->engine->vocab < d->vocab) {
-    /* An id of the target's padding may be unknown to a drafter with less of it; any other will do there. */
-    for (int32_t i = 0; i < n_rows; ++i)
-      d->shown[i] = ids[i] < l->engine->vocab ? ids[i] : l->engine->vocab - 1;
-    ids = d->shown;
-  }
-  bool branches = l->kept + n_rows > length && !d->tree.is_chain;
-  if (branches) ds_tree_lay_out(&d->tree, l->kept, length, d->positions, d->mask);
-  if (logits) *logits = NULL;
-  int32_t status = l->engine->forward(l->engine, n_rows, ids, l->kept, branches ? d->positions : NULL,
-                                      branches ? d->mask : NULL, n_logits, logits);
-  if (status < 0) return status;
-  if (logits && !*logits) return ds_fail(DS_ERROR_ENGINE, "an engine gave no logits");
-  l->kept += n_rows;
-  l->stats.calls += 1;
-  l->stats.rows += n_rows;
-  return DS_OK;
-}
-
-/* Bring the cache up to the proposal behind the first `length` tokens; the logits before it and after each of its
- * nodes, or NULL for those to stay on the device. */
-static int32_t read_proposal(ds_decoder *d, level *l, int32_t length, const float **logits) {
-  double began = now_ms();
-  int first = l->kept == 0;
-  int32_t status = DS_OK, end = length + d->tree.n_nodes, n_logits = d->tree.n_nodes + 1;
-  while (status == DS_OK && end - l->kept >= DS_PREFILL_ROWS + n_logits)
-    status = forward(d, l, DS_PREFILL_ROWS, length, 1, logits);
-  if (status == DS_OK) status = forward(d, l, end - l->kept, length, n_logits, logits);
-  *(first ? &l->stats.prefill_ms : &l->stats.forward_ms) += now_ms() - began;
-  return status;
-}
 
 /* ---- Verdicts ------------------------------------------------------------------------------------------ */
 
@@ -91,12 +46,6 @@ typedef struct {
   int32_t n_accepted, path[DS_MAX_DRAFT]; /* nodes of the proposal, one behind the other */
   int32_t next;                           /* the token behind them */
 } verdict;
-
-/* Engines of one tokenizer may differ in how far they pad the vocabulary. Padding ids of a drafter are cut
- * off, ids that only the verifier has get no mass from the drafter. Both leave the verifier's law as it is. */
-static int32_t shared_vocab(const ds_decoder *d, const level *l) {
-  return l->engine->vocab < d->vocab ? l->engine->vocab : d->vocab;
-}
 
 /* The first child of `node` that is `token`, or -1. */
 static int32_t find_child(const ds_decoder *d, int32_t length, int32_t node, int32_t token) {
@@ -109,27 +58,14 @@ static int32_t decide_greedily(const ds_decoder *d, const level *l, const float 
                                verdict *v) {
   v->n_accepted = 0;
   for (int32_t node = -1;;) {
-    v->next = ds_argmax(logits + (size_t)(node + 1) * (size_t)l->engine->vocab, shared_vocab(d, l));
+    v->next = ds_argmax(logits + (size_t)(node + 1) * (size_t)l->engine->vocab, ds_shared_vocab(d, l));
     if (v->next < 0) return v->next;
     if ((node = find_child(d, length, node, v->next)) < 0) return DS_OK;
     v->path[v->n_accepted++] = node;
   }
 }
 
-static int32_t write_laws(ds_decoder *d, const level *l, const float *logits, int32_t n_rows, double *laws) {
-  const ds_sampling *s = &d->sampling;
-  int32_t known = shared_vocab(d, l), status = DS_OK;
-  for (int32_t r = 0; r < n_rows && status == DS_OK; ++r) {
-    double *law = laws + (size_t)r * (size_t)d->vocab;
-    status = ds_write_laws(logits + (size_t)r * (size_t)l->engine->vocab, 1, known, s->temperature, s->top_k,
-                           s->top_p, d->scratch, law);
-    memset(law + known, 0, (size_t)(d->vocab - known) * sizeof *law);
-  }
-  return status;
-}
-
-/* Where in which stream the next n uniforms stand. */
-static uint64_t take_uniforms(const ds_decoder *d, level *l, int32_t position, int32_t n, uint64_t *counter) {
+uint64_t ds_take_uniforms(const ds_decoder *d, level *l, int32_t position, int32_t n, uint64_t *counter) {
   if (d->sampling.rule == DS_RULE_EXACT) {
     *counter = (uint64_t)position;
     return BY_POSITION;
@@ -144,7 +80,7 @@ static void draw_uniforms(ds_decoder *d, level *l, int32_t length) {
   bool by_position = d->sampling.rule == DS_RULE_EXACT; /* one for each place that a token could take */
   int32_t n = d->tree.n_nodes, count = by_position ? ds_tree_count_levels(&d->tree) + 1 : n + 2;
   double at[DS_MAX_DRAFT + 1];
-  uint64_t counter, stream = take_uniforms(d, l, length, count, &counter);
+  uint64_t counter, stream = ds_take_uniforms(d, l, length, count, &counter);
   ds_uniforms(d->sampling.seed, stream, counter, count, by_position ? at : d->uniforms);
   if (!by_position) return;
   d->uniforms[0] = at[0];
@@ -177,7 +113,7 @@ static int32_t decide_on_device(ds_decoder *d, level *l, int32_t length, int32_t
                           .draft = d->ids + length,
                           .drafter = l->inner && !ds_is_greedy(d) ? l->inner->engine : NULL,
                           .row = row};
-  if (!ds_is_greedy(d)) decision.stream = take_uniforms(d, l, length, count + 2, &decision.counter);
+  if (!ds_is_greedy(d)) decision.stream = ds_take_uniforms(d, l, length, count + 2, &decision.counter);
   int32_t status = l->engine->decide(l->engine, &decision, &v->n_accepted, &v->next);
   for (int32_t i = 0; i < count; ++i) v->path[i] = i;
   return status < 0 ? status : check_verdict(d, v);
@@ -189,16 +125,14 @@ static int32_t decide_on_device(ds_decoder *d, level *l, int32_t length, int32_t
 static int32_t decide(ds_decoder *d, level *l, const float *logits, int32_t length, int32_t row, verdict *v) {
   if (d->on_device) return decide_on_device(d, l, length, row, v);
   if (ds_is_greedy(d)) return decide_greedily(d, l, logits, length, v);
-  static const int32_t rules[] = {
-      [DS_RULE_TOKEN] = DS_RULE_RRS, [DS_RULE_BLOCK] = DS_RULE_TRAVERSAL, [DS_RULE_EXACT] = DS_RULE_EXACT};
   size_t size = (size_t)d->vocab;
   double *laws = l->laws + (size_t)row * size;
-  int32_t status = write_laws(d, l, logits, d->tree.n_nodes + 1, laws);
+  int32_t status = ds_write_laws_of(d, l, logits, d->tree.n_nodes + 1, laws);
   if (status != DS_OK) return status;
   draw_uniforms(d, l, length);
-  status = d->sampling.verify(rules[d->sampling.rule], d->tree.n_nodes, d->vocab, laws,
-                              l->inner ? l->inner->laws : NULL, d->ids + length, d->tree.parents, d->uniforms,
-                              v->path, &v->n_accepted, &v->next);
+  status =
+      d->sampling.verify(ds_tree_rule(d), d->tree.n_nodes, d->vocab, laws, l->inner ? l->inner->laws : NULL,
+                         d->ids + length, d->tree.parents, d->uniforms, v->path, &v->n_accepted, &v->next);
   if (status >= 0) status = check_verdict(d, v);
   for (int32_t i = 0; status >= 0 && i < v->n_accepted; ++i)
     if (v->path[i] != i)
@@ -206,16 +140,10 @@ static int32_t decide(ds_decoder *d, level *l, const float *logits, int32_t leng
   return status < 0 ? status : DS_OK;
 }
 
-static int is_eos(const ds_decoder *d, int32_t token) {
-  for (int32_t e = 0; e < d->n_eos; ++e)
-    if (token == d->eos[e]) return 1;
-  return 0;
-}
-
 /* How many of the `count` tokens from `start` remain if nothing may follow an end-of-text token. */
 static int32_t cut_at_eos(const ds_decoder *d, int32_t start, int32_t count) {
   for (int32_t i = 0; i < count; ++i)
-    if (is_eos(d, d->ids[start + i])) return i + 1;
+    if (ds_ends_text(d, d->ids[start + i])) return i + 1;
   return count;
 }
 
@@ -245,12 +173,17 @@ static int32_t keep_path(ds_decoder *d, level *l, int32_t length, const verdict 
   return DS_OK;
 }
 
-/* Whether l's drafts end where they stop to pay. */
-static int is_scheduled(const level *l) {
-  return l->above && l->above->pace.costs && (!l->engine || l->pace.costs);
+/* Whether l verifies trees that a model drafts. */
+static int reads_trees(const level *l) { return l->inner && l->inner->engine && l->inner->tree; }
+
+/* The same for what its drafter read of them; of a guest the rows are overwritten. */
+static int32_t keep_drafted(ds_decoder *d, const level *l, int32_t length, const verdict *v) {
+  if (l->inner->engine->host == l->engine) return DS_OK;
+  return ds_tree_cache_keep(d, l->inner, length, v->path, v->n_accepted);
 }
 
-static void record_verdict(const ds_tree *tree, level *drafter, const verdict *v) {
+static void record_verdict(ds_decoder *d, level *drafter, const verdict *v) {
+  const ds_tree *tree = &d->tree;
   ds_level_stats *s = &drafter->stats;
   s->asked += 1;
   s->drafted += tree->n_nodes;
@@ -259,7 +192,10 @@ static void record_verdict(const ds_tree *tree, level *drafter, const verdict *v
     s->drafted_at[i] += 1;
     s->accepted_at[i] += i < v->n_accepted;
   }
-  if (is_scheduled(drafter)) ds_trust_learn(&drafter->trust, drafter->buckets, tree, v->path, v->n_accepted);
+  if (drafter->engine && drafter->tree == DS_SEQUOIA)
+    ds_sequoia_learn(&d->cache->sequoia, tree, v->path, v->n_accepted);
+  else if (ds_is_scheduled(drafter))
+    ds_trust_learn(&drafter->trust, drafter->buckets, tree, v->path, v->n_accepted);
 }
 
 static int32_t propose(ds_decoder *d, level *l, int32_t length, int32_t count);
@@ -272,39 +208,40 @@ static int32_t advance(ds_decoder *d, level *l, int32_t length, int32_t room, in
   if (l->inner && room > 1)
     status = propose(d, l->inner, length, l->inner->n_draft < room ? l->inner->n_draft : room - 1);
   const float *logits = NULL;
-  if (status >= 0) status = read_proposal(d, l, length, d->on_device ? NULL : &logits);
+  if (status >= 0) status = ds_read_proposal(d, l, length, d->on_device ? NULL : &logits);
   if (status < 0) return status;
 
   const ds_tree *tree = &d->tree;
-  double began = now_ms();
+  double began = ds_now_ms();
   if (l->inner && l->inner->drafter && l->inner->drafter->observe) {
     status = l->inner->drafter->observe(l->inner->drafter, d->ids + length - 1, tree->parents,
                                         tree->n_nodes + 1, logits, l->engine->vocab);
     if (status < 0) return status;
-    double spent = now_ms() - began;
+    double spent = ds_now_ms() - began;
     l->inner->stats.busy_ms += spent;
     began += spent;
   }
   verdict v;
   status = decide(d, l, logits, length, row, &v);
   if (status == DS_OK) status = keep_path(d, l, length, &v);
+  if (status == DS_OK && reads_trees(l)) status = keep_drafted(d, l, length, &v);
   if (status < 0) return status;
-  if (is_scheduled(l))
+  if (ds_is_scheduled(l))
     for (int32_t i = 0; i <= v.n_accepted; ++i) {
       int32_t before = i > 0 ? v.path[i - 1] + 1 : 0;
       l->buckets[row + i] =
-          ds_bucket_of_law(logits + (size_t)before * (size_t)l->engine->vocab, shared_vocab(d, l));
+          ds_bucket_of_law(logits + (size_t)before * (size_t)l->engine->vocab, ds_shared_vocab(d, l));
     }
   d->ids[length + v.n_accepted] = v.next;
   roll_back(l, length + v.n_accepted);
   int32_t emitted = cut_at_eos(d, length, v.n_accepted + 1);
   l->stats.rounds += 1;
   l->stats.discarded += v.n_accepted + 1 - emitted;
-  if (l->inner && room > 1) record_verdict(tree, l->inner, &v);
+  if (l->inner && room > 1) record_verdict(d, l->inner, &v);
   double spent = ds_pace_of_call(&l->pace, tree->n_nodes + 1) + (l->inner ? l->inner->clock - clock : 0);
   l->clock += spent;
   ds_pace_add(&l->pace, spent, emitted);
-  l->stats.decide_ms += now_ms() - began;
+  l->stats.decide_ms += ds_now_ms() - began;
   return emitted;
 }
 
@@ -343,30 +280,50 @@ static int32_t tell(ds_decoder *d, level *l) {
 }
 
 /* What needs no model. */
-static int32_t propose_text(ds_decoder *d, level *l, int32_t length, int32_t count) {
+static int32_t draft_text(ds_decoder *d, level *l, int32_t length, int32_t count) {
   int32_t status = tell(d, l);
   if (status < 0) return status;
-  int32_t drafted = (l->tree ? draft_tree : draft_chain)(d, l, length, count);
-  if (drafted <= 0) return drafted;
+  return (l->tree ? draft_tree : draft_chain)(d, l, length, count);
+}
+
+/* The tree of a model. */
+static int32_t model_tree(ds_decoder *d, level *l, int32_t length, int32_t count) {
+  int32_t drafted = (l->tree == DS_SEQUOIA ? ds_draw_tree : ds_grow_tree)(d, l, length, count);
+  if (drafted < 0) return drafted;
+  int32_t status = ds_tree_measure(&d->tree, drafted, count);
+  return status == DS_OK ? drafted : status;
+}
+
+/* What is chosen, not sampled. */
+static int32_t propose_chosen(ds_decoder *d, level *l, int32_t length, int32_t count) {
+  int32_t drafted = (l->engine ? model_tree : draft_text)(d, l, length, count);
+  if (drafted < 0) return drafted;
   for (int32_t i = 0; i < drafted; ++i)
     if (d->ids[length + i] < 0 || d->ids[length + i] >= d->vocab)
       return ds_fail(DS_ERROR_ARGUMENT, "a drafter proposes token %d, outside the vocabulary of %d",
                      d->ids[length + i], d->vocab);
   if (d->tree.is_chain) ds_tree_cut(&d->tree, cut_at_eos(d, length, drafted));
-  if (!is_scheduled(l)) return DS_OK;
+  if (!ds_is_scheduled(l)) return DS_OK;
   ds_tree_cut(&d->tree, ds_length_that_pays(&l->above->pace, &l->trust, l->buckets, &d->tree));
   ds_trust_note(&l->trust, d->tree.n_nodes);
   return DS_OK;
 }
 
+/* What has the shape that it was to have. */
+static int32_t propose_shaped(ds_decoder *d, level *l, int32_t length, int32_t count) {
+  int32_t drafted = model_tree(d, l, length, count);
+  if (drafted >= 0) ds_trust_note(&l->trust, drafted);
+  return drafted;
+}
+
 static int32_t propose_tokens(ds_decoder *d, level *l, int32_t length, int32_t count) {
-  int32_t have = 0, scheduled = is_scheduled(l);
+  int32_t have = 0, scheduled = ds_is_scheduled(l);
   while (have < count && (!scheduled || ds_pays_to_go_on(&l->above->pace, &l->pace, &l->trust, l->buckets,
                                                          have, count - have))) {
     int32_t written = advance(d, l, length + have, count - have, have);
     if (written < 0) return written;
     have += written;
-    if (is_eos(d, d->ids[length + have - 1])) break;
+    if (ds_ends_text(d, d->ids[length + have - 1])) break;
   }
   ds_tree_make_chain(&d->tree, have);
   if (!scheduled) return DS_OK;
@@ -376,11 +333,21 @@ static int32_t propose_tokens(ds_decoder *d, level *l, int32_t length, int32_t c
   return DS_OK;
 }
 
+static int32_t propose_as(ds_decoder *d, level *l, int32_t length, int32_t count) {
+  if (!l->engine) return propose_chosen(d, l, length, count);
+  switch (l->tree) {
+  case DS_TREE:
+  case DS_GRAPH: return propose_chosen(d, l, length, count);
+  case DS_SEQUOIA: return propose_shaped(d, l, length, count);
+  default: return propose_tokens(d, l, length, count);
+  }
+}
+
 /* Draft d->tree, at most `count` tokens deep, to follow the first `length` ones, and write them there. */
 static int32_t propose(ds_decoder *d, level *l, int32_t length, int32_t count) {
-  double began = now_ms();
-  int32_t status = l->engine ? propose_tokens(d, l, length, count) : propose_text(d, l, length, count);
-  l->stats.busy_ms += now_ms() - began;
+  double began = ds_now_ms();
+  int32_t status = propose_as(d, l, length, count);
+  l->stats.busy_ms += ds_now_ms() - began;
   return status;
 }
 
@@ -403,7 +370,7 @@ int32_t ds_decoder_step(ds_decoder *d, int32_t *tokens, int32_t room) {
   memcpy(tokens, d->ids + d->committed, (size_t)count * sizeof *tokens);
   d->first = 0;
   d->committed += count;
-  d->left = is_eos(d, tokens[count - 1]) ? 0 : d->left - count;
+  d->left = ds_ends_text(d, tokens[count - 1]) ? 0 : d->left - count;
   if (d->left == 0 && d->levels[0].drafter) { /* it may want all of this generation for the next */
     int32_t status = tell(d, &d->levels[0]);
     if (status < 0) return status;

@@ -22,6 +22,17 @@ extern "C" {
 
 enum { DS_MAX_LEVELS = 8, DS_MAX_DRAFT = 64, DS_PREFILL_ROWS = 128 /* of a call that reads a prompt */ };
 
+/* How a level's proposals branch. Trees of a model:
+ *   DS_TREE     the likeliest n_draft prefixes under the law that tokens are sampled from, at temperature 0 under
+ *               the softmax. They are chosen, not sampled; under DS_RULE_EXACT the walk over them is that of SpecExec
+ *               (arXiv 2406.02532) over a cache of the target's tokens.
+ *   DS_GRAPH    the same, but what follows two tokens is read once for a tree (GSD, arXiv 2407.16207).
+ *   DS_SEQUOIA  the shape that is worth most, by how often children of each rank were accepted, filled with draws
+ *               without replacement; at temperature 0 with the likeliest (Sequoia, arXiv 2402.12374).
+ * A model that drafts trees comes first. A drafter without an engine has trees of its own, or chains all the same:
+ * DS_TREE asks for them. */
+enum ds_branching { DS_CHAIN = 0, DS_TREE = 1, DS_GRAPH = 2, DS_SEQUOIA = 3 };
+
 /* One level of a ladder. Each drafts for the next and verifies the one before; the last is the target, whose
  * vocabulary rules: a drafter may know fewer ids (it never drafts the rest) or more (those are masked). The host
  * of a guest (engine.h) is the engine of a level above it. */
@@ -32,14 +43,15 @@ typedef struct ds_level {
   const double *costs; /* [r]: milliseconds of an engine's call with r + 1 rows, positive; or NULL */
   ds_drafter
       *drafter; /* of a level without an engine; NULL there: prompt lookup over the generation's text */
-  int32_t tree; /* whether that drafter proposes trees, of n_draft nodes at most, if it knows how to */
+  int32_t tree; /* enum ds_branching, of n_draft nodes at most */
 } ds_level;
 
 /* Drafts are n_draft long where costs are NULL: those of the drafter (where that is an engine: others
  * have none) or of the level above it. Else a draft ends as soon as one more row does not pay (schedule.h). */
 
 /* As ds_verify_tree, whose arguments these are: a chain is a tree too, on which DS_RULE_TOKEN is DS_RULE_RRS
- * and DS_RULE_BLOCK is DS_RULE_TRAVERSAL. Of a proposal that was sampled, q has a row for each node alone. */
+ * and DS_RULE_BLOCK is DS_RULE_TRAVERSAL. Of a proposal that was sampled, q has n_nodes rows: nothing
+ * was drawn behind the last node. */
 typedef int32_t ds_verify_function(int32_t rule, int32_t n_nodes, int32_t vocab, const double *p,
                                    const double *q, const int32_t *tokens, const int32_t *parents,
                                    const double *uniforms, int32_t *accepted, int32_t *n_accepted,

@@ -130,27 +130,59 @@ void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, const ds_tree *tree
     trust->tried[b] += 1;
     trust->accepted[b] += depth < n_accepted && path[depth] == i;
   }
+  for (int32_t depth = 0; depth <= n_accepted; ++depth) {
+    int32_t node = depth > 0 ? path[depth - 1] : -1, child = node + 1;
+    while (child < tree->n_nodes && tree->parents[child] != node) ++child;
+    if (child == tree->n_nodes) break;
+    if (trust->places >= TRUST_DRAFTS) {
+      trust->places /= 2;
+      trust->met /= 2;
+    }
+    trust->places += 1;
+    trust->met += depth < n_accepted;
+  }
 }
 
 void ds_trust_note(ds_trust *trust, int32_t n_draft) { trust->idle = n_draft ? 0 : trust->idle + 1; }
 
-static bool explores(const ds_trust *trust) { return trust->idle >= IDLE_ROUNDS; }
+bool ds_explores(const ds_trust *trust) { return trust->idle >= IDLE_ROUNDS; }
 
 /* ---- Length -------------------------------------------------------------------------------------------- */
 
-bool ds_pays_to_go_on(const ds_pace *above, const ds_pace *own, const ds_trust *trust, const uint8_t *buckets,
-                      int32_t n_draft, int32_t room) {
-  if (n_draft == 0 && explores(trust)) return true;
-  double reach = 1, next = trust_in_next(trust), gain = 0;
-  for (int32_t i = 0; i < n_draft; ++i) reach *= ds_trust_in(trust, buckets[i]);
+/* Whether some number of steps behind n_draft tokens pays, each of which costs step_ms and is right with probability
+ * `next` if all before it were. */
+static bool steps_pay(const ds_pace *above, double step_ms, double reach, double next, int32_t n_draft,
+                      int32_t room) {
+  double gain = 0;
   for (int32_t n = 1; n <= room; ++n) {
     reach *= next;
     gain += rate(above) * reach;
-    double cost =
-        n * rate(own) + ds_pace_of_call(above, n_draft + n + 1) - ds_pace_of_call(above, n_draft + 1);
+    double cost = n * step_ms + ds_pace_of_call(above, n_draft + n + 1) - ds_pace_of_call(above, n_draft + 1);
     if (gain > cost) return true;
   }
   return false;
+}
+
+bool ds_pays_to_go_on(const ds_pace *above, const ds_pace *own, const ds_trust *trust, const uint8_t *buckets,
+                      int32_t n_draft, int32_t room) {
+  if (n_draft == 0 && ds_explores(trust)) return true;
+  double reach = 1;
+  for (int32_t i = 0; i < n_draft; ++i) reach *= ds_trust_in(trust, buckets[i]);
+  return steps_pay(above, rate(own), reach, trust_in_next(trust), n_draft, room);
+}
+
+static double trust_in_places(const ds_trust *trust) {
+  return frequency(trust->met, trust->places, PRIOR[DS_GRADES / 2]);
+}
+
+bool ds_pays_to_read(const ds_pace *above, const ds_trust *trust, double call_ms, double reach,
+                     int32_t n_nodes, int32_t room) {
+  if (n_nodes == 0 && ds_explores(trust)) return true;
+  return steps_pay(above, call_ms, reach, trust_in_places(trust), n_nodes, room);
+}
+
+double ds_worth_of_reading(const ds_pace *above, const ds_trust *trust, double reach) {
+  return rate(above) * reach * trust_in_places(trust);
 }
 
 int32_t ds_length_that_pays(const ds_pace *above, const ds_trust *trust, const uint8_t *buckets,
@@ -162,7 +194,7 @@ int32_t ds_length_that_pays(const ds_pace *above, const ds_trust *trust, const u
     reach[i] = (parent < 0 ? 1 : reach[parent]) * ds_trust_in(trust, buckets[i]);
     gain += rate(above) * reach[i];
     double profit = gain - (ds_pace_of_call(above, i + 2) - ds_pace_of_call(above, 1));
-    if (profit > most || (i == 0 && explores(trust))) {
+    if (profit > most || (i == 0 && ds_explores(trust))) {
       most = profit;
       best = i + 1;
     }

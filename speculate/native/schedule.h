@@ -12,6 +12,9 @@
  * over a table that rises in stairs. A draft that may be cut keeps the h with the most V (S_1 + .. + S_h) -
  * c(h + 1). So does a tree, whose nodes come with the likeliest first; there S_i is the chance of node i's path.
  *
+ * A model that drafts a tree reads several nodes in a call. For S_h then stands the chance that the text goes through
+ * one of these, for a how often what was drafted behind an accepted node held the next token, and for d the call.
+ *
  * S_h is a product of learnt frequencies, one for each bucket of confidence, of what was verified so far in
  * this generation. Every round that drafts nothing brings the next exploration nearer: one draft whether it
  * pays or not, so that a drafter that did badly on one passage is not out for the rest.
@@ -44,7 +47,8 @@ enum { DS_GRADES = 5, DS_BUCKETS = 2 * DS_GRADES /* of links of chains, and of n
 /* What is known of a level's drafts. */
 typedef struct {
   double tried[DS_BUCKETS], accepted[DS_BUCKETS]; /* tokens all before which were accepted */
-  int32_t idle;                                   /* rounds since it last proposed */
+  double places, met; /* where drafts followed what was accepted, and how many of these had the token */
+  int32_t idle;       /* rounds since it last proposed */
 } ds_trust;
 
 void ds_trust_reset(ds_trust *trust);
@@ -70,9 +74,21 @@ void ds_trust_learn(ds_trust *trust, const uint8_t *buckets, const ds_tree *tree
 /* One round in which the level proposed n_draft tokens. */
 void ds_trust_note(ds_trust *trust, int32_t n_draft);
 
+/* Whether a drafter that does not pay is due to be tried. */
+bool ds_explores(const ds_trust *trust);
+
 /* Whether to go on drafting, at most `room` more behind those with the given buckets [n_draft]. */
 bool ds_pays_to_go_on(const ds_pace *above, const ds_pace *own, const ds_trust *trust, const uint8_t *buckets,
                       int32_t n_draft, int32_t room);
+
+/* A model that drafts a tree asks before each call whether that pays. The call takes call_ms and reads nodes of which
+ * one is right with probability `reach`, behind n_nodes that are there; up to `room` more may follow, one behind the
+ * other, each for such a call. */
+bool ds_pays_to_read(const ds_pace *above, const ds_trust *trust, double call_ms, double reach,
+                     int32_t n_nodes, int32_t room);
+
+/* The milliseconds that one more row of that call may cost whose node is right with probability `reach`. */
+double ds_worth_of_reading(const ds_pace *above, const ds_trust *trust, double reach);
 
 /* How many of the first nodes of a draft that may be cut are worth their rows in the call above. */
 int32_t ds_length_that_pays(const ds_pace *above, const ds_trust *trust, const uint8_t *buckets,

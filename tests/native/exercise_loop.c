@@ -77,6 +77,10 @@ static int32_t make_ladder(model models[4], ds_level levels[5], gardener *trees)
       levels[n].costs = costs[n];
       levels[n].n_costs = DS_MAX_DRAFT + 1;
     }
+    if (n == 0 && i > 0 && below(3)) { /* a model that drafts trees */
+      levels[n].tree = 1 + below(DS_SEQUOIA);
+      levels[n].n_draft = 1 + below(DS_MAX_DRAFT);
+    }
     ++n;
   }
   return n;
@@ -290,7 +294,11 @@ static void exercise_bad_arguments(void) {
   REFUSED_LADDER("drafts 2 tokens", {&target.engine, 2, 0, NULL, NULL, 0});
   REFUSED_LADDER("share an engine", good[0], good[0], good[1]);
   REFUSED_LADDER("has no costs", {NULL, 3, 4, table, NULL, 0}, good[1]);
-  REFUSED_LADDER("proposes trees", {&drafter.engine, 1, 0, NULL, NULL, 1}, good[1]);
+  REFUSED_LADDER("so it comes first", {NULL, 1, 0, NULL, NULL, 0}, {&drafter.engine, 1, 0, NULL, NULL, 1},
+                 good[1]);
+  REFUSED_LADDER("so it comes first", {&target.engine, 0, 0, NULL, NULL, DS_TREE});
+  REFUSED_LADDER("tree is 9", {&drafter.engine, 1, 0, NULL, NULL, 9}, good[1]);
+  REFUSED_LADDER("tree is 2, none of ds_branching for", {NULL, 1, 0, NULL, NULL, DS_GRAPH}, good[1]);
   REFUSED_LADDER("costs of 4 row counts; 5", good[0], {&target.engine, 0, 4, table, NULL, 0});
   REFUSED_LADDER("5 rows cost nan", good[0], {&target.engine, 0, 5, table, NULL, 0});
 
@@ -332,17 +340,12 @@ static void exercise_bad_arguments(void) {
   free(target.logits);
 }
 
-/* Whichever allocation fails, create or begin says so, and a later one works. */
-static void exercise_memory(void) {
-  model target = make_model(6, 0), drafter = make_model(6, 1);
-  double table[5] = {1, 1.1, 1.2, 1.3, 1.4};
-  ds_level levels[3] = {{NULL, 3, 0, NULL, NULL, 0},
-                        {&drafter.engine, 4, 5, table, NULL, 0},
-                        {&target.engine, 0, 5, table, NULL, 0}};
+/* Whichever allocation fails, create or begin says so, and a later one works. Returns how many there are. */
+static int32_t exercise_allocations(const ds_level *levels, int32_t n_levels) {
   int32_t prompt[3] = {1, 2, 3}, out[200], failures = 0;
   for (int32_t after = 0;; ++after) {
     spared = after;
-    ds_decoder *decoder = ds_decoder_create(levels, 3);
+    ds_decoder *decoder = ds_decoder_create(levels, n_levels);
     int32_t status = decoder ? ds_decoder_begin(decoder, &WARM, prompt, 3, 200, NULL, 0) : DS_ERROR_MEMORY;
     int32_t reached = spared;
     spared = INT32_MAX;
@@ -354,7 +357,19 @@ static void exercise_memory(void) {
     ds_decoder_free(decoder);
     if (status == DS_OK && reached >= 0) break;
   }
-  CHECK(failures >= 12); /* handle, two tables; ids, eos, scratch, laws, the suffix index and its growth */
+  return failures;
+}
+
+static void exercise_memory(void) {
+  model target = make_model(6, 0), drafter = make_model(6, 1);
+  double table[5] = {1, 1.1, 1.2, 1.3, 1.4};
+  ds_level levels[3] = {{NULL, 3, 0, NULL, NULL, 0},
+                        {&drafter.engine, 4, 5, table, NULL, 0},
+                        {&target.engine, 0, 5, table, NULL, 0}};
+  /* handle, two tables; ids, eos, scratch, laws, the suffix index and its growth */
+  CHECK(exercise_allocations(levels, 3) >= 12);
+  levels[1].tree = DS_GRAPH;
+  CHECK(exercise_allocations(levels + 1, 2) >= 11); /* no index; what was read, a law, positions, a mask */
   free(target.logits);
   free(drafter.logits);
 }

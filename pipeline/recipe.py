@@ -196,6 +196,7 @@ class Engine(Section):
 
 
 LayerIndex = Annotated[int, Field(ge=0)]
+SWIFT_SHARE = 0.45  # that the paper leaves out
 
 
 class SkipLayers(Section):
@@ -203,8 +204,17 @@ class SkipLayers(Section):
     mlp: list[LayerIndex] = Field(default=[], description="layers whose MLP is left out")
 
 
+class SwiftLayers(Section):
+    swift: Fraction = Field(
+        description="the share to leave out of the attentions and MLPs of all layers but the first and the "
+        "last; which, is searched while decoding"
+    )
+
+
 def _by_sublayer(value: Any) -> Any:
     """A list is one of whole layers. Sorted, so that it is the same recipe and the same key of the cache."""
+    if value == "swift":
+        return SwiftLayers(swift=SWIFT_SHARE)
     if isinstance(value, list):
         value = SkipLayers(attention=value, mlp=value)
     if not isinstance(value, SkipLayers):
@@ -218,10 +228,12 @@ class Drafter(Engine):
     """A compressed copy of the model, or the target itself without some of its layers."""
 
     skip_layers: Annotated[
-        Literal["auto"] | list[LayerIndex] | SkipLayers | None, AfterValidator(_by_sublayer)
+        Literal["auto", "swift"] | list[LayerIndex] | SkipLayers | SwiftLayers | None,
+        AfterValidator(_by_sublayer),
     ] = Field(
         default=None,
-        description="layers of the target, whose weights and cache it shares, to leave out; auto: searched",
+        description="layers of the target, whose weights and cache it shares, to leave out; auto: searched "
+        "by the build; swift: searched while decoding",
     )
     draft_vocab_size: Count | None = Field(
         default=None,

@@ -12,6 +12,7 @@ while sublayers do not get easier to miss as others go), so few are tried at eac
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -21,7 +22,7 @@ from ..speculate.bundle import Bundle, load
 from ..speculate.errors import BundleError
 from ..speculate.levels import TARGET
 from ..speculate.loop import PREFILL_ROWS
-from ..speculate.onnx_engine import OnnxEngine, SkippingEngine
+from ..speculate.onnx_engine import OnnxEngine, SkippingEngine, SwiftEngine
 from .hashing import write_json
 from .pack import ENGINE_FILE
 from .processor import num_threads
@@ -29,6 +30,7 @@ from .progress import Progress, no_progress
 
 TEXTS, PROMPT_TOKENS, NEW_TOKENS = 8, 64, 32
 MAX_DRAFT = 16
+PARTS = ("attention", "mlp")  # of a layer, in the order of its sublayers
 PATIENCE = 6  # sublayers that go without a gain before the search ends
 
 Agreement = Callable[
@@ -47,12 +49,13 @@ class Choice:
 def choose_skips(
     bundle_dir: Path,
     tokens: Path,
-    wanted: str | Mapping[str, Sequence[int]],
+    wanted: str | Mapping[str, Any],
     weights: str,
     out: Path,
     progress: Progress = no_progress,
 ) -> dict:
-    """The stage: write what the manifest says of the drafter. `wanted`: "auto", or the layers by sublayer.
+    """The stage: write what the manifest says of the drafter. `wanted`: "auto", or the layers by sublayer, or
+    the share that is searched while decoding, of which the figures are those of the layers to begin with.
 
     The texts are the target's own continuations of the ends of evenly spaced calibration windows (`tokens`, a
     folder with ``tokens.safetensors``), of which tuning reads the beginnings.
@@ -65,21 +68,33 @@ def choose_skips(
     if isinstance(wanted, str):
         choice = search(sizes, rest, rehearsal.agreement, progress)
     else:
-        parts = ((2 * layer + part) for part, key in enumerate(("attention", "mlp")) for layer in wanted[key])
-        choice = weigh(frozenset(parts), sizes, rest, rehearsal.agreement)
-    layers = {
-        key: sorted(sublayer // 2 for sublayer in choice.skipped if sublayer % 2 == part)
-        for part, key in enumerate(("attention", "mlp"))
-    }
-    write_json(out / ENGINE_FILE, {"skips": layers | {"bytes_read": choice.cost}, "weights": weights})
+        choice = weigh(
+            _list_sublayers(wanted, rehearsal.target, len(sizes)), sizes, rest, rehearsal.agreement
+        )
+    if "swift" in wanted:
+        found, skips = wanted, {"share": wanted["swift"]}
+    else:
+        found = skips = {
+            key: sorted(sublayer // 2 for sublayer in choice.skipped if sublayer % 2 == part)
+            for part, key in enumerate(PARTS)
+        }
+    write_json(out / ENGINE_FILE, {"skips": {**skips, "bytes_read": choice.cost}, "weights": weights})
     return {
-        "skip_layers": layers,
+        "skip_layers": found,
         "greedy_agreement": choice.agreement,
         "bytes_read": choice.cost,
         "estimated_speedup": choice.speedup,
         "positions": rehearsal.positions,
         "tried": rehearsal.tried,
     }
+
+
+def _list_sublayers(wanted: Mapping[str, Any], target: OnnxEngine, count: int) -> frozenset[int]:
+    """Those that are named, or that the search of `swift` begins with."""
+    if "swift" not in wanted:
+        return frozenset(2 * layer + part for part, key in enumerate(PARTS) for layer in wanted[key])
+    begins_with = SwiftEngine("skip_layers", target, count // 2, wanted["swift"]).state.skips
+    return frozenset(np.flatnonzero(begins_with).tolist())
 
 
 def measure_sublayers(bundle: Bundle) -> tuple[list[int], int]:

@@ -22,7 +22,7 @@ from ..speculate.levels import TARGET
 from .gate_prompts import DEFAULT_PROMPTS
 from .hashing import hash_file, hash_json, write_json
 from .pack import ENGINE_FILE, TENSORRT_FILE, try_bundle
-from .recipe import Drafter, Engine, Export, Recipe, Speculate
+from .recipe import Drafter, Engine, Export, Recipe, Speculate, SwiftLayers
 from .stage import Call, Stage, Task
 
 ARITHMETIC = ("torch", "numpy", "safetensors")
@@ -323,7 +323,8 @@ def describe_engine(export: Export, speculate: Speculate) -> dict[str, Any]:
 def describe_weights(engine: Engine) -> str:
     """What a manifest calls the weights of an engine; empty for those of the model itself."""
     if isinstance(engine, Drafter) and engine.skip_layers:
-        return "of the target, without some layers"
+        searched = isinstance(engine.skip_layers, SwiftLayers)
+        return f"of the target, without some layers{', searched while decoding' if searched else ''}"
     structure = ""
     if engine.prune:
         sparse = engine.prune.mask_structure

@@ -26,7 +26,9 @@ def record(bundle: Bundle, prompt: Sequence[int], drafters: Sequence[str], max_n
 def measure_agreement(
     bundle: Bundle, prompts: Sequence[list[int]], outputs: Sequence[list[int]]
 ) -> dict[str, float]:
-    """The share of the target's own greedy `outputs` for `prompts` that each drafter would choose too."""
+    """The share of the target's own greedy `outputs` for `prompts` that each drafter would choose too, as the
+    bundle was packed: nothing found while decoding counts."""
+    bundle.forget()
     shares: dict[str, float] = {}
     for name in bundle.drafters:
         agreed = [

@@ -13,6 +13,7 @@ from ..speculate.bundle import Bundle, load
 from ..speculate.costs import Costs
 from ..speculate.drafters import Sources
 from ..speculate.levels import JOINT, SUFFIX, TARGET, TREE, is_drafter, split_engine_tree, wants_tree
+from ..speculate.manifest import OpenSkips
 from ..speculate.plan import Candidate, Plan
 from .call_costs import CostMeter
 from .compare import settle
@@ -72,7 +73,7 @@ def tune_bundle(
     options = _length_options(spec, free, bundle.drafters)
     plain = predict(recordings, (), {}, costs)
     plans = [plain]
-    ladders = _list_ladders(free, bundle.drafters, costs)
+    ladders = _list_ladders(free, _list_settled(bundle), costs)
     sources = Sources(datastore=bundle.datastore, ngrams=bundle.ngrams)
     for index, ladder in enumerate(ladders):
         plans.append(best_plan(recordings, ladder, options, costs, sources))
@@ -183,6 +184,13 @@ def _list_free_drafters(bundle: Bundle) -> list[str]:
     merged = [(guesses[0],), (SUFFIX, guesses[0]), (SUFFIX, *guesses, *lookups[1:])]
     trees = [JOINT.join(parts) + TREE for parts in merged]
     return list(dict.fromkeys([*lookups, *guesses, *hybrids, *trees]))
+
+
+def _list_settled(bundle: Bundle) -> list[str]:
+    """The drafters that are models, but those whose layers are searched while decoding: a recording does not
+    tell what will be found."""
+    engines = bundle.manifest.engines
+    return [name for name in bundle.drafters if not isinstance(engines[name].skips, OpenSkips)]
 
 
 def _list_ladders(free: Sequence[str], drafters: Sequence[str], costs: Costs) -> list[tuple[str, ...]]:

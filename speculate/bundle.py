@@ -8,7 +8,6 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .datastore import Datastore
 from .devices import ONNX_PROVIDERS, choose_device, find_plan, spread_devices, why_not_tensorrt
@@ -35,6 +34,8 @@ from .manifest import (
     PLAN,
     TOKENIZER,
     EngineEntry,
+    OpenSkips,
+    Skips,
     check_files,
     read_json,
     read_manifest,
@@ -42,7 +43,7 @@ from .manifest import (
     validate,
 )
 from .ngrams import Ngrams
-from .onnx_engine import OnnxEngine, OnnxRuntime, SkippingEngine, default_threads
+from .onnx_engine import OnnxEngine, OnnxRuntime, SkippingEngine, SwiftEngine, default_threads
 from .plan import Plan
 from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
 from .settings import Rule, Sampling
@@ -222,9 +223,13 @@ class Bundle:
         return logits
 
     def forget(self) -> None:
-        """Drop what drafters keep of earlier generations ("history"), as if the bundle were just loaded."""
+        """Drop what drafters keep of earlier generations ("history", the layers that `skip_layers: swift`
+        found), as if the bundle were just loaded."""
         with exclusive(self._busy):
             self._lasting.clear()
+            for engine in self._engines.values():
+                if isinstance(engine, SwiftEngine):
+                    engine.forget()
 
     @property
     def drafters(self) -> list[str]:
@@ -281,7 +286,7 @@ class Bundle:
         if name not in self._engines:
             entry = self.manifest.engines[name]
             if entry.skips:
-                engine = self._open_without(name, entry.skips.table(entry.num_layers))
+                engine = self._open_without(name, entry, entry.skips)
             elif self.devices[name] == "cuda":
                 engine = self._open_on_gpu(name, entry)
             elif self.devices[name] in ONNX_PROVIDERS:
@@ -310,7 +315,7 @@ class Bundle:
             warnings.warn(f"{name} runs on stock operators: {error}", stacklevel=3)
             return OnnxEngine(name, resolve_inside(self.path, entry.portable), entry, runtime)
 
-    def _open_without(self, name: str, skips: NDArray[np.bool_]) -> Engine:
+    def _open_without(self, name: str, entry: EngineEntry, skips: Skips | OpenSkips) -> Engine:
         """The target without some of its layers."""
         target = self.engine(TARGET)
         if not isinstance(target, OnnxEngine):
@@ -318,7 +323,9 @@ class Bundle:
                 f"{name} leaves out layers of the target's engine for the CPU, and the target runs on "
                 f'{self.devices[TARGET]}: give the device "cpu" or leave {name} out'
             )
-        return SkippingEngine(name, target, skips)
+        if isinstance(skips, OpenSkips):
+            return SwiftEngine(name, target, entry.num_layers, skips.share)
+        return SkippingEngine(name, target, skips.table(entry.num_layers))
 
     def _open_on_gpu(self, name: str, entry: EngineEntry) -> Engine:
         """TensorRT's engine for this GPU or, where the bundle has none that runs, ONNX Runtime's."""

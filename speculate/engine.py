@@ -84,6 +84,18 @@ class GuestEngine(Engine, Protocol):
 
 
 @runtime_checkable
+class AdaptingEngine(Engine, Protocol):
+    """A drafter that learns from what was decoded."""
+
+    num_scratch: int  # slots behind a sequence that `adapt` may write
+
+    def adapt(self, token_ids: Ids, num_decoded: int) -> int:
+        """Between rounds: `token_ids` stand, the last `num_decoded` of them decoded, and the cache holds all
+        but the last. What is drafted in later rounds may depend on it. Returns how many rows were read."""
+        ...
+
+
+@runtime_checkable
 class DeviceEngine(Engine, Protocol):
     """An engine whose logits can stay on its device."""
 

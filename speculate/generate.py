@@ -140,6 +140,7 @@ def _collect(stats: GenerationStats, decoder: Decoder) -> None:
         below = counters.busy_ms
     stats.verify_ms = target.forward_ms
     stats.sampling_ms = target.decide_ms
+    stats.adapt_ms = sum(counters.adapt_ms for _, counters in drafters)
 
 
 def _read_drafts(name: str, counters: Any) -> DraftStats:

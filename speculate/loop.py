@@ -9,7 +9,7 @@ import numpy as np
 
 from .binding import check, ffi, lib
 from .drafters import Drafter
-from .engine import Decision, DeviceEngine, Engine, GuestEngine, MovingEngine
+from .engine import AdaptingEngine, Decision, DeviceEngine, Engine, GuestEngine, MovingEngine
 from .errors import BundleError
 from .levels import TREE
 from .onnx_engine import OnnxEngine
@@ -67,6 +67,11 @@ class EngineCalls:
                 "int32_t(ds_engine *, int32_t, const int32_t *, int32_t)", self._keep_slots, **failing
             )
         sizes = {"vocab": engine.vocab_size, "max_seq_len": engine.max_seq_len}
+        if isinstance(engine, AdaptingEngine):
+            sizes["n_scratch"] = engine.num_scratch
+            self._callbacks["adapt"] = ffi.callback(
+                "int32_t(ds_engine *, const int32_t *, int32_t, int32_t)", self._adapt, **failing
+            )
         self.handle = ffi.new("ds_engine *", sizes | self._callbacks)
         self._known[_address(self.handle)] = self
 
@@ -81,6 +86,10 @@ class EngineCalls:
         assert isinstance(self.engine, MovingEngine)
         self.engine.keep(start, _read(slots, np.int32, num_slots))
         return lib.DS_OK
+
+    def _adapt(self, handle: Any, tokens: Any, num_tokens: int, num_decoded: int) -> int:
+        assert isinstance(self.engine, AdaptingEngine)
+        return self.engine.adapt(_read(tokens, np.int32, num_tokens), num_decoded)
 
     def _forward(
         self,

@@ -65,6 +65,15 @@ class Skips(BaseModel):
         return table
 
 
+class OpenSkips(BaseModel):
+    """The same, where it is searched while decoding (SWIFT)."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    share: float = Field(gt=0, lt=1)  # of the sublayers of all layers but the first and the last
+    bytes_read: float = Field(gt=0, le=1)  # as above, of the set that the search begins with
+
+
 class EngineEntry(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -79,7 +88,7 @@ class EngineEntry(BaseModel):
     eos_token_ids: tuple[int, ...] = Field(default=(), strict=False)
     bos_token_id: int | None = None
     tensorrt: tuple[TensorrtEntry, ...] = Field(default=(), strict=False)
-    skips: Skips | None = None  # of the target, whose graph this then is
+    skips: Skips | OpenSkips | None = None  # of the target, whose graph this then is
 
 
 class Manifest(BaseModel):
@@ -99,6 +108,8 @@ class Manifest(BaseModel):
             target = self.engines.get("target")
             if target is None or engine is target or engine.graph != target.graph:
                 raise ValueError(f"{name} leaves out layers of a graph that is not the target's")
+            if isinstance(engine.skips, OpenSkips):
+                continue
             if any(layer >= engine.num_layers for layer in (*engine.skips.attention, *engine.skips.mlp)):
                 raise ValueError(f"{name} leaves out layers that its {engine.num_layers} are not")
         return self

@@ -1,6 +1,7 @@
 """Engines on ONNX Runtime's CPU provider: a thin wrapper around `native/onnx.h`."""
 
 import os
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,46 @@ class SkippingEngine(OnnxEngine):
             logits[start : start + len(chunk)] = self.forward(chunk, first, start + rows, mask)
             start += len(chunk)
         return logits
+
+
+@dataclass(frozen=True)
+class SwiftState:
+    """How far a search is. bool [num_layers, 2], of the attention and the MLP of each layer: `skips`, the set
+    in use, and `tried`, the latest; match: of each, the share of the tokens read again that it chose too."""
+
+    num_tried: int
+    is_over: bool
+    match: float
+    skips: NDArray[np.bool_]
+    tried_match: float
+    tried: NDArray[np.bool_]
+
+
+class SwiftEngine(SkippingEngine):
+    """Another engine without a share of its sublayers, which are searched while it decodes
+    (`ds_swift_create`)."""
+
+    def __init__(self, name: str, host: OnnxEngine, num_layers: int, share: float) -> None:
+        self.cache_host = host
+        self._own(lib.ds_swift_create(host.handle, 2 * num_layers, share), name, name)
+
+    @property
+    def state(self) -> SwiftState:
+        state = ffi.new("ds_swift_state *")
+        check(lib.ds_swift_look(self.handle, state), self._name)
+
+        def read(table: Any) -> NDArray[np.bool_]:
+            return np.array(ffi.unpack(table, state.n_sublayers), bool).reshape(-1, 2)
+
+        return SwiftState(
+            num_tried=state.n_tried,
+            is_over=bool(state.is_over),
+            match=state.match,
+            skips=read(state.skips),
+            tried_match=state.tried_match,
+            tried=read(state.tried),
+        )
+
+    def forget(self) -> None:
+        """Search anew, from evenly spaced sublayers."""
+        check(lib.ds_swift_forget(self.handle), self._name)

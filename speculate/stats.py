@@ -68,6 +68,7 @@ class GenerationStats:
     draft_ms: dict[str, float] = field(default_factory=dict)  # each level without the ones below it
     verify_ms: float = 0.0  # the target's forward calls
     sampling_ms: float = 0.0  # laws, acceptance and choice at the target
+    adapt_ms: float = 0.0  # drafters that learn by reading again what was decoded
 
     @property
     def accepted(self) -> int:
@@ -91,9 +92,8 @@ class GenerationStats:
     @property
     def bookkeeping_ms(self) -> float:
         """What is left of the total: text, stop strings, the loop itself."""
-        return (
-            self.total_ms - self.prefill_ms - sum(self.draft_ms.values()) - self.verify_ms - self.sampling_ms
-        )
+        drafting = sum(self.draft_ms.values()) + self.adapt_ms
+        return self.total_ms - self.prefill_ms - drafting - self.verify_ms - self.sampling_ms
 
     @property
     def tpot_ms(self) -> float | None:
@@ -125,6 +125,7 @@ class GenerationStats:
                 "draft": self.draft_ms,
                 "verify": self.verify_ms,
                 "sampling": self.sampling_ms,
+                **({"adapt": self.adapt_ms} if self.adapt_ms else {}),
                 "bookkeeping": self.bookkeeping_ms,
             },
         }

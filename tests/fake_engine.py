@@ -103,6 +103,26 @@ class FakeGuest(FakeEngine):
         self._slots, self._by_guest = host._slots, host._by_guest
 
 
+class FakeLearner(FakeGuest):
+    """A guest that is another model after each round: which, follows from what was decoded. For that it reads
+    tokens behind the text, as far as its host has room there."""
+
+    num_scratch = 3
+
+    def adapt(self, token_ids, num_decoded) -> int:
+        kept = len(token_ids) - 1
+        assert 1 <= num_decoded <= kept and np.array_equal(self.cache_host._slots[:kept], token_ids[:-1])
+        assert not self._by_guest[:kept].any(), "all before the last token is as the host read it"
+        count = min(self.num_scratch, self.max_seq_len - kept)
+        if count:
+            sees = np.tri(count, kept + count, kept, dtype=bool)
+            self.forward(token_ids[-1:].repeat(count), kept, kept + np.arange(count), sees)
+        vocab_size, seed, noise, _, *rest = self._settings
+        self._settings = (vocab_size, seed, noise, 2 + zlib.crc32(token_ids.tobytes()) % 97, *rest)
+        self._known.clear()
+        return count
+
+
 def _normal(tokens: np.ndarray, seed: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, zlib.crc32(tokens.tobytes()), len(tokens)]).standard_normal(size)
 

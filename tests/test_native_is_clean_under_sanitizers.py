@@ -63,9 +63,9 @@ def test_engines_and_operators_are_clean(tmp_path, objects):
     """Within ONNX Runtime, whose own memory is not excused: it leaves nothing behind either."""
     pytest.importorskip("torch")
     from draftsmith.speculate.onnx_engine import find_library
-    from tiny_bundle import write_tiny_bundle
+    from tiny_bundle import CONFIG, write_tiny_bundle
 
-    folder = write_tiny_bundle(tmp_path / "bundle")
+    folder = write_tiny_bundle(tmp_path / "bundle", CONFIG.model_copy(update={"num_layers": 4}))
     expect_clean(tmp_path, objects, "exercise_engine", find_library(), folder)
 
 

@@ -15,7 +15,7 @@ from draftsmith.speculate.binding import ffi
 from draftsmith.speculate.ladder import Rung
 from draftsmith.speculate.settings import Sampling
 from draftsmith.speculate.verify import RULES, TREE_RULES
-from fake_engine import FakeEngine, FakeGuest
+from fake_engine import FakeEngine, FakeGuest, FakeLearner
 
 # The loop asks the rules for trees, which on a chain are those for chains.
 RULE_NAMES = {TREE_RULES["rrs"]: "token", TREE_RULES["traversal"]: "block", RULES["exact"]: "exact"}
@@ -147,6 +147,7 @@ def three_engines(vocab_size, seed):
     return {
         "target": target,
         "skip": FakeGuest(target, seed=seed, noise=0.9, own=3, scale=1),
+        "learner": FakeLearner(target, seed=seed, noise=0.9, scale=1),
         "int8": FakeEngine(vocab_size, seed, noise=0.6, own=1, scale=1),
         "tiny": FakeEngine(vocab_size, seed, noise=1.2, own=2, scale=1),
     }
@@ -164,6 +165,9 @@ LADDERS = [
     ([Rung("skip", 2)], 4),
     ([Rung("suffix-tree", 3), Rung("skip", 2)], 4),
     ([Rung("skip", 1), Rung("int8", 2)], 4),
+    ([Rung("learner", 2)], 5),
+    ([Rung("suffix-tree", 3), Rung("learner", 2)], 4),
+    ([Rung("learner", 1), Rung("skip", 2)], 4),
 ]
 
 
@@ -207,6 +211,7 @@ PRICES = {
     "target": [1.0, 1.2, 1.3, 1.4, 1.5],
     "int8": [0.25, 0.28, 0.31, 0.34, 0.37],
     "tiny": [0.03, 0.04, 0.05, 0.06, 0.07],
+    "learner": [0.2, 0.23, 0.26, 0.29, 0.32],
 }
 # The third row is dear and the fourth free: who might drop sampled tokens would keep three or one, by the law
 # that the second leads to.
@@ -218,6 +223,7 @@ PRICED_LADDERS = [
     ([Rung("suffix", 3), Rung("int8", 3)], 6, PRICES),
     ([Rung("tiny", 2), Rung("int8", 3)], 5, PRICES),
     ([Rung("tiny", 1), Rung("int8", 3)], 5, STAIRS),
+    ([Rung("learner", 3)], 6, PRICES),
 ]
 
 

@@ -34,22 +34,22 @@ CONFIG = DecoderConfig(
 )
 
 
-def write_tiny_bundle(folder: Path) -> Path:
+def write_tiny_bundle(folder: Path, config: DecoderConfig = CONFIG) -> Path:
     """Export both engines into `folder`, which becomes a complete bundle."""
     engines = {}
     for name, inside in (("target", "target"), ("int8", "drafters/int8")):
         checkpoint, out = folder.parent / f"{name}.checkpoint", folder / inside
-        write_tiny_checkpoint(checkpoint, quantized=name == "int8")
+        write_tiny_checkpoint(checkpoint, quantized=name == "int8", config=config)
         out.mkdir(parents=True)
         written = export_onnx(checkpoint, out)
         engines[name] = {
             "graph": f"{inside}/{written['graph']}",
             "portable": f"{inside}/{written['portable']}",
-            "vocab_size": CONFIG.vocab_size,
+            "vocab_size": config.vocab_size,
             "max_seq_len": written["max_seq_len"],
-            "num_layers": CONFIG.num_layers,
-            "num_kv_heads": CONFIG.num_kv_heads,
-            "head_dim": CONFIG.head_dim,
+            "num_layers": config.num_layers,
+            "num_kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
             "weights": "W8A8" if name == "int8" else "float32",
             "eos_token_ids": [EOS],
             "bos_token_id": BOS,

@@ -165,13 +165,13 @@ static int32_t check_room(const ds_decoder *d, int32_t n_prompt, int32_t max_new
   return DS_OK;
 }
 
-/* Slots of a level for a sequence of n_tokens: who verifies trees, or drafts them, has room for one behind it, as far as
- * the cache goes. */
+/* Slots of a level for a sequence of n_tokens: who verifies trees, or drafts them, has room for one behind it, and an
+ * engine that learns for what it reads, as far as the cache goes. */
 static int32_t count_slots(const level *l, int32_t n_tokens) {
-  int32_t most = l->engine->max_seq_len, wanted = n_tokens;
-  if (l->tree) wanted += DS_TREE_ROWS;
-  if (l->inner && l->inner->tree) wanted += l->inner->n_draft;
-  return wanted < most ? wanted : most;
+  int32_t most = l->engine->max_seq_len, behind = l->tree ? DS_TREE_ROWS : 0;
+  if (l->inner && l->inner->tree) behind += l->inner->n_draft;
+  if (behind < l->engine->n_scratch) behind = l->engine->n_scratch;
+  return behind < most - n_tokens ? n_tokens + behind : most;
 }
 
 /* Room in a level's cache for itself and its guests; a guest has none of its own. */
@@ -269,7 +269,7 @@ int32_t ds_decoder_begin(ds_decoder *d, const ds_sampling *sampling, const int32
   if (status != DS_OK) return status;
   memcpy(d->ids, prompt, (size_t)n_prompt * sizeof *prompt);
   if (n_eos) memcpy(d->eos, eos, (size_t)n_eos * sizeof *eos);
-  d->committed = n_prompt;
+  d->committed = d->n_prompt = n_prompt;
   d->n_eos = n_eos;
   d->left = max_new_tokens;
   d->begun = d->first = 1;

@@ -39,7 +39,8 @@ struct ds_decoder {
   int32_t n_levels, vocab;
   ds_sampling sampling;
   int32_t *ids, *eos;
-  int32_t committed, n_eos, left;
+  int32_t committed, n_prompt, n_eos,
+      left;           /* committed: the tokens that stand, of which n_prompt were given */
   int32_t n_slots;    /* of ids: the sequence, and a tree behind it */
   ds_tree tree;       /* the proposal under way: tokens behind those decided, of which ids has the values */
   int64_t *positions; /* of a call that reads a tree, as is its mask; NULL where there is none */

@@ -44,6 +44,11 @@ struct ds_engine {
    * n_draft + 1 tokens of its last call. Then forward may be called with `logits` NULL and leave them there. */
   int32_t (*decide)(ds_engine *engine, const ds_decision *decision, int32_t *n_accepted, int32_t *next_token);
   ds_engine *host; /* whose cache this one shares; NULL: it has its own */
+  /* NULL, or of a drafter that learns: tokens [n_tokens] stand, of which the last n_decoded were decoded, and its cache
+   * holds all but the last. Called between rounds of the target, where that is so; what it drafts in later rounds may
+   * depend on it. It may read rows into the n_scratch slots behind those, and returns how many it did, or an error. */
+  int32_t (*adapt)(ds_engine *engine, const int32_t *tokens, int32_t n_tokens, int32_t n_decoded);
+  int32_t n_scratch;
 };
 
 #endif

@@ -351,6 +351,23 @@ static int32_t propose(ds_decoder *d, level *l, int32_t length, int32_t count) {
   return status;
 }
 
+/* Drafting engines learn from what stands, before anything is drafted from it. So what is drafted in a round is an exact
+ * sample of one law, which depends on the past alone. What they read lies behind what is kept. */
+static int32_t adapt(ds_decoder *d) {
+  int32_t status = DS_OK;
+  for (level *l = d->levels; l->above && status >= 0; ++l) {
+    if (!l->engine || !l->engine->adapt || l->kept != d->committed - 1) continue;
+    double began = now_ms();
+    status = l->engine->adapt(l->engine, d->ids, d->committed, d->committed - d->n_prompt);
+    if (status > 0) {
+      l->stats.adapt_calls += 1;
+      l->stats.adapt_rows += status;
+    }
+    l->stats.adapt_ms += now_ms() - began;
+  }
+  return status < 0 ? status : DS_OK;
+}
+
 /* The first round reads the prompt and drafts nothing, so the first token is not kept waiting for the drafters
  * to read it too. Later rounds draft no more than the room left, so nothing is decoded past max_new_tokens. */
 int32_t ds_decoder_step(ds_decoder *d, int32_t *tokens, int32_t room) {
@@ -362,7 +379,8 @@ int32_t ds_decoder_step(ds_decoder *d, int32_t *tokens, int32_t room) {
     return ds_fail(DS_ERROR_ARGUMENT, "room for %d tokens; a round gives up to %d", room, most);
   if (d->left == 0) return 0;
 
-  int32_t count = advance(d, target, d->committed, d->first ? 1 : d->left, 0);
+  int32_t count = d->first ? DS_OK : adapt(d);
+  if (count == DS_OK) count = advance(d, target, d->committed, d->first ? 1 : d->left, 0);
   if (count < 0) {
     d->begun = 0;
     return count;

@@ -2,7 +2,7 @@
  *
  * Lossless   Greedy tokens are those of the target alone; sampled ones follow its law exactly, and under
  *            DS_RULE_EXACT are, token for token, those of sampling without drafts. Whatever drafts.
- * Repeatable Tokens depend on the engines, the settings and the cost tables; never on a clock.
+ * Repeatable Tokens depend on the engines, with what these learnt, the settings and the cost tables; never on a clock.
  * Ownership  Levels and settings are copied, engines and drafters borrowed until ds_decoder_free; nobody here
  *            closes them. All memory is taken by create and begin; step allocates nothing.
  * Threads    A decoder is used by one thread at a time, and so are its engines and
@@ -78,6 +78,8 @@ typedef struct ds_level_stats {
   double prefill_ms;                                           /* the first call and the chunks before it */
   double forward_ms;                                           /* all later calls */
   double decide_ms;                                            /* laws, verdicts and choice */
+  int64_t adapt_calls, adapt_rows;                             /* in which its engine read on its own */
+  double adapt_ms;                                             /* learning from what stands, between rounds */
 } ds_level_stats;
 
 typedef struct ds_decoder ds_decoder;

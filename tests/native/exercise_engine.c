@@ -9,6 +9,7 @@
 #include "failing.h"
 #include "loop.h"
 #include "onnx.h"
+#include "swift.h"
 
 enum { MAX_SEQ_LEN = 320, ROOM = 100, PROMPT = 40, ROWS = 7 };
 
@@ -158,20 +159,20 @@ static int is_refused(ds_engine *host, const uint8_t *skips, int32_t n, const ch
   return !ds_onnx_skip(host, skips, n) && strstr(ds_error_message(), words);
 }
 
-/* The target, of 2 layers, drafts for itself in its own cache; trees are drafted for it there. */
+/* The target, of 4 layers, drafts for itself in its own cache; trees are drafted for it there. */
 static void exercise_guest(void) {
-  const uint8_t some[4] = {0, 1, 1, 0}, all[4] = {1, 1, 1, 1};
+  const uint8_t some[8] = {0, 1, 1, 0}, all[8] = {1, 1, 1, 1, 1, 1, 1, 1};
   ds_onnx *onnx = ds_onnx_create(library, 2);
   ds_engine *target = open_engine(onnx, "target/cpu.onnx"), *stock = open_engine(onnx, "target/model.onnx");
   CHECK(target && stock);
-  CHECK(is_refused(NULL, some, 4, "no engine") && is_refused(target, NULL, 4, "nothing said"));
-  CHECK(is_refused(stock, some, 4, "export it again") && is_refused(target, some, 6, "4 sublayers, not 6"));
-  CHECK(is_refused(target, all, 4, "all 4 sublayers"));
+  CHECK(is_refused(NULL, some, 8, "no engine") && is_refused(target, NULL, 8, "nothing said"));
+  CHECK(is_refused(stock, some, 8, "export it again") && is_refused(target, some, 6, "8 sublayers, not 6"));
+  CHECK(is_refused(target, all, 8, "all 8 sublayers"));
   spared = 0;
-  CHECK(is_refused(target, some, 4, "memory"));
+  CHECK(is_refused(target, some, 8, "memory"));
   spared = INT32_MAX;
-  ds_engine *guest = ds_onnx_skip(target, some, 4);
-  CHECK(guest && is_refused(guest, some, 4, "no engine"));
+  ds_engine *guest = ds_onnx_skip(target, some, 8);
+  CHECK(guest && is_refused(guest, some, 8, "no engine"));
   ds_level levels[3] = {{.n_draft = 7, .tree = 1}, {.engine = guest, .n_draft = 3}, {.engine = target}};
   int32_t prompt[PROMPT], drafted[ROOM], plain[ROOM];
   draw_ids(target, PROMPT, prompt);
@@ -182,6 +183,63 @@ static void exercise_guest(void) {
   stock->close(stock);
   target->close(target);
   guest->close(guest);
+  ds_onnx_free(onnx);
+}
+
+/* Is there no engine by that share of so many sublayers of `host`, and do the words say why? */
+static int is_no_swift(ds_engine *host, int32_t n, double share, const char *words) {
+  return !ds_swift_create(host, n, share) && strstr(ds_error_message(), words);
+}
+
+/* A search in the cache of the target while that decodes, and through memory that runs out. */
+static void exercise_search(void) {
+  enum { SUBLAYERS = 8, GENERATIONS = 4 };
+  ds_onnx *onnx = ds_onnx_create(library, 2);
+  ds_engine *target = open_engine(onnx, "target/cpu.onnx"), *swift = NULL;
+  CHECK(target && is_no_swift(target, 4, 0.4, "at least 3 layers") && is_no_swift(target, 7, 0.4, "7 sub"));
+  CHECK(is_no_swift(target, SUBLAYERS, 0, "a share of 0") &&
+        is_no_swift(target, SUBLAYERS, 1, "a share of 1"));
+  CHECK(is_no_swift(target, 6, 0.4, "8 sublayers, not 6") && is_no_swift(NULL, SUBLAYERS, 0.4, "no engine"));
+  int32_t failures = 0;
+  while (!swift) {
+    spared = failures;
+    swift = ds_swift_create(target, SUBLAYERS, 0.6);
+    spared = INT32_MAX;
+    if (!swift) CHECK(strstr(ds_error_message(), "memory") && ++failures);
+  }
+  CHECK(failures == 7); /* the engine, five of its search, the drafter */
+  ds_swift_state state;
+  REFUSED(ds_swift_look(target, &state), "ds_swift_create");
+  REFUSED(ds_swift_look(swift, NULL), "NULL");
+  REFUSED(ds_swift_forget(target), "ds_swift_create");
+  CHECK(ds_swift_look(swift, &state) == DS_OK && state.n_sublayers == SUBLAYERS && state.n_tried == 0);
+
+  ds_level levels[3] = {{.n_draft = 7, .tree = 1}, {.engine = swift, .n_draft = 3}, {.engine = target}};
+  int32_t prompt[PROMPT], drafted[ROOM], plain[ROOM];
+  for (int32_t i = 0; i < GENERATIONS; ++i) {
+    draw_ids(target, PROMPT, prompt);
+    CHECK(decode(levels, 3, prompt, drafted) == ROOM && decode(levels + 2, 1, prompt, plain) == ROOM);
+    CHECK(!memcmp(drafted, plain, sizeof plain));
+    CHECK(ds_swift_look(swift, &state) == DS_OK);
+  }
+  CHECK(state.n_tried >= 2 || state.is_over);
+  spared = 0;
+  CHECK(ds_swift_forget(swift) == DS_ERROR_MEMORY);
+  spared = INT32_MAX;
+  CHECK(ds_swift_forget(swift) == DS_OK && ds_swift_look(swift, &state) == DS_OK && !state.n_tried);
+  for (failures = 0;; ++failures) { /* what fails in a pass fails the call, and the next one works */
+    CHECK(target->reserve(target, 2 * ROOM) == DS_OK);
+    free(read_rows(target, ROOM - 1, plain, 0, NULL, NULL, 1));
+    CHECK(swift->adapt(swift, plain, ROOM, 1) == 0);
+    spared = failures;
+    int32_t read = swift->adapt(swift, plain, ROOM, 40);
+    spared = INT32_MAX;
+    if (read > 0) break;
+    CHECK(read < 0 && strstr(ds_error_message(), "memory"));
+  }
+  CHECK(failures >= 2); /* the drafter, the mask */
+  swift->close(swift);
+  target->close(target);
   ds_onnx_free(onnx);
 }
 
@@ -241,6 +299,7 @@ int main(int n_words, char **words) {
   }
   exercise_ladder();
   exercise_guest();
+  exercise_search();
   exercise_memory();
   puts("clean");
   return 0;

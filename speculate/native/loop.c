@@ -357,13 +357,13 @@ static int32_t adapt(ds_decoder *d) {
   int32_t status = DS_OK;
   for (level *l = d->levels; l->above && status >= 0; ++l) {
     if (!l->engine || !l->engine->adapt || l->kept != d->committed - 1) continue;
-    double began = now_ms();
+    double began = ds_now_ms();
     status = l->engine->adapt(l->engine, d->ids, d->committed, d->committed - d->n_prompt);
     if (status > 0) {
       l->stats.adapt_calls += 1;
       l->stats.adapt_rows += status;
     }
-    l->stats.adapt_ms += now_ms() - began;
+    l->stats.adapt_ms += ds_now_ms() - began;
   }
   return status < 0 ? status : DS_OK;
 }

@@ -10,6 +10,7 @@ import pytest
 from decoding import decode, random_costs
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.ladder import Rung, build_ladder, check_names
+from draftsmith.speculate.levels import ENGINE_TREES
 from draftsmith.speculate.settings import Sampling
 from fake_engine import FakeEngine, FakeGuest
 from test_sampling_keeps_the_target_law import enumerate_target, largest_error, process, softmax
@@ -231,6 +232,45 @@ def test_the_output_is_the_targets(ladder, kind):
     assert accepted > 30
 
 
+class Contextual(FakeEngine):
+    """A slot holds, as with a real model, what its token is behind those that its row saw; who sees the slot
+    must be behind the same ones."""
+
+    def reserve(self, num_slots):
+        super().reserve(num_slots)
+        self._paths = [()] * self.max_seq_len
+
+    def forward(self, token_ids, start, position_ids=None, mask=None, num_logits=None):
+        logits = super().forward(token_ids, start, position_ids, mask, num_logits)
+        for row, slot in enumerate(range(start, start + len(token_ids))):
+            sees = np.arange(slot + 1) if mask is None else np.flatnonzero(mask[row])
+            path = tuple(self._slots[sees].tolist())
+            for depth, before in enumerate(sees[:-1], 1):
+                assert self._paths[before] == path[:depth]
+            self._paths[slot] = path
+        return logits
+
+    def keep(self, start, slots):
+        super().keep(start, slots)
+        self._paths[start : start + len(slots)] = [self._paths[slot] for slot in slots]
+
+
+@pytest.mark.parametrize(
+    "ladder", [[f"int4{kind}", *above] for kind in ENGINE_TREES for above in ([], ["int8"])]
+)
+def test_what_a_cache_keeps_is_what_it_would_read(ladder):
+    for seed in range(3):
+        engines = {
+            "target": Contextual(3, seed),
+            "int8": Contextual(3, seed, noise=0.5),
+            "int4": Contextual(3, seed, noise=0.8, own=2),
+        }
+        rungs = [Rung(name, 20 if name == ladder[0] else 4) for name in ladder]
+        for sampling in (GREEDY, Sampling(1.0, seed=seed)):
+            out = decode(engines, rungs, [1, 2, 0], 50, sampling)
+            assert len(out.tokens) == 50 and out.decoder.counters(0).accepted > 5
+
+
 @pytest.mark.parametrize("padding", [-2, 0, 3])
 @pytest.mark.parametrize("name", ALL_KINDS)
 def test_a_drafter_may_know_more_or_fewer_tokens(name, padding):
@@ -282,6 +322,26 @@ def test_trees_end_where_a_call_does_not_pay():
     assert free.calls > cheap.calls > dear.calls
     assert free.drafted > 15 * free.asked, "free rows are all used"
     assert dear.calls < 30, "a drafter dearer than the target is tried now and then only"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    pytest.importorskip("torch")
+    from draftsmith import load
+    from tiny_bundle import write_tiny_bundle
+
+    return load(write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle"), threads=1)
+
+
+@pytest.mark.parametrize("name", ALL_KINDS)
+def test_real_graphs_say_the_same_and_keep_the_rows_of_the_path(bundle, name):
+    """Greedily, and where the target samples by position."""
+    prompt, settings = list(range(5, 90, 3)), {"max_new_tokens": 60, "ignore_eos": True}
+    for sampled in ({}, {"temperature": 1.0, "seed": 4, "verify": "exact"}):
+        plain = bundle.generate(prompt, speculate="none", **settings, **sampled)
+        out = bundle.generate(prompt, speculate=[name], num_speculative_tokens=20, **settings, **sampled)
+        assert out.token_ids == plain.token_ids
+        assert out.stats.drafts[0].drafted > 100 and out.stats.calls.keys() == {"target", "int8"}
 
 
 # ---- Sampling ----------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def choose_skips(
         choice = weigh(
             _list_sublayers(wanted, rehearsal.target, len(sizes)), sizes, rest, rehearsal.agreement
         )
-    if "swift" in wanted:
+    if not isinstance(wanted, str) and "swift" in wanted:
         found, skips = wanted, {"share": wanted["swift"]}
     else:
         found = skips = {

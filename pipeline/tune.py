@@ -13,7 +13,6 @@ from ..speculate.bundle import Bundle, load
 from ..speculate.costs import Costs
 from ..speculate.drafters import Sources
 from ..speculate.levels import JOINT, SUFFIX, TARGET, TREE, is_drafter, split_engine_tree, wants_tree
-from ..speculate.manifest import OpenSkips
 from ..speculate.plan import Candidate, Plan
 from .call_costs import CostMeter
 from .compare import settle
@@ -189,8 +188,8 @@ def _list_free_drafters(bundle: Bundle) -> list[str]:
 def _list_settled(bundle: Bundle) -> list[str]:
     """The drafters that are models, but those whose layers are searched while decoding: a recording does not
     tell what will be found."""
-    engines = bundle.manifest.engines
-    return [name for name in bundle.drafters if not isinstance(engines[name].skips, OpenSkips)]
+    skips = {name: bundle.manifest.engines[name].skips for name in bundle.drafters}
+    return [name for name, left_out in skips.items() if not (left_out and left_out.share)]
 
 
 def _list_ladders(free: Sequence[str], drafters: Sequence[str], costs: Costs) -> list[tuple[str, ...]]:

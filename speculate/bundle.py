@@ -34,7 +34,6 @@ from .manifest import (
     PLAN,
     TOKENIZER,
     EngineEntry,
-    OpenSkips,
     Skips,
     check_files,
     read_json,
@@ -315,7 +314,7 @@ class Bundle:
             warnings.warn(f"{name} runs on stock operators: {error}", stacklevel=3)
             return OnnxEngine(name, resolve_inside(self.path, entry.portable), entry, runtime)
 
-    def _open_without(self, name: str, entry: EngineEntry, skips: Skips | OpenSkips) -> Engine:
+    def _open_without(self, name: str, entry: EngineEntry, skips: Skips) -> Engine:
         """The target without some of its layers."""
         target = self.engine(TARGET)
         if not isinstance(target, OnnxEngine):
@@ -323,7 +322,7 @@ class Bundle:
                 f"{name} leaves out layers of the target's engine for the CPU, and the target runs on "
                 f'{self.devices[TARGET]}: give the device "cpu" or leave {name} out'
             )
-        if isinstance(skips, OpenSkips):
+        if skips.share:
             return SwiftEngine(name, target, entry.num_layers, skips.share)
         return SkippingEngine(name, target, skips.table(entry.num_layers))
 

@@ -53,8 +53,10 @@ class Skips(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    attention: tuple[Annotated[int, Field(ge=0)], ...] = Field(strict=False)  # layers whose attention is
-    mlp: tuple[Annotated[int, Field(ge=0)], ...] = Field(strict=False)  # layers whose MLP is
+    attention: tuple[Annotated[int, Field(ge=0)], ...] = Field((), strict=False)  # layers whose attention is
+    mlp: tuple[Annotated[int, Field(ge=0)], ...] = Field((), strict=False)  # layers whose MLP is
+    # In place of these: of the sublayers between the first and the last layer, to be searched while decoding.
+    share: float | None = Field(None, gt=0, lt=1)
     bytes_read: float = Field(gt=0, le=1)  # of the target's weights, by one call
 
     def table(self, num_layers: int) -> NDArray[np.bool_]:
@@ -63,15 +65,6 @@ class Skips(BaseModel):
         for part, layers in enumerate((self.attention, self.mlp)):
             table[list(layers), part] = True
         return table
-
-
-class OpenSkips(BaseModel):
-    """The same, where it is searched while decoding (SWIFT)."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    share: float = Field(gt=0, lt=1)  # of the sublayers of all layers but the first and the last
-    bytes_read: float = Field(gt=0, le=1)  # as above, of the set that the search begins with
 
 
 class EngineEntry(BaseModel):
@@ -88,7 +81,7 @@ class EngineEntry(BaseModel):
     eos_token_ids: tuple[int, ...] = Field(default=(), strict=False)
     bos_token_id: int | None = None
     tensorrt: tuple[TensorrtEntry, ...] = Field(default=(), strict=False)
-    skips: Skips | OpenSkips | None = None  # of the target, whose graph this then is
+    skips: Skips | None = None  # of the target, whose graph this then is
 
 
 class Manifest(BaseModel):
@@ -108,8 +101,6 @@ class Manifest(BaseModel):
             target = self.engines.get("target")
             if target is None or engine is target or engine.graph != target.graph:
                 raise ValueError(f"{name} leaves out layers of a graph that is not the target's")
-            if isinstance(engine.skips, OpenSkips):
-                continue
             if any(layer >= engine.num_layers for layer in (*engine.skips.attention, *engine.skips.mlp)):
                 raise ValueError(f"{name} leaves out layers that its {engine.num_layers} are not")
         return self

@@ -23,7 +23,7 @@ from draftsmith.speculate.binding import check, ffi, lib
 from draftsmith.speculate.bundle import load
 from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.ladder import Rung, build_ladder
-from draftsmith.speculate.manifest import OpenSkips
+from draftsmith.speculate.manifest import Skips
 from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime, SkippingEngine, SwiftEngine, SwiftState
 from draftsmith.speculate.plan import Plan
 from draftsmith.speculate.settings import Sampling
@@ -379,7 +379,7 @@ def test_a_bundle_searches_while_it_decodes_and_forgets_when_told(stages, tmp_pa
     inputs, report = stages
     bundle = load(try_bundle(tmp_path, inputs), threads=1)
     assert report["skip_layers"] == {"swift": SHARE} and report["tried"] == 1
-    assert bundle.manifest.engines["swift"].skips == OpenSkips(share=SHARE, bytes_read=report["bytes_read"])
+    assert bundle.manifest.engines["swift"].skips == Skips(share=SHARE, bytes_read=report["bytes_read"])
     assert 0.45 < report["bytes_read"] < 0.8
     prompt, settings = list(range(60)), {"max_new_tokens": 120, "ignore_eos": True}
     plain = bundle.generate(prompt, speculate="none", **settings)
@@ -430,5 +430,5 @@ def test_a_manifest_with_a_share_that_is_none_is_refused(stages, tmp_path, share
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["engines"]["swift"]["skips"]["share"] = share
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="skips"):
+    with pytest.raises(BundleError, match=r"skips\.share"):
         load(folder)

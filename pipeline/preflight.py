@@ -15,7 +15,7 @@ from ..speculate.errors import BundleError
 from ..speculate.levels import TARGET
 from .errors import RecipeError
 from .hashing import hash_file
-from .recipe import Drafter, Engine, Export, Recipe, SkipLayers, SwiftLayers
+from .recipe import Drafter, Engine, Export, Recipe, SkipLayers
 from .recipe_file import LoadedRecipe
 
 BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "matplotlib")
@@ -170,13 +170,13 @@ def _check_engine(engine: Engine, config: DecoderConfig) -> None:
 
 
 def _check_skips(drafter: Drafter, config: DecoderConfig) -> None:
-    if isinstance(drafter.skip_layers, SwiftLayers) and config.num_layers < 3:
+    if not isinstance(skips := drafter.skip_layers, SkipLayers):
+        return
+    if skips.swift and config.num_layers < 3:
         raise ValueError(
             f"skip_layers: swift keeps the first and the last layer, and the model has {config.num_layers}: "
             "name layers, or take auto"
         )
-    if not isinstance(skips := drafter.skip_layers, SkipLayers):
-        return
     for part, layers in (("attention", skips.attention), ("mlp", skips.mlp)):
         if layers and layers[-1] >= config.num_layers:
             raise ValueError(

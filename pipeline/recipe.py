@@ -202,33 +202,36 @@ SWIFT_SHARE = 0.45  # that the paper leaves out
 class SkipLayers(Section):
     attention: list[LayerIndex] = Field(default=[], description="layers whose attention is left out")
     mlp: list[LayerIndex] = Field(default=[], description="layers whose MLP is left out")
-
-
-class SwiftLayers(Section):
-    swift: Fraction = Field(
-        description="the share to leave out of the attentions and MLPs of all layers but the first and the "
-        "last; which, is searched while decoding"
+    swift: Fraction | None = Field(
+        default=None,
+        description="in place of both the share to leave out of the attentions and MLPs of all layers but the "
+        "first and the last; which, is searched while decoding",
     )
 
 
 def _by_sublayer(value: Any) -> Any:
     """A list is one of whole layers. Sorted, so that it is the same recipe and the same key of the cache."""
     if value == "swift":
-        return SwiftLayers(swift=SWIFT_SHARE)
+        return SkipLayers(swift=SWIFT_SHARE)
     if isinstance(value, list):
         value = SkipLayers(attention=value, mlp=value)
     if not isinstance(value, SkipLayers):
         return value
-    if not (value.attention or value.mlp):
+    named = bool(value.attention or value.mlp)
+    if value.swift and named:
+        raise ValueError(
+            "swift searches for what to leave out, so no layers are named: give one or the other"
+        )
+    if not (value.swift or named):
         raise ValueError("no layer is named, so it would cost what the target costs; wanted some, or auto")
-    return SkipLayers(attention=sorted(set(value.attention)), mlp=sorted(set(value.mlp)))
+    return value.model_copy(update={"attention": sorted(set(value.attention)), "mlp": sorted(set(value.mlp))})
 
 
 class Drafter(Engine):
     """A compressed copy of the model, or the target itself without some of its layers."""
 
     skip_layers: Annotated[
-        Literal["auto", "swift"] | list[LayerIndex] | SkipLayers | SwiftLayers | None,
+        Literal["auto", "swift"] | list[LayerIndex] | SkipLayers | None,
         AfterValidator(_by_sublayer),
     ] = Field(
         default=None,

@@ -72,7 +72,7 @@ def choose_skips(
             _list_sublayers(wanted, rehearsal.target, len(sizes)), sizes, rest, rehearsal.agreement
         )
     if not isinstance(wanted, str) and "swift" in wanted:
-        found, skips = wanted, {"share": wanted["swift"]}
+        found, skips = {"swift": wanted["swift"]}, {"share": wanted["swift"]}
     else:
         found = skips = {
             key: sorted(sublayer // 2 for sublayer in choice.skipped if sublayer % 2 == part)

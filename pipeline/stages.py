@@ -22,7 +22,7 @@ from ..speculate.levels import TARGET
 from .gate_prompts import DEFAULT_PROMPTS
 from .hashing import hash_file, hash_json, write_json
 from .pack import ENGINE_FILE, TENSORRT_FILE, try_bundle
-from .recipe import Drafter, Engine, Export, Recipe, Speculate, SwiftLayers
+from .recipe import Drafter, Engine, Export, Recipe, SkipLayers, Speculate
 from .stage import Call, Stage, Task
 
 ARITHMETIC = ("torch", "numpy", "safetensors")
@@ -262,7 +262,8 @@ def plan_tasks(
     limit = min((export.max_seq_len for export in graphs if export.max_seq_len), default=None)
     for name, engine in {TARGET: recipe.target, **recipe.drafters}.items():
         if isinstance(engine, Drafter) and engine.skip_layers:
-            params = engine.model_dump(include={"skip_layers"}) | {"weights": describe_weights(engine)}
+            params = engine.model_dump(include={"skip_layers"}, exclude_none=True)
+            params |= {"weights": describe_weights(engine)}
             target = {f"engine {TARGET}": plan.exports[TARGET]}
             plan.exports[name] = task(SKIP, name, params, model=load, tokens=tokens, **target)
             continue
@@ -323,7 +324,7 @@ def describe_engine(export: Export, speculate: Speculate) -> dict[str, Any]:
 def describe_weights(engine: Engine) -> str:
     """What a manifest calls the weights of an engine; empty for those of the model itself."""
     if isinstance(engine, Drafter) and engine.skip_layers:
-        searched = isinstance(engine.skip_layers, SwiftLayers)
+        searched = isinstance(engine.skip_layers, SkipLayers) and engine.skip_layers.swift
         return f"of the target, without some layers{', searched while decoding' if searched else ''}"
     structure = ""
     if engine.prune:

@@ -15,6 +15,7 @@ from draftsmith.pipeline.errors import RecipeError
 from draftsmith.pipeline.pack import try_bundle
 from draftsmith.pipeline.preflight import check_model
 from draftsmith.pipeline.recipe import Recipe, Speculate
+from draftsmith.pipeline.recipe_file import load_recipe
 from draftsmith.pipeline.skips import choose_skips
 from draftsmith.pipeline.stages import plan_tasks
 from draftsmith.pipeline.traces import measure_agreement
@@ -345,9 +346,12 @@ def test_a_recipe_says_it_in_two_ways(tmp_path):
     plain = make_recipe("swift")
     assert plain == make_recipe({"swift": SHARE}) != make_recipe({"swift": 0.2})
     assert Recipe.model_validate(plain.model_dump()) == plain
+    file = tmp_path / "recipe.yaml"
+    file.write_text("version: 1\nmodel: {source: x}\ndrafters: {swift: {skip_layers: {swift: 0.2}}}\n")
+    assert load_recipe(str(file)).recipe == make_recipe({"swift": 0.2})
     plan = plan_tasks(plain, tmp_path, {})
     assert plan.exports["swift"].params == {
-        "skip_layers": {"swift": SHARE},
+        "skip_layers": {"attention": [], "mlp": [], "swift": SHARE},
         "weights": "of the target, without some layers, searched while decoding",
     }
     for bad in ({"swift": 0}, {"swift": 1.0}, {"swift": 0.4, "mlp": [1]}, "Swift"):

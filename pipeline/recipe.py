@@ -204,8 +204,8 @@ class SkipLayers(Section):
     mlp: list[LayerIndex] = Field(default=[], description="layers whose MLP is left out")
     swift: Fraction | None = Field(
         default=None,
-        description="in place of both the share to leave out of the attentions and MLPs of all layers but the "
-        "first and the last; which, is searched while decoding",
+        description="in place of both: the share to leave out of the attentions and MLPs of all layers but "
+        "the first and the last; which, is searched while decoding",
     )
 
 

@@ -39,7 +39,8 @@ def export_onnx(
     checkpoint has a scale for them, float elsewhere. `cpu.onnx` scales the activations of every token by
     themselves. A sequence may get as long as the model allows, or `max_seq_len` if that is less.
 
-    Returns `graph` (for the CPU) and `portable`, both file names in `out`, and `max_seq_len`.
+    Returns `graph` (for the CPU) and `portable`, both file names in `out`, `max_seq_len` and, of a head that
+    knows only some tokens, `draft_vocab_size`.
     Raises ModelError where the checkpoint is not complete.
     """
     source = Checkpoint(checkpoint)
@@ -49,4 +50,5 @@ def export_onnx(
         model = store_model(source, weights, packed, num_positions, progress)
     write_model(build_graph(model, weights).model(), out / PORTABLE)
     write_model(build_cpu_graph(model, weights, packed).model(), out / CPU)
-    return {"graph": CPU, "portable": PORTABLE, "max_seq_len": num_positions}
+    written: dict[str, object] = {"graph": CPU, "portable": PORTABLE, "max_seq_len": num_positions}
+    return written | ({"draft_vocab_size": model.packed_head.n} if model.has_cut_head else {})

@@ -53,7 +53,19 @@ def check_perplexity(baseline: Perplexity | None, candidate: Perplexity, setting
         why = "the baseline has none" if baseline is None else "the baseline read another text"
         figure = candidate.engines["target"]
         return [Check("perplexity", "not compared", "", None, figure, limit, f"{why}: measure it again")]
-    checks = []
+    lost = [name for name in baseline.engines if name not in candidate.engines]
+    checks = [
+        Check(
+            f"perplexity of {name}",
+            "not compared",
+            "",
+            baseline.engines[name],
+            None,
+            limit,
+            "it has none now",
+        )
+        for name in lost
+    ]
     for name, now in candidate.engines.items():
         if (then := baseline.engines.get(name)) is not None:
             worse = now > then * (1 + settings.max_perplexity_growth)

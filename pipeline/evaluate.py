@@ -99,10 +99,12 @@ def _perplexities(bundle: Bundle, windows: list[list[int]], progress: Progress) 
                 target_choices.append(choices)
             agreements.append(choices == target_choices[index])
             progress(index + 1, len(windows), f"perplexity of {name}")
-        perplexity, row = float(np.exp(np.concatenate(losses).mean())), {}
-        if np.isfinite(perplexity):
+        perplexity = float(np.exp(np.concatenate(losses).mean()))
+        if np.isnan(perplexity):
+            raise BundleError(f"the logits of {name} on this text are not numbers: build it again")
+        row = figures[name] = {}
+        if bundle.manifest.engines[name].draft_vocab_size is None:
             row["perplexity"] = perplexity
-        figures[name] = row
         if name != "target":
             if row:
                 row["ratio_to_target"] = perplexity / figures["target"]["perplexity"]

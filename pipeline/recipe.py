@@ -361,6 +361,11 @@ class Recipe(Section):
                     f"drafters.{name}: wanted a name of lower-case letters, digits, - and _ that is none of "
                     f"{', '.join(RESERVED)} and does not end in {', '.join(ENGINE_TREES)}"
                 )
+            if drafter.draft_vocab_size and not (drafter.prune or drafter.quantize):
+                raise ValueError(
+                    f"drafters.{name}: draft_vocab_size alone leaves every layer as it is: "
+                    "add quantize or prune"
+                )
             if not (drafter.prune or drafter.quantize or drafter.skip_layers):
                 raise ValueError(
                     f"drafters.{name}: neither prune nor quantize nor skip_layers, so it would cost what the "

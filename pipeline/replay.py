@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..speculate.binding import ffi
+from ..speculate.binding import ffi, lib
 from ..speculate.costs import Costs
 from ..speculate.drafters import Drafter, Sources
 from ..speculate.ladder import Rung, build_ladder
@@ -27,7 +27,7 @@ from ..speculate.plan import Work
 from ..speculate.settings import Sampling
 
 LIKELY = 8  # tokens that are kept of what the target found likely at a position
-TREE_ROOM = 64  # slots behind the text for the nodes of a tree
+TREE_ROOM = 2 * lib.DS_MAX_DRAFT  # slots behind the text: a model may read so many nodes for one tree
 STRANGERS = 1024  # ids for the tokens that no one on the tape says: siblings in a tree should keep apart
 
 

@@ -13,7 +13,7 @@ from .datastore import Datastore
 from .devices import ONNX_PROVIDERS, choose_device, find_plan, spread_devices, why_not_tensorrt
 from .drafters import Drafter, Sources
 from .driver import find_gpus
-from .engine import Engine, Logits
+from .engine import Engine, LearningEngine, Logits
 from .errors import BundleError
 from .folders import default_root
 from .generate import Generation, Run, exclusive
@@ -227,7 +227,7 @@ class Bundle:
         with exclusive(self._busy):
             self._lasting.clear()
             for engine in self._engines.values():
-                if isinstance(engine, SwiftEngine):
+                if isinstance(engine, LearningEngine):
                     engine.forget()
 
     @property

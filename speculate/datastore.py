@@ -103,7 +103,10 @@ def _read_hash(tokenizer: str) -> bytes:
 
 
 def _read_text(text: Sequence[int] | NDArray, index: int) -> NDArray[np.int32]:
-    ids = np.asarray(text)
+    try:
+        ids = np.asarray(text)
+    except ValueError:  # lists of several lengths
+        raise BundleError(f"texts[{index}] is nested: wanted a flat list of token ids") from None
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise BundleError(f"texts[{index}] is {ids.dtype} {list(ids.shape)}: wanted a flat list of token ids")
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < lib.DS_END_OF_REFERENCE:

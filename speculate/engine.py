@@ -96,6 +96,13 @@ class AdaptingEngine(Engine, Protocol):
 
 
 @runtime_checkable
+class LearningEngine(Engine, Protocol):
+    """An engine that can be told to draft as if it were new."""
+
+    def forget(self) -> None: ...
+
+
+@runtime_checkable
 class DeviceEngine(Engine, Protocol):
     """An engine whose logits can stay on its device."""
 

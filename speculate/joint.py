@@ -153,6 +153,12 @@ def generate_jointly(
         raise BundleError(
             f"{name} shares the target's cache, and a joint law needs two: name another drafter"
         )
+    entry = other.manifest.engines[name]
+    if entry.draft_vocab_size is not None and isinstance(law, Contrast):
+        raise BundleError(
+            f"{name} knows {entry.draft_vocab_size} of the {entry.vocab_size} tokens and a contrast needs "
+            "all: name a drafter without draft_vocab_size, or take an ensemble"
+        )
     if other is not bundle:
         _check_tokenizers(bundle, other)
     ids = bundle.encode(prompt)

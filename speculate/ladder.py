@@ -80,6 +80,11 @@ def check_names(names: list[str], engines: Iterable[str]) -> None:
             check_parts(name)
         elif tree and is_drafter(engine):
             raise BundleError(f"ladder {names}: only models draft {tree}; take {engine}{TREE}")
+        elif tree and name in models:
+            raise BundleError(
+                f"ladder {names}: {name} asks for a tree of {engine}, and a drafter is called so: build the "
+                "bundle again with another name"
+            )
         elif engine not in models:
             near = get_close_matches(engine, known, n=1, cutoff=0.0)
             hint = f"; did you mean {near[0] + tree!r}?" if near else ""

@@ -24,12 +24,13 @@ CHAINS_ONLY = ("history", "rest")  # alone; in a hybrid they add chains to its t
 
 JOINT = "+"  # between drafters that are one level
 TREE = "-tree"  # behind a level that is to propose trees
+GRAPH, SEQUOIA = "-graph", "-sequoia"  # or behind one that is a model
 
 # What may stand behind the name of a level that is a model, and the tree that it then drafts.
 ENGINE_TREES = {
     TREE: "the likeliest prefixes (SpecExec, arXiv 2406.02532)",
-    "-graph": "the same, where what follows two tokens is read once (GSD, arXiv 2407.16207)",
-    "-sequoia": "the shape that is worth most, filled with draws (Sequoia, arXiv 2402.12374)",
+    GRAPH: "the same, where what follows two tokens is read once (GSD, arXiv 2407.16207)",
+    SEQUOIA: "the shape that is worth most, filled with draws (Sequoia, arXiv 2402.12374)",
 }
 
 

@@ -11,7 +11,7 @@ from .binding import check, ffi, lib
 from .drafters import Drafter
 from .engine import AdaptingEngine, Decision, DeviceEngine, Engine, GuestEngine, MovingEngine
 from .errors import BundleError
-from .levels import TREE
+from .levels import GRAPH, SEQUOIA, TREE
 from .onnx_engine import OnnxEngine
 from .settings import Sampling
 from .verify import RULES
@@ -19,8 +19,8 @@ from .verify import RULES
 BRANCHING: dict[str, int] = {
     "": lib.DS_CHAIN,
     TREE: lib.DS_TREE,
-    "-graph": lib.DS_GRAPH,
-    "-sequoia": lib.DS_SEQUOIA,
+    GRAPH: lib.DS_GRAPH,
+    SEQUOIA: lib.DS_SEQUOIA,
 }
 PREFILL_ROWS: int = lib.DS_PREFILL_ROWS  # rows of one call while reading a prompt
 
@@ -189,6 +189,10 @@ class Decoder:
 
     def __init__(self, levels: Sequence[Level]) -> None:
         self.levels = list(levels)
+        for level in self.levels:
+            if level.tree not in BRANCHING:
+                known = ", ".join(map(repr, BRANCHING))
+                raise BundleError(f"level {level.name}: tree={level.tree!r} is none of {known}")
         self._engines = NativeEngines(level.engine for level in self.levels if level.engine)
         costs = [ffi.NULL if level.costs is None else ffi.new("double[]", level.costs) for level in levels]
         wanted = ffi.new(

@@ -59,6 +59,12 @@ class Skips(BaseModel):
     share: float | None = Field(None, gt=0, lt=1)
     bytes_read: float = Field(gt=0, le=1)  # of the target's weights, by one call
 
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.share is None) != bool(self.attention or self.mlp):
+            raise ValueError("skips wants a share, or layers, and not both")
+        return self
+
     def table(self, num_layers: int) -> NDArray[np.bool_]:
         """bool [num_layers, 2]: whether attention and MLP of each layer are left out."""
         table = np.zeros((num_layers, 2), bool)
@@ -82,6 +88,7 @@ class EngineEntry(BaseModel):
     bos_token_id: int | None = None
     tensorrt: tuple[TensorrtEntry, ...] = Field(default=(), strict=False)
     skips: Skips | None = None  # of the target, whose graph this then is
+    draft_vocab_size: Annotated[int, Field(ge=1)] | None = None  # tokens that its head knows, if not all
 
 
 class Manifest(BaseModel):

@@ -15,7 +15,9 @@ from draftsmith.pipeline.errors import RecipeError
 from draftsmith.pipeline.evaluate import evaluate, measure_perplexity
 from draftsmith.pipeline.preflight import check_model
 from draftsmith.pipeline.recipe import Recipe
-from draftsmith.speculate.bundle import load
+from draftsmith.speculate.bundle import Bundle, load
+from draftsmith.speculate.errors import BundleError
+from draftsmith.speculate.joint import Contrast, Ensemble, generate_jointly
 from fake_engine import write_manifest
 from graph_session import GraphSession
 from quantized import quantize_checkpoint
@@ -111,7 +113,7 @@ def bundle(tmp_path_factory):
     export_onnx(checkpoint / "cut", folder / "drafters/few")
     manifest = json.loads((folder / "manifest.json").read_text())
     paths = {key: f"drafters/few/{name}" for key, name in (("graph", "cpu.onnx"), ("portable", "model.onnx"))}
-    manifest["engines"]["few"] = {**manifest["engines"]["target"], **paths, "weights": "for 60 tokens"}
+    manifest["engines"]["few"] = {**manifest["engines"]["target"], **paths, "draft_vocab_size": 60}
     write_manifest(folder, manifest)
     return folder, known(checkpoint)
 
@@ -141,6 +143,25 @@ def test_it_has_no_perplexity_but_agrees(bundle, tmp_path):
     assert set(measure_perplexity(opened, tmp_path / "text.txt", 64, 2)) == {"target", "int8"}
 
 
+def test_logits_that_are_no_numbers_are_no_cut_vocabulary(bundle, tmp_path, monkeypatch):
+    opened, logits = load(bundle[0], threads=2), Bundle.logits
+    (tmp_path / "text.txt").write_text("every quick brown fox jumps over lazy dogs. " * 4)
+    for broken in ("target", "few"):
+        monkeypatch.setattr(
+            Bundle, "logits", lambda self, ids, engine, _broken=broken: logits(self, ids, engine) * (
+                np.nan if engine == _broken else 1)
+        )  # fmt: skip
+        with pytest.raises(BundleError, match=f"logits of {broken} on this text are not numbers"):
+            measure_perplexity(opened, tmp_path / "text.txt", 64, 2)
+
+
+def test_a_contrast_needs_all_tokens(bundle):
+    opened = load(bundle[0], threads=2)
+    with pytest.raises(BundleError, match=r"few knows 60 of the 258 tokens .* take an ensemble"):
+        generate_jointly(opened, "few", Contrast(0.1), [1, 2, 3], 8)
+    assert len(generate_jointly(opened, "few", Ensemble(0.5), [1, 2, 3], 8, ignore_eos=True).token_ids) == 8
+
+
 # ---- In a recipe -------------------------------------------------------------------------------------------
 
 
@@ -158,5 +179,7 @@ def test_a_recipe_says_how_many(tmp_path):
         check_model(recipe(quantize={}, draft_vocab_size=5000), CONFIG, tmp_path, tmp_path)
     with pytest.raises(ValueError, match="nor draft_vocab_size"):
         recipe(skip_layers=[1], draft_vocab_size=100)
+    with pytest.raises(ValueError, match="leaves every layer as it is: add quantize or prune"):
+        recipe(draft_vocab_size=100)
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         recipe(quantize={}, draft_vocab_size=0)

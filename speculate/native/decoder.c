@@ -12,7 +12,7 @@
 
 static int32_t check_costs(const ds_level *levels, int32_t i) {
   const ds_level *l = &levels[i];
-  int32_t rows = i > 0 ? levels[i - 1].n_draft + 1 : 1;
+  int32_t rows = i > 0 ? levels[i - 1].n_draft + 1 : l->tree ? l->n_draft : 1;
   if (!l->costs) return DS_OK;
   if (!l->engine) return ds_fail(DS_ERROR_ARGUMENT, "level %d has no engine, and so has no costs", i);
   if (l->n_costs < rows || l->n_costs > DS_MOST_ROWS)

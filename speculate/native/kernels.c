@@ -247,13 +247,20 @@ int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *mask, in
   return DS_OK;
 }
 
-/* Queries of one key head together, since keys and values are read once for all of an item; but as many items for
- * one thread as for another. */
+/* How many queries of one key head are an item: as many as make the longest thread's work the least. To read the keys
+ * and values of an item costs about what two queries do. */
 static int32_t choose_queries(const ds_heads *heads, int32_t n_rows, int32_t n_threads) {
-  int32_t n_all = n_rows * (heads->n_heads / heads->n_kv_heads);
-  int32_t parts = (n_all + DS_MAX_QUERIES - 1) / DS_MAX_QUERIES;
-  while (parts < n_all && (int64_t)parts * heads->n_kv_heads % n_threads) ++parts;
-  return (n_all + parts - 1) / parts;
+  int32_t n_all = n_rows * (heads->n_heads / heads->n_kv_heads), best = 1;
+  int64_t least = INT64_MAX;
+  for (int32_t n = n_all < DS_MAX_QUERIES ? n_all : DS_MAX_QUERIES; n >= 1; --n) {
+    int64_t n_items = (int64_t)heads->n_kv_heads * ((n_all + n - 1) / n);
+    int64_t work = (n_items + n_threads - 1) / n_threads * (n + 2);
+    if (work < least) {
+      least = work;
+      best = n;
+    }
+  }
+  return best;
 }
 
 int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,

@@ -4,7 +4,7 @@
  *            DS_RULE_EXACT are, token for token, those of sampling without drafts. Whatever drafts.
  * Repeatable Tokens depend on the engines, with what these learnt, the settings and the cost tables; never on a clock.
  * Ownership  Levels and settings are copied, engines and drafters borrowed until ds_decoder_free; nobody here
- *            closes them. All memory is taken by create and begin; step allocates nothing.
+ *            closes them. All memory is taken by create and begin; step allocates nothing of its own.
  * Threads    A decoder is used by one thread at a time, and so are its engines and
  *            its drafter.
  * Errors     As in draftsmith.h. After one, begin again.
@@ -37,9 +37,9 @@ enum ds_branching { DS_CHAIN = 0, DS_TREE = 1, DS_GRAPH = 2, DS_SEQUOIA = 3 };
  * vocabulary rules: a drafter may know fewer ids (it never drafts the rest) or more (those are masked). The host
  * of a guest (engine.h) is the engine of a level above it. */
 typedef struct ds_level {
-  ds_engine *engine;   /* NULL: `drafter`, which needs no drafter of its own and so comes first */
-  int32_t n_draft;     /* the longest proposal to the level above, 1 .. DS_MAX_DRAFT; 0 for the target */
-  int32_t n_costs;     /* at least the n_draft of the level below + 1; 0 without costs */
+  ds_engine *engine; /* NULL: `drafter`, which needs no drafter of its own and so comes first */
+  int32_t n_draft;   /* the longest proposal to the level above, 1 .. DS_MAX_DRAFT; 0 for the target */
+  int32_t n_costs;   /* at least the n_draft of the level below + 1, or its own of a tree; 0 without costs */
   const double *costs; /* [r]: milliseconds of an engine's call with r + 1 rows, positive; or NULL */
   ds_drafter
       *drafter; /* of a level without an engine; NULL there: prompt lookup over the generation's text */
@@ -51,7 +51,8 @@ typedef struct ds_level {
 
 /* As ds_verify_tree, whose arguments these are: a chain is a tree too, on which DS_RULE_TOKEN is DS_RULE_RRS
  * and DS_RULE_BLOCK is DS_RULE_TRAVERSAL. Of a proposal that was sampled, q has n_nodes rows: nothing
- * was drawn behind the last node. */
+ * was drawn behind the last node. With n_nodes 0 and no q, draw a token of p: so the drafts of DS_SEQUOIA are
+ * drawn too, of their drafter's law. */
 typedef int32_t ds_verify_function(int32_t rule, int32_t n_nodes, int32_t vocab, const double *p,
                                    const double *q, const int32_t *tokens, const int32_t *parents,
                                    const double *uniforms, int32_t *accepted, int32_t *n_accepted,

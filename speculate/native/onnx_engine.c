@@ -43,7 +43,7 @@ typedef struct {
 
   int32_t n_reserved; /* of n_slots, which come in whole steps */
   int32_t n_slots;
-  float *cache; /* [n_layers][2][n_kv_heads][n_slots][head_dim] */
+  float *cache; /* [n_layers][2]: keys and values, as kernels.h or the graph's own operators have them */
 
   int32_t max_rows, max_logits;
   int64_t *ids, *positions, write_index, num_logits;

@@ -9,7 +9,7 @@
  * weighted ridge regression estimates in closed form (recursive least squares). Random sets of one size tell them
  * apart, and the best set of that size is the one with the largest.
  *
- * A function of the scores it is told: its random numbers are always the same.
+ * A function of the scores it is told, on one machine: its random numbers are always the same.
  */
 #ifndef DRAFTSMITH_SKIP_SEARCH_H
 #define DRAFTSMITH_SKIP_SEARCH_H

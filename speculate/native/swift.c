@@ -96,7 +96,8 @@ static int32_t adapt(ds_engine *base, const int32_t *tokens, int32_t n_tokens, i
   if (ds_skip_search_is_over(&swift->search) || n_rows < LEAST_ROWS) return 0;
   if (n_rows > base->max_seq_len - (n_tokens - 1)) return 0;
   swift->n_scored = n_decoded;
-  return try_another(swift, tokens, n_tokens, n_rows);
+  int32_t status = try_another(swift, tokens, n_tokens, n_rows);
+  return status == DS_ERROR_MEMORY ? 0 : status; /* nothing hangs on it */
 }
 
 /* ---- The drafter ----------------------------------------------------------------------------------------- */

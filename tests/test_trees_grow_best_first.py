@@ -205,7 +205,8 @@ def test_merged_drafters_keep_the_likeliest_of_what_all_propose():
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("rest-tree", None),
+        ("recycling-tree", None),
+        ("rest-tree", "rest proposes chains only"),
         ("suffix+suffix", "names a drafter twice"),
         ("suffix+int8", "'int8' is no drafter"),
         ("suffix-tree+recycling", "'suffix-tree' is no drafter"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from onnx import TensorProto
 
-from ..model.vocabulary import HEAD_IDS
+from ..model.layout import HEAD_IDS
 from ..speculate.binding import lib
 from .builder import Graph
 from .decoder import BATCH, SLOTS, TOKENS, add_positions, embed_tokens, soften

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ..model.config import DecoderConfig
-from ..model.layout import EMBED_POSITIONS, EMBED_TOKENS
+from ..model.layout import EMBED_POSITIONS, EMBED_TOKENS, HEAD_IDS
 from ..model.progress import Progress, no_progress
 from ..model.store import TORCH_DTYPES, Checkpoint
-from ..model.vocabulary import HEAD_IDS
 from .onnx_files import WeightFile
 from .packed import PackedLinear, add_packed
 

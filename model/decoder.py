@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from .attention import Attention, KVCache, RMSNorm, causal_mask
 from .config import DecoderConfig
-from .layout import EMBED_POSITIONS, EMBED_TOKENS, linear_shapes, norm_names
+from .layout import EMBED_POSITIONS, EMBED_TOKENS, HEAD_IDS, linear_shapes, norm_names
 from .linear import Linear
 from .store import Checkpoint
-from .vocabulary import HEAD_IDS
 
 __all__ = ["Decoder", "DecoderLayer", "Embedding", "Head", "KVCache", "Linear", "Norm", "causal_mask"]
 

@@ -10,6 +10,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 EMBED_TOKENS = "model.embed_tokens.weight"
 EMBED_POSITIONS = "model.embed_positions.weight"
+HEAD_IDS = "lm_head.ids"  # of a head that knows only some tokens (`vocabulary.py`)
 
 
 def linear_shapes(config: DecoderConfig) -> Shapes:

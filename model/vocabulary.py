@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import ModelError
-from .layout import EMBED_TOKENS
+from .layout import EMBED_TOKENS, HEAD_IDS
 from .store import HEAD, Checkpoint, copy_tokenizer, link_part, write_config, write_part
 
-HEAD_IDS = "lm_head.ids"
 BY_OUTPUT = tuple(f"lm_head.{part}" for part in ("weight", "weight_scale", "weight_grid", "bias"))
 
 

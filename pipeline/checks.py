@@ -47,29 +47,19 @@ def check_agreement(
 
 
 def check_perplexity(baseline: Perplexity | None, candidate: Perplexity, settings: Gate) -> list[Check]:
-    """Of every engine that both have, if both read the same text in the same way."""
+    """Of every engine that the baseline has, if both read the same text in the same way."""
     limit = f"+{settings.max_perplexity_growth:.0%}"
     if baseline is None or baseline.described() != candidate.described():
         why = "the baseline has none" if baseline is None else "the baseline read another text"
         figure = candidate.engines["target"]
         return [Check("perplexity", "not compared", "", None, figure, limit, f"{why}: measure it again")]
-    lost = [name for name in baseline.engines if name not in candidate.engines]
-    checks = [
-        Check(
-            f"perplexity of {name}",
-            "not compared",
-            "",
-            baseline.engines[name],
-            None,
-            limit,
-            "it has none now",
-        )
-        for name in lost
-    ]
-    for name, now in candidate.engines.items():
-        if (then := baseline.engines.get(name)) is not None:
+    checks = []
+    for name, then in baseline.engines.items():
+        now = candidate.engines.get(name)
+        outcome: Outcome = "not compared"
+        why = "it has none now"
+        if now is not None:
             worse = now > then * (1 + settings.max_perplexity_growth)
-            outcome: Outcome = "regression" if worse else "pass"
-            why = f"{now / then:.4f} times the baseline"
-            checks.append(Check(f"perplexity of {name}", outcome, "", then, now, limit, why))
+            outcome, why = "regression" if worse else "pass", f"{now / then:.4f} times the baseline"
+        checks.append(Check(f"perplexity of {name}", outcome, "", then, now, limit, why))
     return checks

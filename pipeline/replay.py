@@ -27,7 +27,7 @@ from ..speculate.plan import Work
 from ..speculate.settings import Sampling
 
 LIKELY = 8  # tokens that are kept of what the target found likely at a position
-TREE_ROOM = 2 * lib.DS_MAX_DRAFT  # slots behind the text: a model may read so many nodes for one tree
+TREE_ROOM: int = lib.DS_TREE_ROWS  # slots behind the text for the nodes of a tree
 STRANGERS = 1024  # ids for the tokens that no one on the tape says: siblings in a tree should keep apart
 
 

@@ -149,15 +149,15 @@ def generate_jointly(
     if other is bundle and name not in bundle.drafters:
         known = ", ".join(bundle.drafters) or "none"
         raise BundleError(f"{bundle.path} has no drafter {name!r} to decode with, only {known}")
-    if bundle.manifest.engines[name].skips:
+    partner = other.manifest.engines[name]
+    if partner.skips:
         raise BundleError(
             f"{name} shares the target's cache, and a joint law needs two: name another drafter"
         )
-    entry = other.manifest.engines[name]
-    if entry.draft_vocab_size is not None and isinstance(law, Contrast):
+    if partner.draft_vocab_size is not None and isinstance(law, Contrast):
         raise BundleError(
-            f"{name} knows {entry.draft_vocab_size} of the {entry.vocab_size} tokens and a contrast needs "
-            "all: name a drafter without draft_vocab_size, or take an ensemble"
+            f"{name} knows {partner.draft_vocab_size} of the {partner.vocab_size} tokens and a contrast "
+            "needs all: name a drafter without draft_vocab_size, or take an ensemble"
         )
     if other is not bundle:
         _check_tokenizers(bundle, other)

@@ -9,8 +9,9 @@ import torch
 from draftsmith.export.portable import export_onnx
 from draftsmith.model.decoder import Decoder
 from draftsmith.model.errors import ModelError
+from draftsmith.model.layout import HEAD_IDS
 from draftsmith.model.store import Checkpoint, write_part
-from draftsmith.model.vocabulary import HEAD_IDS, cut_vocabulary
+from draftsmith.model.vocabulary import cut_vocabulary
 from draftsmith.pipeline.errors import RecipeError
 from draftsmith.pipeline.evaluate import evaluate, measure_perplexity
 from draftsmith.pipeline.preflight import check_model

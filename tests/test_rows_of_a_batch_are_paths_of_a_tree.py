@@ -1,5 +1,5 @@
-"""N-Grammys (arXiv 2411.03786) verifies k rows of w tokens as a batch. Merged into one tree they are fewer rows of one
-call, which say the same: bit for bit where the graph is of our operators."""
+"""N-Grammys (arXiv 2411.03786) verifies k rows of w tokens as a batch. Merged into one tree they are fewer
+rows of one call, which say the same: bit for bit where the graph is of our operators."""
 
 import numpy as np
 import pytest

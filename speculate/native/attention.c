@@ -25,29 +25,31 @@ INLINE vf load_keys(const float *channel, int32_t width) {
   return width == LANES ? f_load(channel) : f_load_n(channel, width);
 }
 
+typedef vf tile[TILE_QUERIES][TILE_QUERIES]; /* by query and panel */
+
+/* One channel of each product. Counts are constants, so that the sums stay in registers. */
+INLINE void add_channel(const int queries, const int panels, const int32_t width, int32_t size,
+                        const float *keys, const query *q, int32_t channel, tile sums) {
+  vf key[TILE_QUERIES];
+  UNROLL for (int p = 0; p < panels; ++p) key[p] =
+      load_keys(keys + (p * LANES * size + channel * width), width);
+  UNROLL for (int u = 0; u < queries; ++u) {
+    vf x = f_set(q[u].vector[channel]);
+    UNROLL for (int p = 0; p < panels; ++p) sums[u][p] = f_fma(x, key[p], sums[u][p]);
+  }
+}
+
 /* The scores of `panels` panels of `width` keys for some queries. A product is two chains, over the even channels and
- * over the odd ones, since one alone would wait for itself. Counts are constants, so that the chains stay in
- * registers. */
+ * over the odd ones, since one alone would wait for itself. */
 INLINE void score_panels(const int queries, const int panels, const int32_t width, int32_t size,
-                         const float *keys, const query *q, vf scores[TILE_QUERIES][TILE_QUERIES]) {
-  vf even[TILE_QUERIES][TILE_QUERIES], odd[TILE_QUERIES][TILE_QUERIES];
+                         const float *keys, const query *q, tile scores) {
+  tile even, odd;
   UNROLL for (int u = 0; u < queries; ++u) {
     UNROLL for (int p = 0; p < panels; ++p) even[u][p] = odd[u][p] = f_zero();
   }
   for (int32_t c = 0; c < size; c += 2) {
-    vf key[TILE_QUERIES];
-    UNROLL for (int p = 0; p < panels; ++p) key[p] = load_keys(keys + (p * LANES * size + c * width), width);
-    UNROLL for (int u = 0; u < queries; ++u) {
-      vf channel = f_set(q[u].vector[c]);
-      UNROLL for (int p = 0; p < panels; ++p) even[u][p] = f_fma(channel, key[p], even[u][p]);
-    }
-    if (c + 1 == size) break;
-    UNROLL for (int p = 0; p < panels; ++p) key[p] =
-        load_keys(keys + (p * LANES * size + (c + 1) * width), width);
-    UNROLL for (int u = 0; u < queries; ++u) {
-      vf channel = f_set(q[u].vector[c + 1]);
-      UNROLL for (int p = 0; p < panels; ++p) odd[u][p] = f_fma(channel, key[p], odd[u][p]);
-    }
+    add_channel(queries, panels, width, size, keys, q, c, even);
+    if (c + 1 < size) add_channel(queries, panels, width, size, keys, q, c + 1, odd);
   }
   UNROLL for (int u = 0; u < queries; ++u) {
     UNROLL for (int p = 0; p < panels; ++p) scores[u][p] = f_add(even[u][p], odd[u][p]);
@@ -64,10 +66,10 @@ INLINE int32_t count_in_panel(const int32_t *slots, int32_t n) {
 /* weights = scale q . k for `n` slots of some queries; what follows in the last vector repeats the last. */
 INLINE void score_tile(const int queries, const ds_heads *heads, const float *keys, query *q,
                        const int32_t *slots, int32_t n) {
-  enum { PANELS = TILE_QUERIES };
-  const int panels = PANELS / queries; /* as many chains as a tile of all queries has */
+  const int panels = TILE_QUERIES / queries; /* as many chains as a tile of all queries has */
   int32_t size = heads->head_dim;
-  vf scale = f_set(heads->scale), scores[TILE_QUERIES][TILE_QUERIES];
+  vf scale = f_set(heads->scale);
+  tile scores;
   for (int32_t i = 0, count; i < n; i += count) {
     const float *panel = keys + (int64_t)(slots[i] / LANES * LANES) * size;
     count = panels * LANES;

@@ -247,14 +247,18 @@ int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *mask, in
   return DS_OK;
 }
 
+static int32_t count_query_items(const ds_heads *heads, int32_t n_rows, int32_t n_queries) {
+  int32_t per_head = n_rows * (heads->n_heads / heads->n_kv_heads);
+  return heads->n_kv_heads * ((per_head + n_queries - 1) / n_queries);
+}
+
 /* How many queries of one key head are an item: as many as make the longest thread's work the least. To read the keys
  * and values of an item costs about what two queries do. */
 static int32_t choose_queries(const ds_heads *heads, int32_t n_rows, int32_t n_threads) {
   int32_t n_all = n_rows * (heads->n_heads / heads->n_kv_heads), best = 1;
   int64_t least = INT64_MAX;
   for (int32_t n = n_all < DS_MAX_QUERIES ? n_all : DS_MAX_QUERIES; n >= 1; --n) {
-    int64_t n_items = (int64_t)heads->n_kv_heads * ((n_all + n - 1) / n);
-    int64_t work = (n_items + n_threads - 1) / n_threads * (n + 2);
+    int64_t share = (count_query_items(heads, n_rows, n) + n_threads - 1) / n_threads, work = share * (n + 2);
     if (work < least) {
       least = work;
       best = n;
@@ -282,10 +286,8 @@ int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const fl
             (int)heads->max_slots);
   }
   int32_t n_queries = choose_queries(heads, n_rows, ds_pool_threads(pool));
-  int32_t per_head = n_rows * (heads->n_heads / heads->n_kv_heads);
   ds_attend_job job = {heads, n_rows, n_queries, qkv, slots, n_slots, keys, values, out};
-  ds_pool_run(pool, ds_pool_kernels(pool)->attend, &job,
-              heads->n_kv_heads * ((per_head + n_queries - 1) / n_queries));
+  ds_pool_run(pool, ds_pool_kernels(pool)->attend, &job, count_query_items(heads, n_rows, n_queries));
   return DS_OK;
 }
 

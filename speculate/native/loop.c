@@ -334,13 +334,9 @@ static int32_t propose_tokens(ds_decoder *d, level *l, int32_t length, int32_t c
 }
 
 static int32_t propose_as(ds_decoder *d, level *l, int32_t length, int32_t count) {
-  if (!l->engine) return propose_chosen(d, l, length, count);
-  switch (l->tree) {
-  case DS_TREE:
-  case DS_GRAPH: return propose_chosen(d, l, length, count);
-  case DS_SEQUOIA: return propose_shaped(d, l, length, count);
-  default: return propose_tokens(d, l, length, count);
-  }
+  if (l->engine && l->tree == DS_CHAIN) return propose_tokens(d, l, length, count);
+  if (l->engine && l->tree == DS_SEQUOIA) return propose_shaped(d, l, length, count);
+  return propose_chosen(d, l, length, count);
 }
 
 /* Draft d->tree, at most `count` tokens deep, to follow the first `length` ones, and write them there. */

@@ -21,6 +21,7 @@ extern "C" {
 #endif
 
 enum { DS_MAX_LEVELS = 8, DS_MAX_DRAFT = 64, DS_PREFILL_ROWS = 128 /* of a call that reads a prompt */ };
+enum { DS_TREE_ROWS = 2 * DS_MAX_DRAFT /* that a model reads at most for a tree of its own */ };
 
 /* How a level's proposals branch. Trees of a model:
  *   DS_TREE     the likeliest n_draft prefixes under the law that tokens are sampled from, at temperature 0 under

@@ -7,8 +7,6 @@
 #include "decoder.h"
 #include "sequoia.h"
 
-enum { DS_TREE_ROWS = 2 * DS_MAX_DRAFT /* read for one proposal at most */ };
-
 /* Tokens that may come next, the likeliest first. */
 typedef struct {
   int32_t n;

@@ -230,6 +230,11 @@ def _by_sublayer(value: Any) -> Any:
 class Drafter(Engine):
     """A compressed copy of the model, or the target itself without some of its layers."""
 
+    cache: Literal["target", "own"] = Field(
+        default="target",
+        description="whose keys and values it drafts behind: the target's, so that it reads neither the "
+        "prompt nor what stands, or its own, which on a GPU it has in any case",
+    )
     skip_layers: Annotated[
         Literal["auto", "swift"] | list[LayerIndex] | SkipLayers | None,
         AfterValidator(_by_sublayer),
@@ -251,6 +256,8 @@ class Drafter(Engine):
                 "skip_layers shares the target's weights, so it takes neither prune nor quantize nor "
                 "draft_vocab_size: give those to another drafter"
             )
+        if self.skip_layers and self.cache == "own":
+            raise ValueError("skip_layers drafts in the target's cache: leave out cache, or skip_layers")
         return self
 
 

@@ -104,6 +104,7 @@ def _export(call: Call) -> dict:
             "num_kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
             "weights": call.params["weights"] or config.dtype,
+            "shares_cache": call.params["shares_cache"],
             "eos_token_ids": list(config.eos_token_ids),
             "bos_token_id": config.bos_token_id,
             "files": {
@@ -283,7 +284,12 @@ def plan_tasks(
             params = engine.model_dump(include={"draft_vocab_size"})
             model = task(VOCABULARY, name, params, model=model, tokens=tokens)
         plan.checkpoints[name] = model
-        params = {"max_seq_len": limit, "weights": describe_weights(engine)}
+        shares_cache = isinstance(engine, Drafter) and engine.cache == "target"
+        params = {
+            "max_seq_len": limit,
+            "weights": describe_weights(engine),
+            "shares_cache": shares_cache,
+        }
         plan.exports[name] = task(EXPORT, name, params, model=model)
         plan.engines[name] = [
             task(COMPILE, name, describe_engine(export, recipe.speculate), graph=plan.exports[name])

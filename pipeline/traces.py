@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..speculate.bundle import Bundle
+from ..speculate.onnx_engine import SharingEngine
 from .replay import LIKELY, Recording
 
 
@@ -19,7 +20,7 @@ def record(bundle: Bundle, prompt: Sequence[int], drafters: Sequence[str], max_n
     likely = np.argsort(-rows, axis=-1, kind="stable")[:, :LIKELY]
     for name in drafters:
         choices[name], leads[name] = _read_along(bundle, name, prompt, output.token_ids)
-    guests = frozenset(name for name in drafters if bundle.manifest.engines[name].skips)
+    guests = frozenset(name for name in drafters if isinstance(bundle.engine(name), SharingEngine))
     return Recording(prompt, np.asarray(output.token_ids), choices, leads, likely, guests)
 
 
@@ -44,6 +45,6 @@ def _read_along(
 ) -> tuple[np.ndarray, np.ndarray]:
     """At each position of `output` [T], what an engine would choose there, int [T], and by how much its logit
     leads the next best one, float [T]."""
-    logits = bundle.logits([*prompt, *output[:-1]], engine=name)[len(prompt) - 1 :]
+    logits = bundle.logits([*prompt, *output[:-1]], engine=name, drafting=True)[len(prompt) - 1 :]
     second, first = np.partition(logits, -2, axis=-1)[:, -2:].T
     return logits.argmax(axis=-1), first - second

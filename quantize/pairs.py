@@ -8,7 +8,9 @@ that a channel shows tells where it comes from. The fold counts only if dividing
 those factors gives back the part's output.
 
 So norm → query, key, value and norm → gate, up are found in every family, and where the arithmetic allows it
-value → output (through grouped queries), up → down of a gated MLP, and up → down across a ReLU.
+up → down of a gated MLP, and up → down across a ReLU. Value → output would be one too (through grouped
+queries), but is left alone: then all copies of a model, smoothed or not, have the same keys and values, and
+one can draft in the cache of another.
 """
 
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from ..model.layout import norm_names
 from ..model.walk import Part
 
 PROBE_TOKENS = 64
+CACHED = ("self_attn.k_proj", "self_attn.v_proj")  # are no producers
 TOLERANCE = 1e-9  # relative, in float64: what does not match misses it by orders of magnitude
 
 
@@ -48,7 +51,7 @@ def find_folds(part: Part) -> list[Fold]:
     inputs, output = _observe(probe, tensors)
     norms = ("model.norm",) if part.is_head else norm_names(part.config)
     folds = []
-    for producer in (*norms, *part.linears()):
+    for producer in (*norms, *(name for name in part.linears() if name not in CACHED)):
         channels = len(tensors[f"{producer}.weight"])
         spaced = torch.linspace(-0.7, 0.7, channels + 2, dtype=torch.float64)[1:-1].exp()
         factors = spaced[torch.randperm(channels, generator=generator)]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -42,7 +42,14 @@ from .manifest import (
     validate,
 )
 from .ngrams import Ngrams
-from .onnx_engine import OnnxEngine, OnnxRuntime, SkippingEngine, SwiftEngine, default_threads
+from .onnx_engine import (
+    OnnxEngine,
+    OnnxRuntime,
+    SharingEngine,
+    SkippingEngine,
+    SwiftEngine,
+    default_threads,
+)
 from .plan import Plan
 from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
 from .settings import Rule, Sampling
@@ -103,7 +110,8 @@ class Bundle:
         self.datastore = self._open_datastore(datastore)
         self.ngrams = self._open_ngrams()
         self._lasting: dict[str, Drafter] = {}
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[str, Engine] = {}  # each in its own cache, if it has one
+        self._guests: dict[str, SharingEngine] = {}  # the same in the target's
         self._runtime: OnnxRuntime | None = None
         self._tensorrt: TensorrtRuntime | None = None
         self._busy = Lock()
@@ -203,16 +211,19 @@ class Bundle:
 
         return Run(prompt_ids, begin, eos, self.tokenizer, max_new_tokens, stops, self._busy)
 
-    def logits(self, token_ids: Sequence[int], engine: str = TARGET) -> Logits:
-        """float32 logits [T, V] of the token after each of `token_ids` [T], as one engine has them; one that
-        shares the target's cache, as it has them where the target has read all tokens before."""
+    def logits(self, token_ids: Sequence[int], engine: str = TARGET, *, drafting: bool = False) -> Logits:
+        """float32 logits [T, V] of the token after each of `token_ids` [T], as one engine has them.
+
+        drafting: of one that drafts in the target's cache, as it has them where the target has read all
+            tokens before; so has those always who has no cache of its own, since it skips layers.
+        """
         if engine not in self.manifest.engines:
             raise BundleError(f"no engine {engine!r} in this bundle, only {', '.join(self.manifest.engines)}")
         ids = np.array(check_ids(token_ids, self.manifest.engines[engine].vocab_size), np.int32)
-        runner = self.engine(engine)
+        runner = self.engine(engine, alone=not drafting)
         logits = np.empty((len(ids), runner.vocab_size), np.float32)
         with exclusive(self._busy):
-            if isinstance(runner, SkippingEngine):
+            if isinstance(runner, SharingEngine):
                 return runner.read_along(ids)
             runner.reserve(len(ids))
             for start in range(0, len(ids), PREFILL_ROWS):
@@ -280,8 +291,18 @@ class Bundle:
             encoded.append(check_ids(ids, vocab_size, f"references[{i}]"))
         return encoded
 
-    def engine(self, name: str) -> Engine:
-        """One of the bundle's engines, loaded at the first call."""
+    def engine(self, name: str, *, alone: bool = False) -> Engine:
+        """One of the bundle's engines, loaded at the first call, as ladders have it: in the target's cache if
+        it shares that. `alone`: in its own, if it has one."""
+        engine = self._engine(name)
+        if alone or not self.manifest.engines[name].shares_cache:
+            return engine
+        target = self._engine(TARGET)
+        if name not in self._guests and _can_share(target) and _can_share(engine):
+            self._guests[name] = SharingEngine(name, target, engine)
+        return self._guests.get(name, engine)
+
+    def _engine(self, name: str) -> Engine:
         if name not in self._engines:
             entry = self.manifest.engines[name]
             if entry.skips:
@@ -436,3 +457,8 @@ class Bundle:
                     f"{self.path}: {name} has a vocabulary of {entry.vocab_size}, the target one of {target} "
                     f"(of which the tokenizer fills {needed}): wanted a drafter with the target's tokenizer"
                 )
+
+
+def _can_share(engine: Engine) -> TypeGuard[OnnxEngine]:
+    """Whether its cache is of the layout that our kernels have."""
+    return isinstance(engine, OnnxEngine) and not engine.is_stock

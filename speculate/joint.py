@@ -168,7 +168,7 @@ def generate_jointly(
         for one in dict.fromkeys((bundle, other)):
             held.enter_context(exclusive(one._busy))
         started = perf_counter()
-        decoder = JointDecoder(bundle.engine(TARGET), other.engine(name))
+        decoder = JointDecoder(bundle.engine(TARGET), other.engine(name, alone=True))
         decoder.begin(ids, max_new_tokens, law, sampling, num_proposed, eos)
         token_ids, times = [], []
         for tokens in iter(decoder.step, []):

@@ -58,7 +58,8 @@ class OnnxEngine:
     """Runs a graph of the kind that `export` writes (batch 1)."""
 
     def __init__(self, name: str, graph: Path, entry: EngineEntry, runtime: OnnxRuntime) -> None:
-        ort_threads = 1 if graph.name == Path(entry.graph).name else runtime.threads
+        self.is_stock = graph.name != Path(entry.graph).name  # on ONNX Runtime's own operators
+        ort_threads = runtime.threads if self.is_stock else 1
         self._own(
             lib.ds_onnx_open(runtime.handle, os.fsencode(graph), entry.max_seq_len, ort_threads),
             name,
@@ -109,14 +110,17 @@ class OnnxEngine:
         return np.frombuffer(values, np.float32).reshape(wanted, self.vocab_size)
 
 
-class SkippingEngine(OnnxEngine):
-    """Another engine without some of its sublayers, in that one's session and cache (`ds_onnx_skip`)."""
+class SharingEngine(OnnxEngine):
+    """An engine in the cache of another, its host, for which it drafts (`ds_onnx_share`)."""
 
-    def __init__(self, name: str, host: OnnxEngine, skips: NDArray[np.bool_]) -> None:
-        """skips: bool [num_layers, 2], of the attention and the MLP of each layer."""
+    def __init__(self, name: str, host: OnnxEngine, engine: OnnxEngine) -> None:
+        """engine: whose weights it has. It can still be called by itself, in its own cache."""
+        self._runner = engine  # which stays open
+        self._move_in(lib.ds_onnx_share(host.handle, engine.handle), name, host)
+
+    def _move_in(self, handle: Any, name: str, host: OnnxEngine) -> None:
         self.cache_host = host
-        table = np.ascontiguousarray(skips, np.uint8)
-        self._own(lib.ds_onnx_skip(host.handle, view("uint8_t[]", table), table.size), name, name)
+        self._own(handle, name, name)
 
     def read_along(self, token_ids: Ids) -> Logits:
         """float32 logits [T, V] after each of `token_ids` [T], as the first token of a draft there has them:
@@ -141,6 +145,15 @@ class SkippingEngine(OnnxEngine):
         return logits
 
 
+class SkippingEngine(SharingEngine):
+    """Another engine without some of its sublayers, in that one's session and cache (`ds_onnx_skip`)."""
+
+    def __init__(self, name: str, host: OnnxEngine, skips: NDArray[np.bool_]) -> None:
+        """skips: bool [num_layers, 2], of the attention and the MLP of each layer."""
+        table = np.ascontiguousarray(skips, np.uint8)
+        self._move_in(lib.ds_onnx_skip(host.handle, view("uint8_t[]", table), table.size), name, host)
+
+
 @dataclass(frozen=True)
 class SwiftState:
     """How far a search is. bool [num_layers, 2], of the attention and the MLP of each layer: `skips`, the set
@@ -159,8 +172,7 @@ class SwiftEngine(SkippingEngine):
     (`ds_swift_create`)."""
 
     def __init__(self, name: str, host: OnnxEngine, num_layers: int, share: float) -> None:
-        self.cache_host = host
-        self._own(lib.ds_swift_create(host.handle, 2 * num_layers, share), name, name)
+        self._move_in(lib.ds_swift_create(host.handle, 2 * num_layers, share), name, host)
 
     @property
     def state(self) -> SwiftState:

@@ -186,7 +186,8 @@ def test_a_shared_cache_changes_nothing_but_what_is_read(seed, rule):
     shared, apart = guests_and_others(int(rng.choice([2, 3, 5])), seed)
     saved = 0
     for names in (["skip"], ["suffix", "skip"], ["less", "skip"], ["skip", "int8"],
-                  ["suffix-tree", "skip"], ["suffix-tree", "less", "skip"]):  # fmt: skip
+                  ["suffix-tree", "skip"], ["suffix-tree", "less", "skip"],
+                  ["less-tree", "skip"], ["less-sequoia", "skip"]):  # fmt: skip
         rungs = [Rung(name, int(rng.choice([1, 2, 4, 7]))) for name in names]
         prompt = rng.integers(shared["target"].vocab_size, size=int(rng.integers(1, 30))).tolist()
         sampling = Sampling(float(rng.choice([0.0, 1.0])), seed=seed, rule=rule)

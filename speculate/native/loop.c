@@ -149,12 +149,14 @@ static int32_t cut_at_eos(const ds_decoder *d, int32_t start, int32_t count) {
 
 /* ---- Rounds -------------------------------------------------------------------------------------------- */
 
-/* Of what was proposed to `verifier` only the first `length` tokens of the sequence stand. Its guests' rows were
- * overwritten by its own. */
+static const ds_engine *cache_of(const level *l) { return l->engine->host ? l->engine->host : l->engine; }
+
+/* Of what was proposed to `verifier` only the first `length` tokens of the sequence stand. Who shares its cache wrote
+ * rows there that its own have overwritten. */
 static void roll_back(level *verifier, int32_t length) {
   for (level *l = verifier; l && l->engine; l = l->inner) {
     if (l->kept > length) l->kept = length;
-    if (l->engine->host == verifier->engine) l->kept = verifier->kept;
+    if (cache_of(l) == cache_of(verifier)) l->kept = verifier->kept;
   }
 }
 
@@ -176,9 +178,9 @@ static int32_t keep_path(ds_decoder *d, level *l, int32_t length, const verdict 
 /* Whether l verifies trees that a model drafts. */
 static int reads_trees(const level *l) { return l->inner && l->inner->engine && l->inner->tree; }
 
-/* The same for what its drafter read of them; of a guest the rows are overwritten. */
+/* The same for what its drafter read of them; in the same cache those rows are overwritten. */
 static int32_t keep_drafted(ds_decoder *d, const level *l, int32_t length, const verdict *v) {
-  if (l->inner->engine->host == l->engine) return DS_OK;
+  if (cache_of(l->inner) == cache_of(l)) return DS_OK;
   return ds_tree_cache_keep(d, l->inner, length, v->path, v->n_accepted);
 }
 

@@ -44,6 +44,8 @@ typedef struct {
   int32_t n_reserved; /* of n_slots, which come in whole steps */
   int32_t n_slots;
   float *cache; /* [n_layers][2]: keys and values, as kernels.h or the graph's own operators have them */
+  const float *bound;  /* the cache that its values are: its own, or that of an engine whose guest it is */
+  int32_t bound_slots; /* of that, and of a row of the mask */
 
   int32_t max_rows, max_logits;
   int64_t *ids, *positions, write_index, num_logits;
@@ -268,26 +270,44 @@ static int32_t set_value(onnx_engine *engine, OrtValue **value, void *data, OrtE
   return DS_OK;
 }
 
+/* Floats of the keys, or of the values, of a layer. */
+static size_t part_size(const onnx_engine *engine) {
+  return (size_t)engine->n_kv_heads * (size_t)engine->n_slots * (size_t)engine->head_dim;
+}
+
 static int32_t resize_cache(onnx_engine *engine, int32_t n_slots) {
   free(engine->cache);
+  engine->n_reserved = 0;
+  engine->n_slots = n_slots;
+  size_t n_bytes = 2 * (size_t)engine->n_layers * part_size(engine) * sizeof(float);
+  n_bytes = (n_bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+  engine->cache = aligned_alloc(CACHE_LINE, n_bytes);
+  if (!engine->cache) {
+    engine->n_slots = 0;
+    return ds_fail(DS_ERROR_MEMORY, "no memory for a cache of %d tokens", (int)n_slots);
+  }
+  /* Zeros, not what memory held: stock operators weigh a hidden slot by 0, and 0 times NaN would be NaN. */
+  memset(engine->cache, 0, n_bytes);
+  return DS_OK;
+}
+
+/* Calls of `engine` read and write the cache of `home`, itself or one of the same shape. */
+static int32_t bind_cache(onnx_engine *engine, const onnx_engine *home) {
+  if (engine->bound == home->cache && engine->bound_slots == home->n_slots) return DS_OK;
   free(engine->mask);
-  engine->n_reserved = engine->n_slots = 0;
   engine->mask = NULL;
   engine->max_rows = 0;
-  /* Zeros, not what memory held: stock operators weigh a hidden slot by 0, and 0 times NaN would be NaN. */
-  int64_t dims[4] = {1, engine->n_kv_heads, n_slots, engine->head_dim};
-  size_t size = (size_t)(dims[1] * dims[2] * dims[3]), n_parts = 2 * (size_t)engine->n_layers;
-  size_t n_bytes = (n_parts * size * sizeof(float) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
-  engine->cache = aligned_alloc(CACHE_LINE, n_bytes);
-  if (!engine->cache) return ds_fail(DS_ERROR_MEMORY, "no memory for a cache of %d tokens", (int)n_slots);
-  memset(engine->cache, 0, n_bytes);
+  engine->bound = NULL;
+  int64_t dims[4] = {1, home->n_kv_heads, home->n_slots, home->head_dim};
+  size_t n_parts = 2 * (size_t)home->n_layers;
   for (size_t i = 0; i < n_parts; ++i) {
-    float *part = engine->cache + i * size;
+    float *part = home->cache + i * part_size(home);
     TRY(set_value(engine, &engine->inputs[engine->n_inputs - n_parts + i], part, ORT_FLOAT, sizeof(float),
                   dims, 4));
     TRY(set_value(engine, &engine->outputs[1 + i], part, ORT_FLOAT, sizeof(float), dims, 4));
   }
-  engine->n_slots = n_slots;
+  engine->bound = home->cache;
+  engine->bound_slots = home->n_slots;
   return DS_OK;
 }
 
@@ -311,7 +331,7 @@ static int32_t make_room(onnx_engine *engine, int32_t n_rows, int32_t n_logits) 
     free(engine->mask);
     engine->ids = malloc((size_t)n_rows * sizeof(int64_t));
     engine->positions = malloc((size_t)n_rows * sizeof(int64_t));
-    engine->mask = malloc((size_t)n_rows * (size_t)engine->n_slots);
+    engine->mask = malloc((size_t)n_rows * (size_t)engine->bound_slots);
     if (!engine->ids || !engine->positions || !engine->mask)
       return ds_fail(DS_ERROR_MEMORY, "no memory for a call of %d rows", (int)n_rows);
     engine->max_rows = n_rows;
@@ -329,16 +349,16 @@ static int32_t make_room(onnx_engine *engine, int32_t n_rows, int32_t n_logits) 
 /* ---- A call ---------------------------------------------------------------------------------------------- */
 
 /* Checked here since stock operators count negative ids and positions from the end of their table. */
-static int32_t check_call(const onnx_engine *engine, int32_t n_rows, const int32_t *token_ids, int32_t start,
-                          const int64_t *positions, int32_t n_logits, const float **logits) {
-  if (!engine || !token_ids || !logits)
-    return ds_fail(DS_ERROR_ARGUMENT, "the engine, the tokens or the logits are NULL");
+static int32_t check_call(const onnx_engine *engine, const onnx_engine *home, int32_t n_rows,
+                          const int32_t *token_ids, int32_t start, const int64_t *positions, int32_t n_logits,
+                          const float **logits) {
+  if (!token_ids || !logits) return ds_fail(DS_ERROR_ARGUMENT, "the tokens or the logits are NULL");
   if (n_rows < 1 || start < 0 || n_logits < 1 || n_logits > n_rows)
     return ds_fail(DS_ERROR_ARGUMENT, "a call with %d rows from slot %d, logits of %d", (int)n_rows,
                    (int)start, (int)n_logits);
-  if (n_rows > engine->n_reserved || start > engine->n_reserved - n_rows)
+  if (n_rows > home->n_reserved || start > home->n_reserved - n_rows)
     return ds_fail(DS_ERROR_ARGUMENT, "%d rows from slot %d on; the cache was reserved for %d", (int)n_rows,
-                   (int)start, (int)engine->n_reserved);
+                   (int)start, (int)home->n_reserved);
   const ds_engine *base = &engine->base;
   for (int32_t r = 0; r < n_rows; ++r) {
     if (token_ids[r] < 0 || token_ids[r] >= base->vocab)
@@ -355,34 +375,35 @@ static void fill_inputs(onnx_engine *engine, int32_t n_rows, const int32_t *toke
                         const int64_t *positions, const uint8_t *mask) {
   int32_t end = start + n_rows;
   for (int32_t r = 0; r < n_rows; ++r) {
-    uint8_t *sees = engine->mask + (int64_t)r * engine->n_slots;
+    uint8_t *sees = engine->mask + (int64_t)r * engine->bound_slots;
     engine->ids[r] = token_ids[r];
     engine->positions[r] = positions ? positions[r] : start + r;
     if (mask) {
       for (int32_t s = 0; s < end; ++s) sees[s] = mask[(int64_t)r * end + s] != 0;
-      memset(sees + end, 0, (size_t)(engine->n_slots - end));
+      memset(sees + end, 0, (size_t)(engine->bound_slots - end));
     } else {
       memset(sees, 1, (size_t)(start + r + 1));
-      memset(sees + start + r + 1, 0, (size_t)(engine->n_slots - (start + r + 1)));
+      memset(sees + start + r + 1, 0, (size_t)(engine->bound_slots - (start + r + 1)));
     }
   }
 }
 
-static int32_t forward(ds_engine *base, int32_t n_rows, const int32_t *token_ids, int32_t start,
-                       const int64_t *positions, const uint8_t *mask, int32_t n_logits,
-                       const float **logits) {
-  onnx_engine *engine = (onnx_engine *)base;
-  TRY(check_call(engine, n_rows, token_ids, start, positions, n_logits, logits));
+/* In the cache of `home`. */
+static int32_t forward_in(onnx_engine *engine, const onnx_engine *home, int32_t n_rows,
+                          const int32_t *token_ids, int32_t start, const int64_t *positions,
+                          const uint8_t *mask, int32_t n_logits, const float **logits) {
+  TRY(check_call(engine, home, n_rows, token_ids, start, positions, n_logits, logits));
   const OrtApi *api = engine->onnx->api;
   int32_t n_out = engine->picks_logits ? n_logits : n_rows;
+  TRY(bind_cache(engine, home));
   TRY(make_room(engine, n_rows, n_out));
   fill_inputs(engine, n_rows, token_ids, start, positions, mask);
   engine->write_index = start;
   engine->num_logits = n_logits;
 
   OrtValue **in = engine->inputs;
-  int64_t one[] = {1}, rows[] = {1, n_rows}, seen[] = {1, 1, n_rows, engine->n_slots};
-  int64_t out[] = {1, n_out, base->vocab};
+  int64_t one[] = {1}, rows[] = {1, n_rows}, seen[] = {1, 1, n_rows, engine->bound_slots};
+  int64_t out[] = {1, n_out, engine->base.vocab};
   TRY(set_value(engine, &in[INPUT_IDS], engine->ids, ORT_INT64, 8, rows, 2));
   TRY(set_value(engine, &in[POSITION_IDS], engine->positions, ORT_INT64, 8, rows, 2));
   TRY(set_value(engine, &in[WRITE_INDEX], &engine->write_index, ORT_INT64, 8, one, 1));
@@ -392,8 +413,16 @@ static int32_t forward(ds_engine *base, int32_t n_rows, const int32_t *token_ids
   TRY(set_value(engine, &engine->outputs[0], engine->logits, ORT_FLOAT, sizeof(float), out, 3));
   TRY_ORT(api->Run(engine->session, NULL, engine->input_names, (const OrtValue *const *)in, engine->n_inputs,
                    engine->output_names, engine->n_outputs, engine->outputs));
-  *logits = engine->logits + (int64_t)(n_out - n_logits) * base->vocab;
+  *logits = engine->logits + (int64_t)(n_out - n_logits) * engine->base.vocab;
   return DS_OK;
+}
+
+static int32_t forward(ds_engine *base, int32_t n_rows, const int32_t *token_ids, int32_t start,
+                       const int64_t *positions, const uint8_t *mask, int32_t n_logits,
+                       const float **logits) {
+  onnx_engine *engine = (onnx_engine *)base;
+  if (!engine) return ds_fail(DS_ERROR_ARGUMENT, "the engine is NULL");
+  return forward_in(engine, engine, n_rows, token_ids, start, positions, mask, n_logits, logits);
 }
 
 static int32_t keep(ds_engine *base, int32_t start, const int32_t *slots, int32_t n_slots) {
@@ -403,11 +432,10 @@ static int32_t keep(ds_engine *base, int32_t start, const int32_t *slots, int32_
                     .n_kv_heads = engine->n_kv_heads,
                     .head_dim = engine->head_dim,
                     .max_slots = engine->n_slots};
-  int64_t size = (int64_t)engine->n_kv_heads * engine->n_slots * engine->head_dim;
   bool ours = ds_operators_attend(engine->operators); /* stock operators keep keys as they keep values */
   int32_t status = DS_OK;
-  for (int64_t part = 0; part < 2 * engine->n_layers && status == DS_OK; ++part) {
-    float *cache = engine->cache + part * size;
+  for (size_t part = 0; part < 2 * (size_t)engine->n_layers && status == DS_OK; ++part) {
+    float *cache = engine->cache + part * part_size(engine);
     bool panels = ours && part % 2 == 0;
     status = ds_keep_path(&heads, n_slots, slots, start, panels ? cache : NULL, panels ? NULL : cache);
   }
@@ -462,31 +490,55 @@ ds_engine *ds_onnx_open(ds_onnx *onnx, const char *graph, int32_t max_seq_len, i
   return NULL;
 }
 
-/* ---- The same without some sublayers --------------------------------------------------------------------- */
+/* ---- In the cache of another ----------------------------------------------------------------------------- */
 
 typedef struct {
   ds_engine base;
-  uint8_t skips[]; /* by sublayer */
+  onnx_engine *runner;             /* whose weights it has: its own engine's, or its host's */
+  uint8_t skips_anything, skips[]; /* by sublayer of the runner */
 } guest_engine;
 
 static onnx_engine *host_of(const ds_engine *base) { return (onnx_engine *)base->host; }
 
-static int32_t reserve_of_guest(ds_engine *base, int32_t n_slots) { return reserve(base->host, n_slots); }
+static int32_t reserve_of_guest(ds_engine *base, int32_t n_slots) {
+  return base->host->reserve(base->host, n_slots);
+}
 
 static int32_t forward_of_guest(ds_engine *base, int32_t n_rows, const int32_t *token_ids, int32_t start,
                                 const int64_t *positions, const uint8_t *mask, int32_t n_logits,
                                 const float **logits) {
-  ds_operators_skip(host_of(base)->operators, ((guest_engine *)base)->skips);
-  int32_t status = forward(base->host, n_rows, token_ids, start, positions, mask, n_logits, logits);
-  ds_operators_skip(host_of(base)->operators, NULL);
+  guest_engine *guest = (guest_engine *)base;
+  ds_operators *operators = guest->runner->operators;
+  if (guest->skips_anything) ds_operators_skip(operators, guest->skips);
+  int32_t status =
+      forward_in(guest->runner, host_of(base), n_rows, token_ids, start, positions, mask, n_logits, logits);
+  if (guest->skips_anything) ds_operators_skip(operators, NULL);
   return status;
 }
 
 static int32_t keep_of_guest(ds_engine *base, int32_t start, const int32_t *slots, int32_t n_slots) {
-  return keep(base->host, start, slots, n_slots);
+  return base->host->keep(base->host, start, slots, n_slots);
 }
 
 static void close_guest(ds_engine *base) { free(base); }
+
+static guest_engine *create_guest(ds_engine *host, ds_engine *runner, int32_t n_sublayers) {
+  guest_engine *guest = calloc(1, sizeof *guest + (size_t)n_sublayers);
+  if (!guest) {
+    ds_fail(DS_ERROR_MEMORY, "no memory for an engine");
+    return NULL;
+  }
+  int32_t most = host->max_seq_len < runner->max_seq_len ? host->max_seq_len : runner->max_seq_len;
+  guest->runner = (onnx_engine *)runner;
+  guest->base = (ds_engine){.vocab = runner->vocab,
+                            .max_seq_len = most,
+                            .reserve = reserve_of_guest,
+                            .forward = forward_of_guest,
+                            .close = close_guest,
+                            .keep = keep_of_guest,
+                            .host = host};
+  return guest;
+}
 
 ds_engine *ds_onnx_skip(ds_engine *host, const uint8_t *skips, int32_t n_sublayers) {
   if (!host || host->forward != forward || !skips) {
@@ -507,18 +559,31 @@ ds_engine *ds_onnx_skip(ds_engine *host, const uint8_t *skips, int32_t n_sublaye
     ds_fail(DS_ERROR_ARGUMENT, "all %d sublayers are skipped: nothing is left to draft with", (int)n_own);
     return NULL;
   }
-  guest_engine *guest = calloc(1, sizeof *guest + (size_t)n_own);
-  if (!guest) {
-    ds_fail(DS_ERROR_MEMORY, "no memory for an engine");
-    return NULL;
-  }
-  guest->base = (ds_engine){.vocab = host->vocab,
-                            .max_seq_len = host->max_seq_len,
-                            .reserve = reserve_of_guest,
-                            .forward = forward_of_guest,
-                            .close = close_guest,
-                            .keep = keep_of_guest,
-                            .host = host};
+  guest_engine *guest = create_guest(host, host, n_own);
+  if (!guest) return NULL;
+  guest->skips_anything = 1;
   memcpy(guest->skips, skips, (size_t)n_own);
   return &guest->base;
+}
+
+ds_engine *ds_onnx_share(ds_engine *host, ds_engine *engine) {
+  if (!host || host->forward != forward || !engine || engine->forward != forward || host == engine) {
+    ds_fail(DS_ERROR_ARGUMENT, "two engines of ONNX Runtime are wanted, each with a cache of its own");
+    return NULL;
+  }
+  const onnx_engine *theirs = (onnx_engine *)host, *own = (onnx_engine *)engine;
+  if (theirs->n_layers != own->n_layers || theirs->n_kv_heads != own->n_kv_heads ||
+      theirs->head_dim != own->head_dim) {
+    ds_fail(DS_ERROR_ARGUMENT, "a cache of %d layers, %d heads, %d channels for an engine of %d, %d, %d",
+            (int)theirs->n_layers, (int)theirs->n_kv_heads, (int)theirs->head_dim, (int)own->n_layers,
+            (int)own->n_kv_heads, (int)own->head_dim);
+    return NULL;
+  }
+  if (ds_operators_attend(theirs->operators) != ds_operators_attend(own->operators)) {
+    ds_fail(DS_ERROR_ARGUMENT,
+            "one of the engines runs on stock operators, which keep keys in another order");
+    return NULL;
+  }
+  guest_engine *guest = create_guest(host, engine, 0);
+  return guest ? &guest->base : NULL;
 }

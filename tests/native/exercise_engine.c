@@ -186,6 +186,32 @@ static void exercise_guest(void) {
   ds_onnx_free(onnx);
 }
 
+/* A copy drafts in the target's cache, in a ladder and beside one of its own, and is still an engine by itself. */
+static void exercise_copy(void) {
+  ds_onnx *onnx = ds_onnx_create(library, 2);
+  ds_engine *target = open_engine(onnx, "target/cpu.onnx"), *stock = open_engine(onnx, "target/model.onnx"),
+            *copy = open_engine(onnx, "drafters/int8/cpu.onnx");
+  CHECK(target && stock && copy);
+  CHECK(!ds_onnx_share(NULL, copy) && !ds_onnx_share(target, NULL) && !ds_onnx_share(target, target));
+  CHECK(!ds_onnx_share(target, stock) && strstr(ds_error_message(), "stock operators"));
+  spared = 0;
+  CHECK(!ds_onnx_share(target, copy) && strstr(ds_error_message(), "memory"));
+  spared = INT32_MAX;
+  ds_engine *guest = ds_onnx_share(target, copy);
+  CHECK(guest && !ds_onnx_share(target, guest) && !ds_onnx_share(guest, copy));
+  ds_level levels[3] = {
+      {.engine = guest, .n_draft = 7, .tree = DS_TREE}, {.engine = copy, .n_draft = 3}, {.engine = target}};
+  int32_t prompt[PROMPT], drafted[ROOM], plain[ROOM];
+  draw_ids(target, PROMPT, prompt);
+  CHECK(decode(levels, 3, prompt, drafted) == ROOM && decode(levels + 2, 1, prompt, plain) == ROOM);
+  CHECK(!memcmp(drafted, plain, sizeof plain));
+  stock->close(stock);
+  guest->close(guest);
+  target->close(target);
+  copy->close(copy);
+  ds_onnx_free(onnx);
+}
+
 /* Is there no engine by that share of so many sublayers of `host`, and do the words say why? */
 static int is_no_swift(ds_engine *host, int32_t n, double share, const char *words) {
   return !ds_swift_create(host, n, share) && strstr(ds_error_message(), words);
@@ -299,6 +325,7 @@ int main(int n_words, char **words) {
   }
   exercise_ladder();
   exercise_guest();
+  exercise_copy();
   exercise_search();
   exercise_memory();
   puts("clean");

@@ -4,7 +4,8 @@
  *
  * MAX_SEQ_LEN and EOS stand in the bundle's manifest.json, at engines.target; EOS -1 decodes on behind any end
  * of text. The ladder is suffix -> drafters/int8 -> target, and decoding is greedy: the tokens are the target's
- * own, whatever drafts. docs/c-api.md says how to compile this and what it calls.
+ * own, whatever drafts. The copy drafts in the target's cache, as a bundle whose manifest says "shares_cache"
+ * wants it. docs/c-api.md says how to compile this and what it calls.
  */
 #include "loop.h"
 #include "onnx.h"
@@ -71,15 +72,17 @@ int main(int n_words, char **words) {
   if (!numbers) return EXIT_FAILURE;
 
   int code = EXIT_FAILURE;
-  ds_engine *drafter = NULL, *target = NULL;
+  ds_engine *copy = NULL, *target = NULL, *drafter = NULL;
   ds_onnx *onnx = ds_onnx_create(words[1], N_THREADS);
   if (!onnx) complain(words[1], ds_error_message());
-  if (onnx) drafter = open_engine(onnx, words[2], "drafters/int8", numbers[0]);
-  if (drafter) target = open_engine(onnx, words[2], "target", numbers[0]);
-  if (target) code = decode(drafter, target, numbers + 3, n_words - 6, numbers[1], numbers[2]);
+  if (onnx) copy = open_engine(onnx, words[2], "drafters/int8", numbers[0]);
+  if (copy) target = open_engine(onnx, words[2], "target", numbers[0]);
+  if (target && !(drafter = ds_onnx_share(target, copy))) complain("drafters/int8", ds_error_message());
+  if (drafter) code = decode(drafter, target, numbers + 3, n_words - 6, numbers[1], numbers[2]);
 
-  if (target) target->close(target);
   if (drafter) drafter->close(drafter);
+  if (target) target->close(target);
+  if (copy) copy->close(copy);
   ds_onnx_free(onnx);
   free(numbers);
   return code;

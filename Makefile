@@ -5,6 +5,9 @@ RUN    := $(VENV)/bin
 PIP    := $(RUN)/python -m pip install --quiet -c constraints.txt
 NATIVE := $(wildcard speculate/native/*.[ch] speculate/native/cuda/*) speculate/native/generate_cdefs.py CMakeLists.txt
 
+# Two workers, each with the whole of a file, so that what its tests share is made once.
+PYTEST := $(RUN)/python -m pytest -n 2 --dist loadfile
+
 .PHONY: demo install test test-all lint format clean
 
 demo: $(VENV)/installed
@@ -15,10 +18,10 @@ demo: $(VENV)/installed
 install: $(VENV)/installed
 
 test: $(VENV)/installed-dev
-	$(RUN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/installed-dev
-	$(RUN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/installed-dev
 	$(RUN)/pre-commit run --all-files
@@ -27,15 +30,14 @@ format: $(VENV)/installed-dev
 	$(RUN)/ruff check --fix --quiet . && $(RUN)/ruff format --quiet .
 	$(RUN)/clang-format -i speculate/native/*.[ch] speculate/native/cuda/*
 
+$(VENV)/installed:     EXTRAS := build,cpu
+$(VENV)/installed-dev: EXTRAS := build,cpu,dev
+
 # The build backend is pinned like the rest, hence no build isolation.
-$(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
+$(VENV)/installed $(VENV)/installed-dev: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) scikit-build-core cmake ninja cffi
-	$(PIP) --no-build-isolation --editable '.[build,cpu]'
-	@touch $@
-
-$(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) --no-build-isolation --editable '.[build,cpu,dev]'
+	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
 clean:

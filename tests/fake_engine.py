@@ -7,6 +7,7 @@ that was not written, or still holds a rejected draft, changes the output, as wi
 import hashlib
 import json
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 BOS, EOS = 256, 257
 BYTE_VOCAB = 258  # 256 bytes, BOS, EOS
+TOKEN_BYTES = np.dtype(np.int64).itemsize
 
 
 class FakeEngine:
@@ -43,7 +45,6 @@ class FakeEngine:
         self._settings = (vocab_size, seed, noise, own, scale, padding, pad_logit)
         self._slots = np.full(max_seq_len, -1, np.int64)
         self._by_guest = np.zeros(max_seq_len, bool)  # slots that a guest wrote last
-        self._known: dict[bytes, np.ndarray] = {}
 
     def reserve(self, num_slots: int) -> None:
         assert num_slots <= self.max_seq_len
@@ -51,31 +52,28 @@ class FakeEngine:
 
     def forward(self, token_ids, start, position_ids=None, mask=None, num_logits=None) -> np.ndarray:
         assert len(token_ids) > 0 and (num_logits is None or 0 < num_logits <= len(token_ids))
-        assert start + len(token_ids) <= len(self._slots)
-        assert np.all((token_ids >= 0) & (token_ids < self.vocab_size))
-        assert np.all(self._slots[:start] >= 0), "a slot below the first new one was never written"
+        end = start + len(token_ids)
+        assert end <= len(self._slots)
+        assert token_ids.min() >= 0 and token_ids.max() < self.vocab_size
+        assert not start or self._slots[:start].min() >= 0, "a slot below the first new one was never written"
         self.calls += 1
         self.rows += len(token_ids)
-        self._slots[start : start + len(token_ids)] = token_ids
-        self._by_guest[start : start + len(token_ids)] = isinstance(self, FakeGuest)
-        first = 0 if num_logits is None else len(token_ids) - num_logits
+        self._slots[start:end] = token_ids
+        self._by_guest[start:end] = isinstance(self, FakeGuest)
         if mask is None:
             assert position_ids is None
-            mask = np.arange(start + len(token_ids)) <= start + np.arange(len(token_ids))[:, None]
-            position_ids = start + np.arange(len(token_ids))
-        for i, sees in enumerate(mask):
-            assert sees[start + i] and not sees[start + i + 1 :].any(), (
+            mask = np.tri(len(token_ids), end, start, dtype=bool)
+        else:
+            new = mask[:, start:]
+            assert new.diagonal().all() and not np.triu(new, 1).any(), (
                 "a row sees itself and what is before it"
             )
-            assert position_ids[i] == sees.sum() - 1, "a position is the number of tokens before it"
-            by_guest = self._by_guest[: start + len(token_ids)][sees].any()
-            assert isinstance(self, FakeGuest) or not by_guest, "a row sees what a guest wrote"
-        return np.stack(
-            [
-                self.logits_after(self._slots[: start + len(token_ids)][mask[i]])
-                for i in range(first, len(token_ids))
-            ]
-        )
+            depths = mask.sum(axis=1) - 1
+            assert (position_ids == depths).all(), "a position is the number of tokens before it"
+        by_guest = self._by_guest[:end][mask.any(axis=0)].any()
+        assert isinstance(self, FakeGuest) or not by_guest, "a row sees what a guest wrote"
+        first = 0 if num_logits is None else len(token_ids) - num_logits
+        return np.stack([self.logits_after(self._slots[:end][sees]) for sees in mask[first:]])
 
     def keep(self, start, slots) -> None:
         assert np.all(np.diff(slots) > 0) and slots[0] >= start
@@ -84,14 +82,7 @@ class FakeEngine:
 
     def logits_after(self, tokens) -> np.ndarray:
         """float32 [V]: the logits after a sequence of tokens."""
-        visible = np.asarray(tokens, np.int64)
-        key = visible.tobytes()
-        if key not in self._known:
-            vocab_size, seed, noise, own, scale, padding, pad_logit = self._settings
-            logits = _normal(visible[-2:], seed, vocab_size) + 0.3 * _normal(visible, seed + 1, vocab_size)
-            logits = scale * logits + noise * _normal(visible, 1000 + own, vocab_size)
-            self._known[key] = np.concatenate([logits, np.full(padding, pad_logit)]).astype(np.float32)
-        return self._known[key]
+        return _logits(np.asarray(tokens, np.int64).tobytes(), *self._settings)
 
 
 class FakeGuest(FakeEngine):
@@ -119,12 +110,33 @@ class FakeLearner(FakeGuest):
             self.forward(token_ids[-1:].repeat(count), kept, kept + np.arange(count), sees)
         vocab_size, seed, noise, _, *rest = self._settings
         self._settings = (vocab_size, seed, noise, 2 + zlib.crc32(token_ids.tobytes()) % 97, *rest)
-        self._known.clear()
         return count
 
 
-def _normal(tokens: np.ndarray, seed: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, zlib.crc32(tokens.tobytes()), len(tokens)]).standard_normal(size)
+# Texts come back, within a test and from one to the next, and drawing takes longer than the loop under test.
+@lru_cache(1 << 15)
+def _logits(
+    tokens: bytes,
+    vocab_size: int,
+    seed: int,
+    noise: float,
+    own: int,
+    scale: float,
+    padding: int,
+    pad_logit: float,
+) -> np.ndarray:
+    last = tokens[-2 * TOKEN_BYTES :]
+    logits = scale * (_normal(last, seed, vocab_size) + 0.3 * _normal(tokens, seed + 1, vocab_size))
+    if noise:
+        logits = logits + noise * _normal(tokens, 1000 + own, vocab_size)
+    logits = np.concatenate([logits, np.full(padding, pad_logit)]).astype(np.float32)
+    logits.flags.writeable = False
+    return logits
+
+
+@lru_cache(1 << 15)
+def _normal(tokens: bytes, seed: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, zlib.crc32(tokens), len(tokens) // TOKEN_BYTES]).standard_normal(size)
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -161,6 +161,7 @@ RECIPE = """
 version: 1
 model: {source: model, dtype: float32}
 calibration: {num_calibration_samples: 4, max_seq_length: 96}
+speculate: {tune_prompts: 1}
 drafters:
   int8: {quantize: {smoothing_strength: 0.5}}
   sparse8: {prune: {mask_structure: 2:4}, quantize: {smoothing_strength: 0.5}}
@@ -203,8 +204,6 @@ def test_a_real_build_killed_between_two_layers(tmp_path, tiny_tokenizer, monkey
         "load ", "calibrate ", "export target", "smooth int8", "quantize int8", "export int8"
     ]  # fmt: skip
     assert len(lines) == len(hits)
-    hits, _, _ = run("killed", "two")
-    assert all(hits.values())
     command = [sys.executable, "-c", CACHED_BUILD, str(recipe), str(tmp_path / "killed")]
     cached = subprocess.run(command, check=True, capture_output=True, text=True)
     assert cached.stdout.endswith("True set()\n"), "a build that finds everything needs nothing heavy"

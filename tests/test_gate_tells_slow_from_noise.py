@@ -25,7 +25,6 @@ ENGINES = {
 }
 COSTS = {"target": 15.0, "int8": 6.0, "tiny": 3.0}  # milliseconds of a call
 SECONDS = 60.0
-KNOWN: dict[str, dict] = {}  # logits, by engine: most of the time of these tests otherwise
 
 
 class Machine:
@@ -51,7 +50,6 @@ class Machine:
 class TimedEngine(FakeEngine):
     def __init__(self, name: str, machine: Machine, milliseconds: float) -> None:
         super().__init__(BYTE_VOCAB, **ENGINES[name])
-        self._known = KNOWN.setdefault(str(ENGINES[name]), {})
         self._machine, self._milliseconds = machine, milliseconds
 
     def forward(self, token_ids, *arguments, **named):

@@ -1,6 +1,7 @@
 """A .gguf file gives the model that it was made of, its tokenizer included, or says why not."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -216,7 +217,12 @@ def test_an_architecture_that_is_not_known_is_named(arch, tiny_folder, tmp_path)
 
 
 @pytest.mark.real
-def test_smollm2_is_what_transformers_reads(smollm2_gguf, tmp_path):
+def test_smollm2_is_what_transformers_reads(smollm2_gguf, tmp_path, monkeypatch):
+    # transformers parses the file anew for settings, tokenizer and weights, and lists all names anew for each
+    # module: half a minute in which gguf gives the same.
+    reader = gguf.GGUFReader(smollm2_gguf)
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: reader)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 

@@ -37,6 +37,7 @@ class Counts:
 
     def __init__(self, text: list[int]):
         self.text = text
+        self.known: dict[tuple[int, ...], list[tuple[int, float, int]]] = {}  # by (most, *context)
 
     def places(self, context: list[int]) -> list[int]:
         """Where something follows the context."""
@@ -58,16 +59,15 @@ class Counts:
             if length == LONGEST:
                 context = context[1:]
                 places = self.places(context)
-            votes, latest = Counter(), {}
-            for i in places:
-                votes[self.text[i]] += 1
-                latest[self.text[i]] = i
+            followers = [self.text[i] for i in places]
+            votes, latest = Counter(followers), dict(zip(followers, places, strict=True))
             token = max(votes, key=lambda token: (votes[token], latest[token]))
             probability *= votes[token] / len(places)
             if token == END or probability < LEAST_SHARE:
                 break
             said.append((token, probability, length))
-            places = [i + 1 for i in places if self.text[i] == token and i + 1 < len(self.text)]
+            last = len(self.text) - 1
+            places = [i + 1 for i in places if self.text[i] == token and i < last]
             context = [*context, token]
         return said
 
@@ -76,7 +76,10 @@ def expected_draft(indexes: list[Counts], text: list[int], most: int) -> tuple[l
     best, best_score = [], 0.0
     for index in indexes:
         for length, places in reversed(list(index.ends(text))):
-            said = index.follow(text[-length:], places, most)
+            context = text[-length:]
+            if (most, *context) not in index.known:
+                index.known[most, *context] = index.follow(context, places, most)
+            said = index.known[most, *context]
             score = 0.0
             for _, probability, _ in said[:length]:
                 score += probability
@@ -115,7 +118,7 @@ def test_drafts_equal_a_count_of_all_places(vocab):
     rng, drafter = np.random.default_rng(vocab), make()
     motif = rng.integers(vocab, size=30).tolist()
     room = measure_room()
-    blocks: list[list[int]] = [[], []]  # the younger one first
+    blocks = [Counts([]), Counts([])]  # the younger one first
     drafted = dropped = 0
     for generation in range(40):
         prompt = rng.integers(vocab, size=int(rng.integers(1, 30))).tolist()
@@ -131,7 +134,7 @@ def test_drafts_equal_a_count_of_all_places(vocab):
             said += count
             tail = [*output[said : said + 2], *rng.integers(vocab, size=int(rng.integers(0, 3))).tolist()]
             text = [*prompt, *output[:said]]
-            indexes = [Counts(text), *map(Counts, blocks)]
+            indexes = [Counts(text), *blocks]
             for pending in ([], tail):
                 if generation % 4 == 3 or (pending and vocab == 1):
                     continue
@@ -140,10 +143,10 @@ def test_drafts_equal_a_count_of_all_places(vocab):
                 drafted += len(draft)
         if len(output) < 2:
             continue
-        if room - len(blocks[0]) < len(output) + 1:
-            dropped += bool(blocks[1])
-            blocks = [[], blocks[0]]
-        blocks[0] = [*blocks[0], *output, END]
+        if room - len(blocks[0].text) < len(output) + 1:
+            dropped += bool(blocks[1].text)
+            blocks = [Counts([]), blocks[0]]
+        blocks[0] = Counts([*blocks[0].text, *output, END])
     assert drafted > 100 and dropped > 0
 
 

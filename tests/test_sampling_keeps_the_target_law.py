@@ -61,6 +61,7 @@ class Branches:
 
     def __init__(self, list_outcomes=list_verdicts):
         self.script = []
+        self.known = {}  # outcomes, by proposal: the same come in many runs
         self.list_outcomes = list_outcomes
         self.verify = ffi.callback("ds_verify_function", self._verify, error=-1)
 
@@ -79,7 +80,11 @@ class Branches:
     def _verify(self, rule, n, vocab, p, q, tokens, parents, uniforms, path, num_accepted, next_token):
         q = None if q == ffi.NULL else read_laws(q, n, vocab)
         p = read_laws(p, n + 1, vocab)
-        outcomes = list(self.list_verdicts(rule, p, q, list(tokens[0:n]), list(parents[0:n])))
+        tokens, parents = list(tokens[0:n]), list(parents[0:n])
+        proposal = rule, p.tobytes(), None if q is None else q.tobytes(), *tokens, *parents
+        if proposal not in self.known:
+            self.known[proposal] = list(self.list_verdicts(rule, p, q, tokens, parents))
+        outcomes = self.known[proposal]
         if self.at == len(self.script):
             self.script.append(0)
         probability, accepted, next_token[0] = outcomes[self.script[self.at]]

@@ -24,7 +24,6 @@ ENGINES = {
     "tiny": {"scale": 4, "noise": 1.0, "own": 2},
 }
 PROMPTS = [[ord(letter) for letter in text] for text in ("Once upon a time", "The drafter", "def plan(n):")]
-KNOWN: dict[str, dict] = {}
 
 
 class Clock:
@@ -37,7 +36,6 @@ class TimedEngine(FakeEngine):
     def __init__(self, clock, name, milliseconds):
         super().__init__(BYTE_VOCAB, **ENGINES[name])
         self._clock, self._milliseconds = clock, milliseconds
-        self._known = KNOWN.setdefault(name, {})
 
     def forward(self, token_ids, start, *rest, **named):
         self._clock.now += 1e-3 * self._milliseconds * (1 + 0.03 * len(token_ids)) + 1e-7 * start

@@ -2,7 +2,7 @@
 runs beside a busy process.
 
 Every forward call of the target is followed by a busy wait of a share of its own time; the baseline's target
-is wrapped in the same way, with a share of 0. Each run is a whole gate in this process, bundles opened anew.
+is slowed in the same way, by a share of 0. Each run is a whole gate in this process, bundles opened anew.
 """
 
 import json
@@ -20,32 +20,29 @@ from typing import Annotated
 import typer
 from draftsmith.pipeline.gate import Request, gate
 from draftsmith.pipeline.recipe import Gate
+from draftsmith.speculate.binding import ffi
 from draftsmith.speculate.bundle import Bundle, load
-from draftsmith.speculate.onnx_engine import default_threads
+from draftsmith.speculate.onnx_engine import OnnxEngine, default_threads
 from measure import print_table
 
 OUTCOMES = ("pass", "regression", "cannot tell")
 PLACES = ("baseline", "candidate")
 
 
-class SlowedEngine:
-    """An engine whose every call takes `share` longer."""
+def slow_down(engine: OnnxEngine, share: float) -> object:
+    """Every call of an engine takes `share` longer. What it returns must live as long as the engine."""
+    forward = engine.handle.forward
 
-    def __init__(self, engine, share: float) -> None:
-        self._engine, self._share = engine, share
-        self.vocab_size, self.max_seq_len = engine.vocab_size, engine.max_seq_len
-        self.calls = self.rows = 0
-
-    def reserve(self, num_slots: int) -> None:
-        self._engine.reserve(num_slots)
-
-    def forward(self, *arguments, **named):
+    def call(*arguments) -> int:
         started = time.perf_counter()
-        logits = self._engine.forward(*arguments, **named)
-        until = time.perf_counter() + self._share * (time.perf_counter() - started)
+        status = forward(*arguments)
+        until = time.perf_counter() + share * (time.perf_counter() - started)
         while time.perf_counter() < until:
             pass
-        return logits
+        return status
+
+    engine.handle.forward = slowed = ffi.callback(ffi.typeof(forward), call)
+    return slowed
 
 
 def main(
@@ -89,11 +86,16 @@ def main(
 
 def run_gate(bundle: Path, slowdown: float, seconds: float, threads: int) -> dict:
     """The bundle against itself, under two names."""
+    slowed: list[object] = []
 
     def open_bundle(path: Path, threads: int) -> Bundle:
         opened = load(path, threads)
         share = slowdown if path.name == "candidate" else 0.0
-        opened._engines["target"] = SlowedEngine(opened.engine("target"), share)
+        for name in opened.drafters:  # those in the target's cache are made while it is a plain engine
+            opened.engine(name)
+        target = opened.engine("target")
+        assert isinstance(target, OnnxEngine)
+        slowed.append(slow_down(target, share))
         return opened
 
     with tempfile.TemporaryDirectory() as folder:

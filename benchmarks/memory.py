@@ -38,8 +38,8 @@ def main(
     lines = []
     for mode, row in found.items():
         engines = [entries[name] for name in [TARGET, *row["ladder"]] if name in entries]
-        weights = sum(weight_bytes(bundle / entry.graph) for entry in engines)
-        own = [entry for entry in engines if not entry.shares_cache]
+        weights = sum(weight_bytes(bundle / entry.graph) for entry in engines if not entry.skips)
+        own = [entry for entry in engines if not (entry.skips or entry.shares_cache)]
         caches = sum(cache_bytes(entry, PROMPT_TOKENS + new_tokens) for entry in own)
         sizes = [row["before"], row["peak"], row["anonymous"], weights, caches]
         ratio = row["peak"] / (weights + caches)

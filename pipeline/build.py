@@ -15,7 +15,7 @@ from .preflight import check_datastore, check_model, check_recipe, find_datastor
 from .recipe import Recipe
 from .recipe_file import LoadedRecipe, load_recipe
 from .stage import Task, run_task
-from .stages import Plan, plan_tasks
+from .stages import Plan, list_sharing, plan_tasks
 
 
 def build(
@@ -111,4 +111,4 @@ def _lay_out_bundle(
     texts[PLAN] = (done[plan.tune].output / PLAN).read_text(encoding="utf-8")
     engines = {name: done[task].output for name, task in plan.exports.items()}
     compiled = {name: [done[task].output for task in tasks] for name, tasks in plan.engines.items()}
-    return lay_out(engines, done[plan.load].output, texts, provenance, compiled, tables)
+    return lay_out(engines, done[plan.load].output, texts, provenance, compiled, tables, list_sharing(recipe))

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,12 @@ def lay_out(
     provenance: Mapping[str, Any],
     compiled: Mapping[str, Sequence[Path]] | None = None,
     tables: Mapping[str, Path] | None = None,
+    sharing: Collection[str] = (),
 ) -> Layout:
     """A bundle of exports by engine, the target first, the tokenizer of the checkpoint `model`, and `texts`
     by file name. An export that says what it skips is the target's otherwise.
-    `compiled`: the folders of TensorRT's engines, by engine; `tables`: what drafters read, by file name."""
+    `compiled`: the folders of TensorRT's engines, by engine; `tables`: what drafters read, by file name;
+    `sharing`: the drafters that draft in the target's cache."""
     sources: dict[str, Path] = {}
     files: dict[str, dict] = {}
     entries: dict[str, dict] = {}
@@ -84,12 +86,13 @@ def lay_out(
         entry = json.loads((export / ENGINE_FILE).read_text())
         if "skips" in entry:
             shared = {key: value for key, value in entries[TARGET].items() if key != "tensorrt"}
-            entries[name] = shared | entry
+            entries[name] = shared | entry | {"shares_cache": True}
             continue
         for file, facts in entry.pop("files").items():
             sources[f"{prefix}/{file}"] = export / file
             files[f"{prefix}/{file}"] = facts
         entries[name] = entry | {key: f"{prefix}/{entry[key]}" for key in ("graph", "portable")}
+        entries[name]["shares_cache"] = name in sharing
         for folder in (compiled or {}).get(name, ()):
             built = json.loads((folder / TENSORRT_FILE).read_text())
             file, digest = built["file"], built.pop("sha256")
@@ -119,7 +122,12 @@ def list_tables(ngrams: Path | None, datastore: Path | None) -> dict[str, Path]:
     return tables if datastore is None else tables | {DATASTORE: datastore}
 
 
-def try_bundle(work: Path, inputs: Mapping[str, Path], datastore: Path | None = None) -> Path:
+def try_bundle(
+    work: Path,
+    inputs: Mapping[str, Path],
+    datastore: Path | None = None,
+    sharing: Collection[str] = (),
+) -> Path:
     """A bundle to measure, made of links, from the inputs "model", "engine NAME" and possibly "plan" and
     "ngrams"."""
     folder = work / "bundle"
@@ -129,7 +137,8 @@ def try_bundle(work: Path, inputs: Mapping[str, Path], datastore: Path | None = 
     names = [name for name in inputs if name.startswith("engine ")]
     engines = {name.removeprefix("engine "): inputs[name] for name in names}
     tables = list_tables(inputs.get("ngrams"), datastore)
-    lay_out(engines, inputs["model"], {PLAN: json.dumps(plan)}, {}, tables=tables).write(folder, link_file)
+    layout = lay_out(engines, inputs["model"], {PLAN: json.dumps(plan)}, {}, tables=tables, sharing=sharing)
+    layout.write(folder, link_file)
     return folder
 
 

@@ -232,8 +232,8 @@ class Drafter(Engine):
 
     cache: Literal["target", "own"] = Field(
         default="target",
-        description="whose keys and values it drafts behind: the target's, so that it reads neither the "
-        "prompt nor what stands, or its own, which on a GPU it has in any case",
+        description="target: it drafts in the target's cache, without reading the prompt; own: in one of its "
+        "own, as always on a GPU",
     )
     skip_layers: Annotated[
         Literal["auto", "swift"] | list[LayerIndex] | SkipLayers | None,

@@ -54,10 +54,20 @@ def _tell_anew(bundle: Bundle, plan: dict, measured: dict) -> tuple[dict[str, st
     reports: Mapping[str, dict] = read_json(bundle.path / REPORTS) | {"tune": plan, "bench": measured}
     recipe = load_recipe(str(bundle.path / RECIPE)).recipe
     opened = recipe.speculate.model_copy(update={"ladder": "auto", "num_speculative_tokens": "auto"})
-    resolved = resolve_recipe(recipe.model_copy(update={"speculate": opened}), plan)
+    drafters = {
+        name: drafter.model_copy(update={"cache": _cache_of(bundle, name)})
+        for name, drafter in recipe.drafters.items()
+    }
+    resolved = resolve_recipe(recipe.model_copy(update={"speculate": opened, "drafters": drafters}), plan)
     facts = {
         "recipe_sha256": hash_json(resolved.model_dump()),
         "measurements": describe_measurements(reports),
     }
     provenance = (bundle.manifest.model_extra or {}) | facts
     return write_documents(bundle.path.name, resolved, provenance, reports), facts
+
+
+def _cache_of(bundle: Bundle, name: str) -> str:
+    """That a drafter has in this bundle: recipes of older ones do not say."""
+    entry = bundle.manifest.engines[name]
+    return "target" if entry.skips or entry.shares_cache else "own"

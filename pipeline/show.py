@@ -146,7 +146,9 @@ def show_evaluation(result: Result) -> str:
 def show_bundle(result: Result) -> str:
     engines = [["engine", "weights", "size", "graph"]]
     for name, engine in result["engines"].items():
-        engines.append([name, engine["weights"], format_size(engine["bytes"]), engine["graph"]])
+        shares = not engine["skips"] and engine["shares_cache"]
+        weights = engine["weights"] + (", in the target's cache" if shares else "")
+        engines.append([name, weights, format_size(engine["bytes"]), engine["graph"]])
         engines += [["", *_describe_engine(built)] for built in engine["tensorrt"]]
     plan = result["plan"]
     model = result["model"] or {}

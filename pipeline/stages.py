@@ -104,7 +104,6 @@ def _export(call: Call) -> dict:
             "num_kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
             "weights": call.params["weights"] or config.dtype,
-            "shares_cache": call.params["shares_cache"],
             "eos_token_ids": list(config.eos_token_ids),
             "bos_token_id": config.bos_token_id,
             "files": {
@@ -153,8 +152,9 @@ def _ngrams(call: Call) -> dict:
 def _tune(call: Call) -> dict:
     from .tune import tune
 
-    bundle = try_bundle(call.work, call.inputs, call.files.get("datastore"))
-    spec = Speculate.model_validate(call.params)
+    params = dict(call.params)
+    bundle = try_bundle(call.work, call.inputs, call.files.get("datastore"), params.pop("sharing"))
+    spec = Speculate.model_validate(params)
     return tune(bundle, call.inputs["tokens"], spec, call.out, call.progress)
 
 
@@ -173,7 +173,7 @@ def _check(call: Call) -> dict:
 def _bench(call: Call) -> dict:
     from .bench import bench_stage
 
-    bundle = try_bundle(call.work, call.inputs, call.files.get("datastore"))
+    bundle = try_bundle(call.work, call.inputs, call.files.get("datastore"), call.params["sharing"])
     return bench_stage(bundle, call.inputs["tokens"], call.out, call.progress, call.files["questions"])
 
 
@@ -284,12 +284,7 @@ def plan_tasks(
             params = engine.model_dump(include={"draft_vocab_size"})
             model = task(VOCABULARY, name, params, model=model, tokens=tokens)
         plan.checkpoints[name] = model
-        shares_cache = isinstance(engine, Drafter) and engine.cache == "target"
-        params = {
-            "max_seq_len": limit,
-            "weights": describe_weights(engine),
-            "shares_cache": shares_cache,
-        }
+        params = {"max_seq_len": limit, "weights": describe_weights(engine)}
         plan.exports[name] = task(EXPORT, name, params, model=model)
         plan.engines[name] = [
             task(COMPILE, name, describe_engine(export, recipe.speculate), graph=plan.exports[name])
@@ -305,9 +300,16 @@ def plan_tasks(
         plan.ngrams = Task(NGRAMS, "", {}, target)
         common |= {"ngrams": plan.ngrams}
     stores = {} if datastore is None else {"datastore": datastore}
-    plan.tune = Task(TUNE, "", recipe.speculate.model_dump(), common, stores)
-    plan.bench = Task(BENCH, "", {}, common | {"plan": plan.tune}, {"questions": DEFAULT_PROMPTS, **stores})
+    sharing = {"sharing": list_sharing(recipe)}
+    plan.tune = Task(TUNE, "", recipe.speculate.model_dump() | sharing, common, stores)
+    measured = common | {"plan": plan.tune}
+    plan.bench = Task(BENCH, "", sharing, measured, {"questions": DEFAULT_PROMPTS, **stores})
     return plan
+
+
+def list_sharing(recipe: Recipe) -> list[str]:
+    """The drafters that draft in the target's cache."""
+    return [name for name, drafter in recipe.drafters.items() if drafter.cache == "target"]
 
 
 def describe_engine(export: Export, speculate: Speculate) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..speculate.bundle import Bundle
-from ..speculate.onnx_engine import SharingEngine
+from ..speculate.engine import GuestEngine
 from .replay import LIKELY, Recording
 
 
@@ -20,7 +20,7 @@ def record(bundle: Bundle, prompt: Sequence[int], drafters: Sequence[str], max_n
     likely = np.argsort(-rows, axis=-1, kind="stable")[:, :LIKELY]
     for name in drafters:
         choices[name], leads[name] = _read_along(bundle, name, prompt, output.token_ids)
-    guests = frozenset(name for name in drafters if isinstance(bundle.engine(name), SharingEngine))
+    guests = frozenset(name for name in drafters if isinstance(bundle.engine(name), GuestEngine))
     return Recording(prompt, np.asarray(output.token_ids), choices, leads, likely, guests)
 
 

@@ -82,7 +82,7 @@ def tune_bundle(
     kept: list[tuple[Prediction, dict]] = []
     slower: list[str] = []
     for choice in choices:
-        if choice is plain and any(_make_choice(other).readers == {TARGET} for other, _ in kept):
+        if choice is plain and any(other.work.keys() == {TARGET} for other, _ in kept):
             continue
         found = check_prediction(bundle, recordings, spec, choice, costs, sources, progress)
         if choice is not plain and spec.ladder == "auto" and found["speedup"] < 1:
@@ -235,7 +235,7 @@ def _choose(
     sources: Sources,
 ) -> list[Prediction]:
     """What the recipe names; else of `plans` (fastest first) those among which the lengths of prompt and
-    output may decide: the fastest for every set of models that read the prompt, unless fewer are as fast;
+    output may decide: the fastest for every set of models, unless fewer are as fast;
     and plain decoding, in case all of these are slower when they are run."""
     if spec.ladder == "none" or not spec.ladder:
         return [plain]
@@ -244,7 +244,7 @@ def _choose(
     paying = [plan for plan in plans if plan.tokens_per_second >= LEAST_GAIN * plain.tokens_per_second]
     choices: dict[frozenset[str], Prediction] = {}
     for plan in paying:
-        choices.setdefault(_make_choice(plan).readers, plan)
+        choices.setdefault(frozenset(plan.work), plan)
     faster = [*choices]
     return [
         *(

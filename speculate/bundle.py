@@ -215,7 +215,7 @@ class Bundle:
         """float32 logits [T, V] of the token after each of `token_ids` [T], as one engine has them.
 
         drafting: of one that drafts in the target's cache, as it has them where the target has read all
-            tokens before; so has those always who has no cache of its own, since it skips layers.
+            tokens before. A drafter that skips layers has no others.
         """
         if engine not in self.manifest.engines:
             raise BundleError(f"no engine {engine!r} in this bundle, only {', '.join(self.manifest.engines)}")
@@ -295,7 +295,7 @@ class Bundle:
         """One of the bundle's engines, loaded at the first call, as ladders have it: in the target's cache if
         it shares that. `alone`: in its own, if it has one."""
         engine = self._engine(name)
-        if alone or not self.manifest.engines[name].shares_cache:
+        if alone or isinstance(engine, SharingEngine) or not self.manifest.engines[name].shares_cache:
             return engine
         target = self._engine(TARGET)
         if name not in self._guests and _can_share(target) and _can_share(engine):
@@ -392,7 +392,7 @@ class Bundle:
 
     def _choose_devices(self, device: str | Mapping[str, str]) -> tuple[dict[str, str], str]:
         """The device of every engine and, where "auto" left a GPU's engines unused, why. All engines of one
-        wish go the same way, and those that share the target's cache go its."""
+        wish go the same way, and those that leave out layers of the target go its."""
         engines = {name: entry for name, entry in self.manifest.engines.items() if entry.skips is None}
         wishes = spread_devices(device, engines)
         chosen = {

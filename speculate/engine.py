@@ -78,7 +78,7 @@ class MovingEngine(Engine, Protocol):
 @runtime_checkable
 class GuestEngine(Engine, Protocol):
     """An engine in the cache of another, its host: what one of them writes the other reads. It writes only
-    slots that its host is going to write again before it reads them."""
+    slots behind those that stand, which its host writes itself before it reads them."""
 
     cache_host: Engine
 

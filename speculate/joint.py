@@ -152,7 +152,8 @@ def generate_jointly(
     partner = other.manifest.engines[name]
     if partner.skips:
         raise BundleError(
-            f"{name} shares the target's cache, and a joint law needs two: name another drafter"
+            f"{name} is the target without some layers, in its cache, and a joint law needs two caches: "
+            "name another drafter"
         )
     if partner.draft_vocab_size is not None and isinstance(law, Contrast):
         raise BundleError(

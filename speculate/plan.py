@@ -50,8 +50,8 @@ PLAIN = Candidate(
 
 class Plan(BaseModel):
     """The ladder for prompts like those that it was tuned on, and the `choices`, of which it is the first.
-    For other lengths of prompt and output another may be faster, since a drafter that is a model has to read
-    the prompt too."""
+    For other lengths of prompt and output another may be faster: a drafter with a cache of its own has to
+    read the prompt too, and what calls cost grows unevenly with the text before them."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 

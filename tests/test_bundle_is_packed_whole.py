@@ -34,7 +34,8 @@ def parts(tmp_path):
 @pytest.fixture
 def layout(parts):
     engines, model = parts
-    return lay_out(engines, model, {"plan.json": "{}", "MODEL_CARD.md": "é"}, {"recipe_sha256": "0"})
+    texts = {"plan.json": "{}", "MODEL_CARD.md": "é"}
+    return lay_out(engines, model, texts, {"recipe_sha256": "0"}, sharing=["int8"])
 
 
 def contents(folder):
@@ -56,7 +57,9 @@ def test_the_manifest_lists_every_file_with_its_hash(layout, tmp_path):
         "graph": "drafters/int8/model.onnx",
         "portable": "drafters/int8/model.onnx",
         "weights": "int8",
+        "shares_cache": True,
     }
+    assert manifest["engines"]["target"]["shares_cache"] is False
     assert manifest["schema_version"] == 2 and manifest["recipe_sha256"] == "0"
     assert list(out.parent.iterdir()) == [out], "nothing is left beside it"
 

@@ -274,7 +274,8 @@ def recipe(**drafter) -> Recipe:
 )
 def test_a_recipe_says_who_shares(tmp_path, settings, shares):
     plan = plan_tasks(recipe(quantize={"scheme": "W8A8"}, **settings), tmp_path, {})
-    assert plan.exports["copy"].params["shares_cache"] is shares
-    assert plan.exports["target"].params["shares_cache"] is False
+    for measured in (plan.tune, plan.bench):
+        assert measured.params["sharing"] == (["copy"] if shares else [])
+    assert "sharing" not in plan.exports["copy"].params, "the graph is the same"
     with pytest.raises(ValueError, match="skip_layers drafts in the target's cache"):
         recipe(skip_layers=[1], cache="own")

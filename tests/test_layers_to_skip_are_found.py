@@ -79,7 +79,7 @@ def export(folder, config) -> dict:
     write_tiny_checkpoint(folder / "model", quantized=False, config=config)
     byte_tokenizer().save(str(folder / "model" / "tokenizer.json"))
     (folder / "target").mkdir()
-    params = {"max_seq_len": None, "weights": "", "shares_cache": False}
+    params = {"max_seq_len": None, "weights": ""}
     EXPORT.run(Call({"model": folder / "model"}, {}, params, folder / "target", folder, no_progress))
     return {"model": folder / "model", "engine target": folder / "target"}
 
@@ -159,7 +159,7 @@ def test_a_bundle_decodes_with_it_as_the_target_alone(stages, wanted, tmp_path):
         assert out.token_ids == plain.token_ids
     logits = bundle.logits(prompt, engine="skip")
     assert logits.shape == (60, CONFIG.vocab_size) and not np.array_equal(logits, bundle.logits(prompt))
-    with pytest.raises(BundleError, match="skip shares the target's cache"):
+    with pytest.raises(BundleError, match="skip is the target without some layers"):
         generate_jointly(bundle, "skip", Ensemble(), prompt)
 
 

@@ -138,11 +138,13 @@ def test_a_plan_of_version_1_keeps_its_ladder(tmp_path):
     assert bundle.plan.costs is None and bundle.plan_for(lengths=(4, 4))["ladder"] == ["suffix"]
 
 
-def test_tuning_keeps_the_fastest_of_every_set_of_models(tune_with):  # noqa: F811
-    plan = tune_with(target=15.0, int8=3.0, tiny=9.0)
+@pytest.mark.parametrize("guests", [(), ("int8",)])
+def test_tuning_keeps_the_fastest_of_every_set_of_models(tune_with, guests):  # noqa: F811
+    plan = tune_with(guests=guests, target=15.0, int8=3.0, tiny=9.0)
     choices = plan["choices"]
     assert choices[0]["ladder"] == plan["ladder"] and choices[0]["work"].keys() == {"target", "int8"}
     assert [choice["work"].keys() for choice in choices[1:]] == [{"target"}]  # tiny is slower and no use
+    assert choices[0]["work"]["int8"]["reads_prompt"] == (not guests)
     for row in plan["by_length"]:
         chosen = Plan.model_validate(plan).choose(row["prompt_tokens"], row["new_tokens"])
         assert chosen and list(chosen.ladder) == row["ladder"]

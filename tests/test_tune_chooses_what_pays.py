@@ -49,8 +49,10 @@ def tune_with(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(tune_module, "_measure_overhead", lambda *_: 0.0)
 
-    def tune(spec=None, **milliseconds):
+    def tune(spec=None, guests=(), **milliseconds):
         engines = {name: TimedEngine(clock, name, ms) for name, ms in milliseconds.items()}
+        for name in guests:  # in the target's cache
+            engines[name].cache_host, engines[name]._slots = engines["target"], engines["target"]._slots
         bundle = open_bundle(write_bundle(tmp_path / "bundle", plan={"ladder": []}), **engines)
         return tune_bundle(bundle, PROMPTS, spec or Speculate())
 
@@ -137,7 +139,7 @@ def test_the_verb_tells_anew_what_the_bundle_says_of_itself(tmp_path, monkeypatc
     of compression stays."""
     from draftsmith.pipeline import retune
 
-    folder = write_bundle(tmp_path / "bundle")
+    folder = write_bundle(tmp_path / "bundle")  # of a version whose recipes say nothing of caches
     (folder / "recipe.yaml").write_text(
         "version: 1\nmodel: {source: a-model}\ndrafters: {int8: {quantize: {scheme: W8A8}}}\n"
         "speculate: {ladder: [suffix, int8], num_speculative_tokens: {suffix: 6, int8: 4}, verify: token}\n"
@@ -159,7 +161,7 @@ def test_the_verb_tells_anew_what_the_bundle_says_of_itself(tmp_path, monkeypatc
     assert said["model"] == loaded and said["recipe_sha256"]
     recipe = load_recipe(str(folder / "recipe.yaml")).recipe
     assert recipe.speculate.ladder == ["suffix"] and recipe.speculate.num_speculative_tokens == {"suffix": 3}
-    assert recipe.speculate.verify == "token"
+    assert recipe.speculate.verify == "token" and recipe.drafters["int8"].cache == "own"
     assert "It is the fastest now." in (folder / "MODEL_CARD.md").read_text()
     page = (folder / "report.html").read_text()
     assert "It is the fastest now." in page and "a-model" in page

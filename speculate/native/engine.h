@@ -4,7 +4,7 @@
  *            call that starts at a smaller slot overwrites what a rejected draft left there, and no token sees a
  *            slot behind its own.
  * Guests     An engine may live in the cache of another, its host: what one of them writes the other reads. A guest
- *            writes only slots that its host is going to write again before it reads them.
+ *            writes only slots behind those that stand, which its host writes itself before it reads them.
  * Errors     A callback returns DS_OK or a negative ds_status, as a rule DS_ERROR_ENGINE, and says why with
  *            ds_set_error. It stays with the generation: whatever was under way is over.
  * Threads    One call at a time, from the thread that asked the loop for tokens.

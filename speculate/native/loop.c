@@ -22,9 +22,9 @@
  * chain. The tree of a drafter without an engine is chosen, not sampled, whatever its shape; so is that of
  * engine_tree.c. That of drawn_tree.c is sampled: its shape is fixed beforehand, and it is not cut.
  *
- * A guest (engine.h) drafts in the cache of its host, a level above it. The host reads again whatever follows
- * the tokens that it kept, and a guest writes nowhere else, so no draft's rows are left when the host reads them.
- * In turn all that the host kept is there for the guest: it never reads the prompt.
+ * A guest (engine.h) drafts in the cache of its host, a level above it, behind the tokens that the host kept. Of what
+ * lies there the host sees only what it has written anew, so it never sees a draft's rows. In turn all that it kept is
+ * there for the guest, which never reads the prompt.
  *
  * Uniforms are counter-based, each level with a stream of its own. Under DS_RULE_EXACT they are keyed by
  * position alone: then an output token is a function of the seed and the tokens before it, whatever was

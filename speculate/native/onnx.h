@@ -29,13 +29,15 @@ DS_API ds_engine *ds_onnx_open(ds_onnx *onnx, const char *graph, int32_t max_seq
  * weights and no cache of its own (Zhang et al., "Draft & Verify", arXiv 2309.08168). Rows that the host has read
  * need not be read again.
  * skips [n_sublayers]    0 or 1, for attention and MLP of each layer in turn; not all may be 1
- * The host must stay open as long as calls are made. NULL, and an error, where its graph has other sublayers. */
+ * The host must stay open as long as calls are made. NULL, and an error, where its graph has other sublayers.
+ *
+ * Threads and logits, here and below: a guest, its host and whose weights it has count as one engine. */
 DS_API ds_engine *ds_onnx_skip(ds_engine *host, const uint8_t *skips, int32_t n_sublayers);
 
-/* `engine` in the cache of `host`: a drafter of it that never reads the prompt, nor what stands, since the host did.
- * Both of ds_onnx_open, copies of one model that cost less to read and less to be right: what keys and values mean
- * must be the same (Tiwari et al., "QuantSpec", arXiv 2502.10424, drafts so in a quantized cache). `engine` may still
- * be called by itself, in its own cache.
+/* `engine` in the cache of `host`: a drafter of it that reads neither the prompt nor what stands, since the host did
+ * (Tiwari et al., "QuantSpec", arXiv 2502.10424, drafts so in a quantized cache). Both of ds_onnx_open, and copies of
+ * one model, `engine` the cheaper one: what keys and values mean must be the same. `engine` may still be called by
+ * itself, in its own cache.
  * Both must stay open as long as calls are made. NULL, and an error, where the caches have different shapes. */
 DS_API ds_engine *ds_onnx_share(ds_engine *host, ds_engine *engine);
 

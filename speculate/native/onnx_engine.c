@@ -44,7 +44,9 @@ typedef struct {
   int32_t n_reserved; /* of n_slots, which come in whole steps */
   int32_t n_slots;
   float *cache; /* [n_layers][2]: keys and values, as kernels.h or the graph's own operators have them */
-  const float *bound;  /* the cache that its values are: its own, or that of an engine whose guest it is */
+  /* The cache that its values are: its own, or that of an engine whose guest it is. Only compared: where one was freed
+   * and another of the same size lies at its place, the values fit that too. */
+  const float *bound;
   int32_t bound_slots; /* of that, and of a row of the mask */
 
   int32_t max_rows, max_logits;
@@ -494,8 +496,9 @@ ds_engine *ds_onnx_open(ds_onnx *onnx, const char *graph, int32_t max_seq_len, i
 
 typedef struct {
   ds_engine base;
-  onnx_engine *runner;             /* whose weights it has: its own engine's, or its host's */
-  uint8_t skips_anything, skips[]; /* by sublayer of the runner */
+  onnx_engine *runner; /* whose weights it has: its own engine's, or its host's */
+  bool skips_anything;
+  uint8_t skips[]; /* by sublayer of the runner */
 } guest_engine;
 
 static onnx_engine *host_of(const ds_engine *base) { return (onnx_engine *)base->host; }
@@ -509,10 +512,10 @@ static int32_t forward_of_guest(ds_engine *base, int32_t n_rows, const int32_t *
                                 const float **logits) {
   guest_engine *guest = (guest_engine *)base;
   ds_operators *operators = guest->runner->operators;
-  if (guest->skips_anything) ds_operators_skip(operators, guest->skips);
+  ds_operators_skip(operators, guest->skips_anything ? guest->skips : NULL);
   int32_t status =
       forward_in(guest->runner, host_of(base), n_rows, token_ids, start, positions, mask, n_logits, logits);
-  if (guest->skips_anything) ds_operators_skip(operators, NULL);
+  ds_operators_skip(operators, NULL);
   return status;
 }
 
@@ -561,7 +564,7 @@ ds_engine *ds_onnx_skip(ds_engine *host, const uint8_t *skips, int32_t n_sublaye
   }
   guest_engine *guest = create_guest(host, host, n_own);
   if (!guest) return NULL;
-  guest->skips_anything = 1;
+  guest->skips_anything = true;
   memcpy(guest->skips, skips, (size_t)n_own);
   return &guest->base;
 }

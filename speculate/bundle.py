@@ -5,17 +5,16 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
 from .datastore import Datastore
-from .devices import ONNX_PROVIDERS, choose_device, find_plan, spread_devices, why_not_tensorrt
+from .devices import choose_devices
 from .drafters import Drafter, Sources
-from .driver import find_gpus
 from .engine import Engine, LearningEngine, Logits
+from .engines import Engines
 from .errors import BundleError
-from .folders import default_root
 from .generate import Generation, Run, exclusive
 from .ladder import (
     DEFAULT_NUM_SPECULATIVE_TOKENS,
@@ -33,29 +32,16 @@ from .manifest import (
     NGRAMS,
     PLAN,
     TOKENIZER,
-    EngineEntry,
-    Skips,
-    check_files,
     read_json,
     read_manifest,
     resolve_inside,
     validate,
 )
 from .ngrams import Ngrams
-from .onnx_engine import (
-    OnnxEngine,
-    OnnxRuntime,
-    SharingEngine,
-    SkippingEngine,
-    SwiftEngine,
-    default_threads,
-)
+from .onnx_engine import SharingEngine, default_threads
 from .plan import Plan
 from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
 from .settings import Rule, Sampling
-
-if TYPE_CHECKING:
-    from .tensorrt_engine import TensorrtRuntime
 
 # Vocabularies are padded to multiples of 64 to 512; a larger difference means another tokenizer.
 _MAX_PADDING = 1024
@@ -101,7 +87,7 @@ class Bundle:
         self.path = path
         self.threads = threads or default_threads()
         self.manifest = read_manifest(path, engines=False)
-        self.devices, self.why_cpu = self._choose_devices(device)
+        self.devices, self.why_cpu = choose_devices(self.manifest.engines, device)
         self.plan = validate(Plan, read_json(path / PLAN), path / PLAN)
         for planned in (self.plan, *self.plan.choices):
             check_names(list(planned.ladder), self.manifest.engines)
@@ -110,10 +96,7 @@ class Bundle:
         self.datastore = self._open_datastore(datastore)
         self.ngrams = self._open_ngrams()
         self._lasting: dict[str, Drafter] = {}
-        self._engines: dict[str, Engine] = {}  # each in its own cache, if it has one
-        self._guests: dict[str, SharingEngine] = {}  # the same in the target's
-        self._runtime: OnnxRuntime | None = None
-        self._tensorrt: TensorrtRuntime | None = None
+        self._engines = Engines(path, self.manifest, self.devices, self.threads)
         self._busy = Lock()
 
     def generate(
@@ -237,7 +220,7 @@ class Bundle:
         found), as if the bundle were just loaded."""
         with exclusive(self._busy):
             self._lasting.clear()
-            for engine in self._engines.values():
+            for engine in self._engines.opened.values():
                 if isinstance(engine, LearningEngine):
                     engine.forget()
 
@@ -294,85 +277,7 @@ class Bundle:
     def engine(self, name: str, *, alone: bool = False) -> Engine:
         """One of the bundle's engines, loaded at the first call, as ladders have it: in the target's cache if
         it shares that. `alone`: in its own, if it has one."""
-        engine = self._engine(name)
-        if alone or isinstance(engine, SharingEngine) or not self.manifest.engines[name].shares_cache:
-            return engine
-        target = self._engine(TARGET)
-        if name not in self._guests and _can_share(target) and _can_share(engine):
-            self._guests[name] = SharingEngine(name, target, engine)
-        return self._guests.get(name, engine)
-
-    def _engine(self, name: str) -> Engine:
-        if name not in self._engines:
-            entry = self.manifest.engines[name]
-            if entry.skips:
-                engine = self._open_without(name, entry, entry.skips)
-            elif self.devices[name] == "cuda":
-                engine = self._open_on_gpu(name, entry)
-            elif self.devices[name] in ONNX_PROVIDERS:
-                engine = self._open_on_onnx(name, entry, ONNX_PROVIDERS[self.devices[name]])
-            else:
-                self._runtime = self._runtime or OnnxRuntime(self.threads)
-                engine = self._open(name, entry, self._runtime, self.devices[name] == "portable")
-            if engine.vocab_size != entry.vocab_size:
-                raise BundleError(
-                    f"{self.path}: the logits of {name} are {engine.vocab_size} wide, "
-                    f"the manifest wants {entry.vocab_size}: copy the whole bundle again"
-                )
-            self._engines[name] = engine
-        return self._engines[name]
-
-    def _open(self, name: str, entry: EngineEntry, runtime: OnnxRuntime, portable: bool) -> Engine:
-        """The graph for this machine or, if wished or where that cannot be opened, the portable one, which is
-        slower and whose rows are not independent to the last bit."""
-        if portable and entry.portable:
-            return OnnxEngine(name, resolve_inside(self.path, entry.portable), entry, runtime)
-        try:
-            return OnnxEngine(name, resolve_inside(self.path, entry.graph), entry, runtime)
-        except BundleError as error:
-            if entry.portable is None:
-                raise
-            warnings.warn(f"{name} runs on stock operators: {error}", stacklevel=3)
-            return OnnxEngine(name, resolve_inside(self.path, entry.portable), entry, runtime)
-
-    def _open_without(self, name: str, entry: EngineEntry, skips: Skips) -> Engine:
-        """The target without some of its layers."""
-        target = self.engine(TARGET)
-        if not isinstance(target, OnnxEngine):
-            raise BundleError(
-                f"{name} leaves out layers of the target's engine for the CPU, and the target runs on "
-                f'{self.devices[TARGET]}: give the device "cpu" or leave {name} out'
-            )
-        if skips.share:
-            return SwiftEngine(name, target, entry.num_layers, skips.share)
-        return SkippingEngine(name, target, skips.table(entry.num_layers))
-
-    def _open_on_gpu(self, name: str, entry: EngineEntry) -> Engine:
-        """TensorRT's engine for this GPU or, where the bundle has none that runs, ONNX Runtime's."""
-        from .tensorrt_engine import TensorrtEngine, TensorrtRuntime
-
-        gpu = find_gpus()[0][0]
-        plan = find_plan(entry, gpu)
-        if plan is None or why_not_tensorrt(entry, gpu):
-            return self._open_on_onnx(name, entry, ONNX_PROVIDERS["onnx-cuda"])
-        check_files(self.path, {plan.file: self.manifest.files[plan.file]})
-        self._tensorrt = self._tensorrt or TensorrtRuntime(plan.builder)
-        return TensorrtEngine(name, resolve_inside(self.path, plan.file), plan, entry, self._tensorrt)
-
-    def _open_on_onnx(self, name: str, entry: EngineEntry, provider: str) -> Engine:
-        """ONNX Runtime's, which keeps the engines that a provider builds for the next time."""
-        from .onnx_gpu_engine import OnnxGpuEngine
-
-        graph = resolve_inside(self.path, entry.portable or entry.graph)
-        folder = default_root() / "providers" / self.manifest.fingerprint(name)[:12]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BundleError(
-                f"{folder}, where engines are kept, cannot be made: {error.strerror}; "
-                "set DRAFTSMITH_CACHE to a folder that can be written"
-            ) from error
-        return OnnxGpuEngine(name, graph, entry, provider, folder)
+        return self._engines.alone(name) if alone else self._engines.in_ladder(name)
 
     def _open_datastore(self, path: str | Path | None) -> Datastore | None:
         if path is None and DATASTORE not in self.manifest.files:
@@ -389,19 +294,6 @@ class Bundle:
             return None
         vocab_size = self.manifest.engines[TARGET].vocab_size
         return Ngrams(resolve_inside(self.path, NGRAMS), vocab_size, self.manifest.fingerprint(TARGET))
-
-    def _choose_devices(self, device: str | Mapping[str, str]) -> tuple[dict[str, str], str]:
-        """The device of every engine and, where "auto" left a GPU's engines unused, why. All engines of one
-        wish go the same way, and those that leave out layers of the target go its."""
-        engines = {name: entry for name, entry in self.manifest.engines.items() if entry.skips is None}
-        wishes = spread_devices(device, engines)
-        chosen = {
-            wish: choose_device(wish, [engines[name] for name in engines if wishes[name] == wish])
-            for wish in dict.fromkeys(wishes.values())
-        }
-        why = next((reason for _, reason in chosen.values() if reason), "")
-        devices = {name: chosen[wish][0] for name, wish in wishes.items()}
-        return {name: devices.get(name, devices[TARGET]) for name in self.manifest.engines}, why
 
     def _choose_ladder(
         self,
@@ -457,8 +349,3 @@ class Bundle:
                     f"{self.path}: {name} has a vocabulary of {entry.vocab_size}, the target one of {target} "
                     f"(of which the tokenizer fills {needed}): wanted a drafter with the target's tokenizer"
                 )
-
-
-def _can_share(engine: Engine) -> TypeGuard[OnnxEngine]:
-    """Whether its cache is of the layout that our kernels have."""
-    return isinstance(engine, OnnxEngine) and not engine.is_stock

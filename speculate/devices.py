@@ -8,6 +8,7 @@ from typing import Literal, cast
 from .cuda import why_no_cuda
 from .driver import Gpu, find_gpus
 from .errors import BundleError
+from .levels import TARGET
 from .manifest import EngineEntry, TensorrtEntry
 
 Device = Literal["cpu", "cuda", "portable", "onnx-cuda", "onnx-tensorrt", "onnx-rtx"]
@@ -43,6 +44,22 @@ def choose_device(device: str, engines: Iterable[EngineEntry]) -> tuple[Device, 
     if device == "auto":
         return "cpu", reasons[0]
     raise BundleError(f"device {device}: {reasons[0]}; --device cpu runs this bundle here")
+
+
+def choose_devices(
+    engines: Mapping[str, EngineEntry], device: str | Mapping[str, str]
+) -> tuple[dict[str, str], str]:
+    """The device of every engine and, where "auto" left a GPU's engines unused, why. All engines of one wish
+    go the same way, and those that leave out layers of the target go its."""
+    whole = {name: entry for name, entry in engines.items() if entry.skips is None}
+    wishes = spread_devices(device, whole)
+    chosen = {
+        wish: choose_device(wish, [whole[name] for name in whole if wishes[name] == wish])
+        for wish in dict.fromkeys(wishes.values())
+    }
+    why = next((reason for _, reason in chosen.values() if reason), "")
+    devices = {name: chosen[wish][0] for name, wish in wishes.items()}
+    return {name: devices.get(name, devices[TARGET]) for name in engines}, why
 
 
 def why_not_on_gpu(entry: EngineEntry) -> str:

@@ -200,7 +200,7 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 def open_bundle(folder: Path, **engines: FakeEngine) -> Bundle:
     """The bundle of a folder, with these engines (by default three) in place of its graphs."""
     bundle = Bundle(folder)
-    bundle._engines.update(
+    bundle._engines.opened.update(
         engines
         or {
             "target": FakeEngine(BYTE_VOCAB, scale=4),
@@ -208,5 +208,5 @@ def open_bundle(folder: Path, **engines: FakeEngine) -> Bundle:
             "tiny": FakeEngine(BYTE_VOCAB, scale=4, noise=1.5, own=2),
         }
     )
-    assert not any(isinstance(engine, OnnxEngine) for engine in bundle._engines.values())
+    assert not any(isinstance(engine, OnnxEngine) for engine in bundle._engines.opened.values())
     return bundle

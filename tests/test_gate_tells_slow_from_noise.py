@@ -218,7 +218,7 @@ def test_agreement_and_size_are_judged_beside_a_loaded_neighbour(make_world, mon
     def older(path, threads):
         bundle = opening(path, threads)
         if path == world.baseline:
-            bundle._engines["int8"] = FakeEngine(BYTE_VOCAB, scale=4, noise=0.7)
+            bundle._engines.opened["int8"] = FakeEngine(BYTE_VOCAB, scale=4, noise=0.7)
         return bundle
 
     world.open = older

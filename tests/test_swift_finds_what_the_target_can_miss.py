@@ -423,7 +423,7 @@ def test_where_layers_cannot_be_skipped_it_is_refused_by_name(stages, tmp_path):
     portable.plan = Plan(ladder=("suffix", "swift"))
     assert portable.plan_for("auto")["ladder"] == ["suffix"], "a plan made on the CPU goes without it"
     elsewhere = load(try_bundle(tmp_path, inputs))
-    elsewhere._engines["target"] = FakeEngine(DEEP.vocab_size)
+    elsewhere._engines.opened["target"] = FakeEngine(DEEP.vocab_size)
     with pytest.raises(BundleError, match="swift leaves out layers of the target's engine for the CPU"):
         elsewhere.generate([1, 2], 4, speculate=["swift"])
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CACHE
-from decoding import decode
+from decoding import check_no_trace, check_read_along, decode, draw_ids
 from draftsmith.export.portable import export_onnx
 from draftsmith.model.load import load_model
 from draftsmith.model.store import Checkpoint
@@ -21,7 +21,6 @@ from draftsmith.speculate.errors import BundleError
 from draftsmith.speculate.joint import Ensemble, generate_jointly
 from draftsmith.speculate.ladder import Rung
 from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime, SharingEngine
-from draftsmith.speculate.settings import Sampling
 from fake_engine import write_manifest
 from graph_session import entry_of, error_of
 from quantized import export_kind
@@ -35,10 +34,6 @@ NUM_TOKENS = 40
 def open_engine(folder, name="target", graph="cpu.onnx", runtime=None) -> OnnxEngine:
     config = Checkpoint(folder / "checkpoint").config
     return OnnxEngine(name, folder / graph, entry_of(config), runtime or OnnxRuntime(2))
-
-
-def draw_ids(engine, count, seed=0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, engine.vocab_size, count).astype(np.int32)
 
 
 # ---- What it computes --------------------------------------------------------------------------------------
@@ -126,19 +121,7 @@ LADDERS = [
 
 @pytest.mark.parametrize("temperature", [0.0, 8.0])
 def test_tokens_are_those_of_the_target_alone_and_so_is_the_cache_behind_them(folders, temperature):
-    engines, prompt = open_ladder(folders), list(range(3, 30))
-    target = engines["target"]
-    sampling = Sampling(temperature, seed=3, rule="exact")
-    plain = decode(engines, [], prompt, 60, sampling)
-    after = draw_ids(target, 4)
-    wanted = target.forward(after, len(prompt) + 50).copy()
-    accepted = drafted = 0
-    for ladder in LADDERS:
-        out = decode(engines, [Rung(name, 5) for name in ladder], prompt, 60, sampling)
-        assert out.tokens == plain.tokens, ladder
-        assert np.array_equal(target.forward(after, len(prompt) + 50), wanted), ladder
-        drafted, accepted = drafted + out.drafter.drafted, accepted + out.drafter.accepted
-    assert 0 < accepted < drafted
+    check_no_trace(open_ladder(folders), LADDERS, 5, temperature)
 
 
 def test_a_copy_of_the_same_weights_is_accepted_whole(tiny_checkpoint, tmp_path):
@@ -181,14 +164,7 @@ def test_by_itself_it_is_as_before(folders):
 
 def test_read_along_is_what_a_draft_right_there_says(folders):
     engines = open_ladder(folders)
-    target, drafter, ids = engines["target"], engines["copy"], draw_ids(engines["target"], 60)
-    drafter.reserve(64)
-    target.forward(ids, 0)
-    single = []
-    for start in range(len(ids)):
-        single.append(drafter.forward(ids[start : start + 1], start)[0].copy())
-        target.forward(ids[start : start + 1], start)
-    assert np.array_equal(drafter.read_along(ids), np.stack(single))
+    check_read_along(engines["target"], engines["copy"])
 
 
 def test_caches_that_differ_are_refused_in_words(folders, tiny_checkpoint, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import VARIANTS
+from decoding import draw_ids
 from draftsmith.model.store import Checkpoint
 from draftsmith.speculate.binding import check, ffi
 from draftsmith.speculate.ladder import Rung, build_ladder
@@ -56,10 +57,6 @@ def folder(request, tiny_checkpoint, tmp_path_factory):
 EVERY = [(variant, "int8") for variant in VARIANTS] + [("llama-bias", kind) for kind in KINDS]
 EVERY += [pytest.param(("smollm2", kind), marks=pytest.mark.slow) for kind in KINDS]
 every = pytest.mark.parametrize("folder", EVERY, indirect=True, ids="-".join)
-
-
-def draw_ids(engine, count, seed=0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, engine.vocab_size, count).astype(np.int32)
 
 
 @every

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VARIANTS
-from decoding import decode, random_costs
+from decoding import check_no_trace, check_read_along, decode, random_costs
 from draftsmith.export.portable import export_onnx
 from draftsmith.model.store import Checkpoint
 from draftsmith.speculate.ladder import Rung
@@ -119,30 +119,16 @@ def folder(request, tiny_checkpoint, tmp_path_factory):
     return folder
 
 
-def draw_ids(engine, count, seed=0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, engine.vocab_size, count).astype(np.int32)
-
-
 @pytest.mark.parametrize("temperature", [0.0, 8.0])
 def test_tokens_are_those_of_the_target_alone_and_so_is_the_cache_behind_them(folder, temperature):
-    target, prompt = open_target(folder), list(range(3, 30))
+    target = open_target(folder)
     engines = {
         "target": target,
         "skip": skip(target, [[0, 0], [0, 0], [1, 0]]),
         "less": skip(target, [[1, 0], [0, 0], [1, 0]]),
     }
-    sampling = Sampling(temperature, seed=3, rule="exact")
-    plain = decode(engines, [], prompt, 60, sampling)
-    after = draw_ids(target, 4)
-    wanted = target.forward(after, len(prompt) + 50).copy()
     ladders = (["skip"], ["suffix", "skip"], ["less", "skip"], ["suffix-tree", "less", "skip"])
-    accepted = drafted = 0
-    for ladder in ladders:
-        out = decode(engines, [Rung(name, 3) for name in ladder], prompt, 60, sampling)
-        assert out.tokens == plain.tokens, ladder
-        assert np.array_equal(target.forward(after, len(prompt) + 50), wanted), ladder
-        drafted, accepted = drafted + out.drafter.drafted, accepted + out.drafter.accepted
-    assert 0 < accepted < drafted
+    check_no_trace(engines, ladders, 3, temperature)
 
 
 def test_a_draft_with_nothing_skipped_is_accepted_whole(folder):
@@ -156,17 +142,7 @@ def test_a_draft_with_nothing_skipped_is_accepted_whole(folder):
 
 def test_read_along_is_what_a_draft_right_there_says(folder):
     target = open_target(folder)
-    drafter = skip(target, [[0, 1], [1, 0], [0, 0]])
-    ids = draw_ids(target, 60)
-    drafter.reserve(64)
-    target.forward(ids, 0)
-    single = []
-    for start in range(len(ids)):
-        single.append(drafter.forward(ids[start : start + 1], start)[0].copy())
-        target.forward(ids[start : start + 1], start)
-    assert np.array_equal(drafter.read_along(ids), np.stack(single))
-    drafter.max_seq_len = len(ids)  # no room behind
-    assert np.array_equal(drafter.read_along(ids), np.stack(single))
+    check_read_along(target, skip(target, [[0, 1], [1, 0], [0, 0]]))
 
 
 def guests_and_others(vocab_size, seed):

@@ -496,23 +496,21 @@ ds_engine *ds_onnx_open(ds_onnx *onnx, const char *graph, int32_t max_seq_len, i
 
 typedef struct {
   ds_engine base;
-  onnx_engine *runner; /* whose weights it has: its own engine's, or its host's */
-  bool skips_anything;
-  uint8_t skips[]; /* by sublayer of the runner */
+  onnx_engine
+      *runner; /* whose weights it has: its own engine's, or its host's, some of whose sublayers it skips */
+  uint8_t skips[]; /* in that case, by sublayer */
 } guest_engine;
 
 static onnx_engine *host_of(const ds_engine *base) { return (onnx_engine *)base->host; }
 
-static int32_t reserve_of_guest(ds_engine *base, int32_t n_slots) {
-  return base->host->reserve(base->host, n_slots);
-}
+static int32_t reserve_of_guest(ds_engine *base, int32_t n_slots) { return reserve(base->host, n_slots); }
 
 static int32_t forward_of_guest(ds_engine *base, int32_t n_rows, const int32_t *token_ids, int32_t start,
                                 const int64_t *positions, const uint8_t *mask, int32_t n_logits,
                                 const float **logits) {
   guest_engine *guest = (guest_engine *)base;
   ds_operators *operators = guest->runner->operators;
-  ds_operators_skip(operators, guest->skips_anything ? guest->skips : NULL);
+  ds_operators_skip(operators, guest->runner == host_of(base) ? guest->skips : NULL);
   int32_t status =
       forward_in(guest->runner, host_of(base), n_rows, token_ids, start, positions, mask, n_logits, logits);
   ds_operators_skip(operators, NULL);
@@ -520,7 +518,7 @@ static int32_t forward_of_guest(ds_engine *base, int32_t n_rows, const int32_t *
 }
 
 static int32_t keep_of_guest(ds_engine *base, int32_t start, const int32_t *slots, int32_t n_slots) {
-  return base->host->keep(base->host, start, slots, n_slots);
+  return keep(base->host, start, slots, n_slots);
 }
 
 static void close_guest(ds_engine *base) { free(base); }
@@ -564,7 +562,6 @@ ds_engine *ds_onnx_skip(ds_engine *host, const uint8_t *skips, int32_t n_sublaye
   }
   guest_engine *guest = create_guest(host, host, n_own);
   if (!guest) return NULL;
-  guest->skips_anything = true;
   memcpy(guest->skips, skips, (size_t)n_own);
   return &guest->base;
 }

@@ -138,6 +138,14 @@ static int32_t decode(const ds_level *levels, int32_t n_levels, const int32_t *p
   return n;
 }
 
+/* A ladder of three levels says what the last of them says alone. */
+static void check_lossless(const ds_level *levels) {
+  int32_t prompt[PROMPT], drafted[ROOM], plain[ROOM];
+  draw_ids(levels[2].engine, PROMPT, prompt);
+  CHECK(decode(levels, 3, prompt, drafted) == ROOM && decode(levels + 2, 1, prompt, plain) == ROOM);
+  CHECK(!memcmp(drafted, plain, sizeof plain));
+}
+
 /* Two engines in turns; the runtime is given up before them. */
 static void exercise_ladder(void) {
   ds_onnx *onnx = ds_onnx_create(library, 2);
@@ -146,10 +154,7 @@ static void exercise_ladder(void) {
   CHECK(target && drafter);
   ds_onnx_free(onnx);
   ds_level levels[3] = {{.n_draft = 4}, {.engine = drafter, .n_draft = 3}, {.engine = target}};
-  int32_t prompt[PROMPT], drafted[ROOM], plain[ROOM];
-  draw_ids(target, PROMPT, prompt);
-  CHECK(decode(levels, 3, prompt, drafted) == ROOM && decode(levels + 2, 1, prompt, plain) == ROOM);
-  CHECK(!memcmp(drafted, plain, sizeof plain));
+  check_lossless(levels);
   target->close(target);
   drafter->close(drafter);
 }
@@ -174,10 +179,7 @@ static void exercise_guest(void) {
   ds_engine *guest = ds_onnx_skip(target, some, 8);
   CHECK(guest && is_refused(guest, some, 8, "no engine"));
   ds_level levels[3] = {{.n_draft = 7, .tree = 1}, {.engine = guest, .n_draft = 3}, {.engine = target}};
-  int32_t prompt[PROMPT], drafted[ROOM], plain[ROOM];
-  draw_ids(target, PROMPT, prompt);
-  CHECK(decode(levels, 3, prompt, drafted) == ROOM && decode(levels + 2, 1, prompt, plain) == ROOM);
-  CHECK(!memcmp(drafted, plain, sizeof plain));
+  check_lossless(levels);
   levels[1].n_draft = 0;
   CHECK(!ds_decoder_create(levels, 2) && strstr(ds_error_message(), "not above it"));
   stock->close(stock);
@@ -201,10 +203,7 @@ static void exercise_copy(void) {
   CHECK(guest && !ds_onnx_share(target, guest) && !ds_onnx_share(guest, copy));
   ds_level levels[3] = {
       {.engine = guest, .n_draft = 7, .tree = DS_TREE}, {.engine = copy, .n_draft = 3}, {.engine = target}};
-  int32_t prompt[PROMPT], drafted[ROOM], plain[ROOM];
-  draw_ids(target, PROMPT, prompt);
-  CHECK(decode(levels, 3, prompt, drafted) == ROOM && decode(levels + 2, 1, prompt, plain) == ROOM);
-  CHECK(!memcmp(drafted, plain, sizeof plain));
+  check_lossless(levels);
   stock->close(stock);
   guest->close(guest);
   target->close(target);

@@ -60,7 +60,7 @@ void ISA(linear_int4)(const void *argument, int32_t item, int32_t next, int32_t 
   block_range range = blocks_of(linear, item);
   int64_t stride = ds_int8_stride(linear->k);
   fetcher ahead = make_fetcher(region_after(job, next, thread),
-                               count_tiles(job, range) * count_int4_groups(linear->k) * (STEPS + 1));
+                               count_steps(job, range, count_int4_groups(linear->k) * (STEPS + 1)));
   for (int32_t row = 0; row < job->n_rows; row += CHUNK_ROWS) {
     output_chunk out;
     int32_t n_rows = job->n_rows - row < CHUNK_ROWS ? job->n_rows - row : CHUNK_ROWS;
@@ -68,6 +68,6 @@ void ISA(linear_int4)(const void *argument, int32_t item, int32_t next, int32_t 
     FOR_TILES(range, n_rows, block, r,
               compute_tile(ROWS, BLOCKS, linear, block, q + r * stride, stride, &ahead,
                            out[r] + (block - range.from) * LANES))
-    finish_chunk(job, row, n_rows, range, out);
+    finish_chunk(job, row, n_rows, range, out, &ahead);
   }
 }

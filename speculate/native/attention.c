@@ -66,7 +66,7 @@ INLINE int32_t count_in_panel(const int32_t *slots, int32_t n) {
 /* weights = scale q . k for `n` slots of some queries; what follows in the last vector repeats the last. */
 INLINE void score_tile(const int queries, const ds_heads *heads, const float *keys, query *q,
                        const int32_t *slots, int32_t n) {
-  const int panels = TILE_QUERIES / queries; /* as many chains as a tile of all queries has */
+  const int panels = TILE_CHAINS / queries < TILE_QUERIES ? TILE_CHAINS / queries : TILE_QUERIES;
   int32_t size = heads->head_dim;
   vf scale = f_set(heads->scale);
   tile scores;
@@ -108,16 +108,21 @@ static void weigh_block(query *q, int32_t n) {
   vf most = f_load(q->weights);
   for (int32_t i = LANES; i < n; i += LANES) most = f_max(f_load(q->weights + i), most);
   float before = q->maximum, here = f_max_lanes(most);
-  if (here > before) q->maximum = here;
+  q->correction = 1;
+  if (here > before) {
+    q->maximum = here;
+    if (before > -INFINITY) { /* else nothing was summed */
+      float correction[LANES];
+      f_store(correction, f_exp(f_set(before - here)));
+      q->correction = correction[0];
+    }
+  }
   vf maximum = f_set(q->maximum), sum = f_zero();
   for (int32_t i = 0; i < n; i += LANES) {
     vf weight = f_keep_n(f_exp(f_sub(f_load(q->weights + i), maximum)), n - i < LANES ? n - i : LANES);
     f_store(q->weights + i, weight);
     sum = f_add(sum, weight);
   }
-  float correction[LANES];
-  f_store(correction, f_exp(f_sub(f_set(before), maximum)));
-  q->correction = correction[0];
   q->total = q->total * q->correction + f_sum(sum);
 }
 

@@ -4,6 +4,7 @@
 #define TILE_ROWS 4
 #define TILE_BLOCKS 1
 #define TILE_QUERIES 2
+#define TILE_CHAINS 2
 #define TILE_PARTS 2
 #if defined(__AVXVNNI__)
 #define DOT_OFFSET 128

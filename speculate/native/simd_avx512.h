@@ -4,6 +4,7 @@
 #define TILE_ROWS 8
 #define TILE_BLOCKS 3
 #define TILE_QUERIES 4
+#define TILE_CHAINS 8
 #define TILE_PARTS 4
 #define DOT_OFFSET 128
 

@@ -4,6 +4,7 @@
 #define TILE_ROWS 2
 #define TILE_BLOCKS 1
 #define TILE_QUERIES 1
+#define TILE_CHAINS 1
 #define TILE_PARTS 1
 #define DOT_OFFSET 0
 

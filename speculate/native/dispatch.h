@@ -28,9 +28,10 @@ typedef struct {
   char *rows;
 } ds_rows_job;
 
-/* An item is a row. */
+/* An item is a part of the rows, for one key head and its query heads: those rows whose keys lie in one panel. */
 typedef struct {
   const ds_heads *heads;
+  int32_t n_rows;
   float *qkv;
   const int64_t *positions;
   int32_t first_slot;

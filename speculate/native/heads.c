@@ -1,4 +1,4 @@
-/* From a fused projection to queries that are ready and keys and values in the cache. One item is one row. */
+/* From a fused projection to queries that are ready and keys and values in the cache. */
 #include "dispatch.h"
 #include "vmath.h"
 
@@ -29,27 +29,29 @@ static void rotate_head(float *x, const float *cos, const float *sin, int32_t ha
   }
 }
 
+static void prepare_head(const ds_heads *heads, const float *norm, int64_t position, float *head) {
+  int32_t half = heads->n_rotary / 2;
+  if (norm) norm_head(head, norm, heads->head_dim, heads->norm_eps);
+  if (half) rotate_head(head, heads->cos + position * half, heads->sin + position * half, half);
+}
+
 void ISA(write_heads)(const void *argument, int32_t item, int32_t next, int32_t thread) {
   (void)next, (void)thread;
   const ds_heads_job *job = argument;
   const ds_heads *heads = job->heads;
-  int32_t size = heads->head_dim, half = heads->n_rotary / 2, n_turning = heads->n_heads + heads->n_kv_heads;
-  float *row = job->qkv + (int64_t)item * (n_turning + heads->n_kv_heads) * size;
-  for (int32_t h = 0; h < n_turning; ++h) {
-    float *head = row + (int64_t)h * size;
-    const float *norm = h < heads->n_heads ? heads->q_norm : heads->k_norm;
-    if (norm) norm_head(head, norm, size, heads->norm_eps);
-    if (half) {
-      int64_t at = job->positions[item] * half;
-      rotate_head(head, heads->cos + at, heads->sin + at, half);
-    }
-  }
-  const float *key = row + (int64_t)heads->n_heads * size, *value = row + (int64_t)n_turning * size;
-  for (int32_t h = 0; h < heads->n_kv_heads; ++h) {
-    int64_t slot = job->first_slot + item, head = (int64_t)h * heads->max_slots * size;
+  int64_t size = heads->head_dim, n_all = heads->n_heads + 2 * (int64_t)heads->n_kv_heads;
+  int32_t group = heads->n_heads / heads->n_kv_heads, h = item % heads->n_kv_heads;
+  int32_t panel = job->first_slot / DS_PANEL_SLOTS + item / heads->n_kv_heads;
+  int32_t first = panel * DS_PANEL_SLOTS - job->first_slot, end = first + DS_PANEL_SLOTS;
+  float *keys = job->keys + h * heads->max_slots * size, *values = job->values + h * heads->max_slots * size;
+  for (int32_t r = first > 0 ? first : 0; r < end && r < job->n_rows; ++r) {
+    float *row = job->qkv + r * n_all * size, *key = row + (heads->n_heads + h) * size;
+    int64_t position = heads->n_rotary ? job->positions[r] : 0, slot = job->first_slot + r;
+    for (int32_t i = h * group; i < (h + 1) * group; ++i)
+      prepare_head(heads, heads->q_norm, position, row + i * size);
+    prepare_head(heads, heads->k_norm, position, key);
     ds_key at = ds_find_key(heads, slot);
-    for (int32_t c = 0; c < size; ++c)
-      job->keys[head + at.first + c * at.stride] = key[(int64_t)h * size + c];
-    memcpy(job->values + head + slot * size, value + (int64_t)h * size, (size_t)size * sizeof *value);
+    for (int64_t c = 0; c < size; ++c) keys[at.first + c * at.stride] = key[c];
+    memcpy(values + slot * size, key + heads->n_kv_heads * size, (size_t)size * sizeof *key);
   }
 }

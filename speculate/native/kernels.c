@@ -222,8 +222,9 @@ int32_t ds_write_heads(ds_pool *pool, const ds_heads *heads, int32_t n_rows, flo
               "position %lld of row %d; the tables have %lld", (long long)positions[r], (int)r,
               (long long)heads->n_positions);
   }
-  ds_heads_job job = {heads, qkv, positions, first_slot, keys, values};
-  ds_pool_run(pool, ds_pool_kernels(pool)->write_heads, &job, n_rows);
+  ds_heads_job job = {heads, n_rows, qkv, positions, first_slot, keys, values};
+  int32_t n_panels = (first_slot + n_rows - 1) / DS_PANEL_SLOTS - first_slot / DS_PANEL_SLOTS + 1;
+  ds_pool_run(pool, ds_pool_kernels(pool)->write_heads, &job, n_panels * heads->n_kv_heads);
   return DS_OK;
 }
 

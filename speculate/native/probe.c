@@ -2,17 +2,17 @@
 #include "dispatch.h"
 #include "simd.h"
 
-/* One item reads 64 KiB, as the linear kernels do: in order, asking for what is some way ahead. */
+/* One item reads 64 KiB, a few lines of each of several streams in turn: in one stream the hardware's prefetching,
+ * which stops at each page, leaves a tenth of the bandwidth. */
 void ISA(probe_read)(const void *argument, int32_t item, int32_t next, int32_t thread) {
   (void)next;
   const ds_probe_job *job = argument;
   const char *bytes = job->bytes + item * (int64_t)DS_PROBE_BYTES;
-  enum { AHEAD = 16384, STEP = 256 };
+  enum { STREAMS = 4, STREAM = DS_PROBE_BYTES / STREAMS, STEP = 256 };
   vi sums[4] = {i_set(0), i_set(0), i_set(0), i_set(0)};
-  for (int32_t i = 0; i < DS_PROBE_BYTES; i += STEP) {
-    UNROLL for (int j = 0; j < 4; ++j) {
-      __builtin_prefetch(bytes + i + AHEAD + 64 * j, 0, 2);
-      sums[j] = i_add(sums[j], i_load(bytes + i + 64 * j));
+  for (int32_t i = 0; i < STREAM; i += STEP) {
+    for (int32_t s = 0; s < STREAMS; ++s) {
+      UNROLL for (int j = 0; j < 4; ++j) sums[j] = i_add(sums[j], i_load(bytes + s * STREAM + i + 64 * j));
     }
   }
   job->sink[thread] = i_sum_lanes(i_add(i_add(sums[0], sums[1]), i_add(sums[2], sums[3])));

@@ -43,7 +43,8 @@ void ISA(write_heads)(const void *argument, int32_t item, int32_t next, int32_t 
   int32_t group = heads->n_heads / heads->n_kv_heads, h = item % heads->n_kv_heads;
   int32_t panel = job->first_slot / DS_PANEL_SLOTS + item / heads->n_kv_heads;
   int32_t first = panel * DS_PANEL_SLOTS - job->first_slot, end = first + DS_PANEL_SLOTS;
-  float *keys = job->keys + h * heads->max_slots * size, *values = job->values + h * heads->max_slots * size;
+  int64_t cache = (int64_t)h * heads->max_slots * size;
+  float *keys = job->keys + cache, *values = job->values + cache;
   for (int32_t r = first > 0 ? first : 0; r < end && r < job->n_rows; ++r) {
     float *row = job->qkv + r * n_all * size, *key = row + (heads->n_heads + h) * size;
     int64_t position = heads->n_rotary ? job->positions[r] : 0, slot = job->first_slot + r;

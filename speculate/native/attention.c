@@ -66,6 +66,7 @@ INLINE int32_t count_in_panel(const int32_t *slots, int32_t n) {
 /* weights = scale q . k for `n` slots of some queries; what follows in the last vector repeats the last. */
 INLINE void score_tile(const int queries, const ds_heads *heads, const float *keys, query *q,
                        const int32_t *slots, int32_t n) {
+  /* Products in flight: the more, the fewer keys and channels are read again, as long as registers last. */
   const int panels = TILE_CHAINS / queries < TILE_QUERIES ? TILE_CHAINS / queries : TILE_QUERIES;
   int32_t size = heads->head_dim;
   vf scale = f_set(heads->scale);

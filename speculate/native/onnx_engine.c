@@ -496,9 +496,9 @@ ds_engine *ds_onnx_open(ds_onnx *onnx, const char *graph, int32_t max_seq_len, i
 
 typedef struct {
   ds_engine base;
-  onnx_engine
-      *runner; /* whose weights it has: its own engine's, or its host's, some of whose sublayers it skips */
-  uint8_t skips[]; /* in that case, by sublayer */
+  /* Whose weights it has: its own engine's, or its host's, some of whose sublayers it then skips. */
+  onnx_engine *runner;
+  uint8_t skips[]; /* by sublayer */
 } guest_engine;
 
 static onnx_engine *host_of(const ds_engine *base) { return (onnx_engine *)base->host; }

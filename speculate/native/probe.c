@@ -3,7 +3,7 @@
 #include "simd.h"
 
 /* One item reads 64 KiB, a few lines of each of several streams in turn: in one stream the hardware's prefetching,
- * which stops at each page, leaves a tenth of the bandwidth. */
+ * which stops at each page, leaves an eighth of the bandwidth. */
 void ISA(probe_read)(const void *argument, int32_t item, int32_t next, int32_t thread) {
   (void)next;
   const ds_probe_job *job = argument;

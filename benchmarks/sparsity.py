@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from draftsmith.speculate.onnx_engine import OnnxRuntime, default_threads
-from engines import CONTEXT, fill_cache, find_graphs, open_engine, read_work, some_tokens
+from engines import CONTEXT, fill_cache, find_graphs, native_call, open_engine, read_work, some_tokens
 from measure import print_table, ratios, spread, time_in_turn
 from random_llama import SPARSITIES, write_engines
 
@@ -26,14 +26,16 @@ def main(
     check: Annotated[bool, typer.Option(help="compare logits (builds engines of two layers)")] = True,
 ) -> None:
     """Print the time of one row against dense."""
-    graphs = find_graphs(folder, [DENSE, *SPARSE])
+    found = find_graphs(folder, [])
+    sparse = [name for name in SPARSE if name in found]
+    graphs = find_graphs(folder, [DENSE, *sparse])
     runtime = OnnxRuntime(threads)
-    same = {name: str(has_same_logits(name, shape, runtime)) if check else "-" for name in SPARSE}
+    same = {name: str(has_same_logits(name, shape, runtime)) if check else "-" for name in sparse}
     engines = {name: open_engine(name, graph, runtime) for name, graph in graphs.items()}
     for engine in engines.values():
         fill_cache(engine, 1)
     token = some_tokens(engines[DENSE], 1)
-    calls = {name: lambda e=engine: e.forward(token, CONTEXT) for name, engine in engines.items()}
+    calls = {name: native_call(engine, token) for name, engine in engines.items()}
     times = time_in_turn(calls, rounds)
     size = {name: read_work(graph).weight_bytes for name, graph in graphs.items()}
     print(f"{threads} threads, {runtime.isa}, 1 row, {CONTEXT} tokens in the cache, {rounds} rounds")

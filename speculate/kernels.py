@@ -15,11 +15,12 @@ LANES = 16
 INT4_GROUP = 32  # inputs that share a grid
 PANEL_SLOTS: int = lib.DS_PANEL_SLOTS
 Activation = Literal["identity", "relu", "silu", "gelu", "gelu_tanh"]
+ISAS = ("avx512_vbmi2", "avx512_vnni", "avx2_vnni", "avx2", "portable")  # the best first
 Format = Literal["float32", "bfloat16", "int8", "int8_bitmask", "int8_2_4", "int4"]
 
 
 class Pool:
-    """Threads and an instruction set ("avx512_vnni", "avx2_vnni", "avx2", "portable"; default: the best)."""
+    """Threads and an instruction set (of ISAS; default: the best here)."""
 
     def __init__(self, num_threads: int = 1, isa: str | None = None):
         handle = lib.ds_pool_create(num_threads)

@@ -33,7 +33,7 @@ class OnnxRuntime:
 
     @property
     def isa(self) -> str:
-        """The instruction set of the kernels: "avx512_vnni", "avx2_vnni", "avx2" or "portable"."""
+        """The instruction set of the kernels: one of `kernels.ISAS`."""
         return ffi.string(lib.ds_onnx_isa(self.handle)).decode()
 
 

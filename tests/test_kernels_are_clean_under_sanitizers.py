@@ -17,10 +17,12 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wconversion", "-Wno-sign-conversion
 # As CMakeLists.txt has them.
 KERNELS = ["linear_float", "linear_int8", "linear_int4", "rows", "heads", "attention", "probe", "table"]
 AVX2 = ["-mavx2", "-mfma", "-mpopcnt"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 FLAGS = {
     "avx2": AVX2,
     "avx2_vnni": [*AVX2, "-mavxvnni"],
-    "avx512_vnni": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    "avx512_vnni": AVX512,
+    "avx512_vbmi2": [*AVX512, "-mavx512vbmi2"],
 }
 RACE = """
 #include "pool.h"

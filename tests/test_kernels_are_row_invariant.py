@@ -15,7 +15,7 @@ FORMATS = ("float32", "bfloat16", "int8", "int8_bitmask", "int8_2_4", "int4")
 def make_pools() -> list[kernels.Pool]:
     """The best kernels with 1, 2 and 3 threads, then every other set with 2."""
     pools = [kernels.Pool(count) for count in (1, 2, 3)]
-    for isa in ("avx512_vnni", "avx2_vnni", "avx2", "portable"):
+    for isa in kernels.ISAS:
         try:
             pools.append(kernels.Pool(2, isa))
         except BundleError:

@@ -7,19 +7,24 @@
 
 extern const ds_kernels ds_kernels_portable;
 #ifdef DS_HAVE_X86
-extern const ds_kernels ds_kernels_avx2, ds_kernels_avx2_vnni, ds_kernels_avx512_vnni;
+extern const ds_kernels ds_kernels_avx2, ds_kernels_avx2_vnni, ds_kernels_avx512_vnni,
+    ds_kernels_avx512_vbmi2;
 #endif
 
+enum { MAX_SETS = 5 };
+
 /* Best first, ending in NULL; only what runs here. */
-static const ds_kernels **list_kernels(const ds_kernels *list[5]) {
+static const ds_kernels **list_kernels(const ds_kernels *list[MAX_SETS + 1]) {
   int n = 0;
 #ifdef DS_HAVE_X86
   __builtin_cpu_init();
   int avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
   int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512 && __builtin_cpu_supports("avx512vnni")) list[n++] = &ds_kernels_avx512_vnni;
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vnni");
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512vbmi2")) list[n++] = &ds_kernels_avx512_vbmi2;
+  if (avx2 && avx512) list[n++] = &ds_kernels_avx512_vnni;
   if (avx2 && __builtin_cpu_supports("avxvnni")) list[n++] = &ds_kernels_avx2_vnni;
   if (avx2) list[n++] = &ds_kernels_avx2;
 #endif
@@ -29,7 +34,7 @@ static const ds_kernels **list_kernels(const ds_kernels *list[5]) {
 }
 
 const ds_kernels *ds_find_kernels(const char *isa) {
-  const ds_kernels *list[5];
+  const ds_kernels *list[MAX_SETS + 1];
   for (const ds_kernels **kernels = list_kernels(list); *kernels; ++kernels)
     if (!strcmp((*kernels)->isa, isa)) return *kernels;
   ds_fail(DS_ERROR_ARGUMENT,
@@ -39,7 +44,7 @@ const ds_kernels *ds_find_kernels(const char *isa) {
 }
 
 const ds_kernels *ds_choose_kernels(void) {
-  const ds_kernels *list[5];
+  const ds_kernels *list[MAX_SETS + 1];
   const char *wanted = getenv("DRAFTSMITH_ISA");
   return wanted && *wanted ? ds_find_kernels(wanted) : list_kernels(list)[0];
 }

@@ -1,4 +1,4 @@
-/* simd.h for AVX-512 with VNNI. */
+/* simd.h for AVX-512 with VNNI, and with VBMI2 where the compiler is told of it. */
 #include <immintrin.h>
 
 #define TILE_ROWS 8
@@ -107,6 +107,11 @@ INLINE vx x_load(const int8_t *p) {
 }
 INLINE vi i_dot(vi sums, vw w, vx x) { return (vi)_mm512_dpbusd_epi32((__m512i)sums, w, x); }
 
+#if defined(__AVX512VBMI2__)
+INLINE vw w_expand(const uint8_t *bytes, uint64_t mask) {
+  return _mm512_mask_expand_epi8(_mm512_set1_epi8((char)128), mask, _mm512_loadu_si512(bytes));
+}
+#else
 /* Each 128-bit lane takes its bytes from where those of the lane before end. Within a lane, a byte's source
  * is the number of kept bytes before it: a running sum of the mask, in four steps of shift and add. */
 INLINE vw w_expand(const uint8_t *bytes, uint64_t mask) {
@@ -124,6 +129,7 @@ INLINE vw w_expand(const uint8_t *bytes, uint64_t mask) {
   return _mm512_mask_shuffle_epi8(_mm512_set1_epi8((char)128), mask, packed,
                                   _mm512_xor_si512(rank, _mm512_set1_epi8(-1)));
 }
+#endif
 
 /* Each dword is a pair and, third, a zero weight to take from: the code, through a table, says from where. */
 INLINE vw w_expand_2_4(const uint8_t *pairs, uint64_t codes) {

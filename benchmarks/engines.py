@@ -1,11 +1,12 @@
 """Engines of a bundle, or of a folder that holds a graph, opened without the rest of a bundle."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-from draftsmith.speculate.binding import lib
+from draftsmith.speculate.binding import check, ffi, lib, view
 from draftsmith.speculate.manifest import MANIFEST, EngineEntry, read_json
 from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime
 
@@ -47,6 +48,15 @@ def fill_cache(engine: OnnxEngine, rows: int) -> None:
     """Read `CONTEXT` tokens and leave room for `rows` more."""
     engine.reserve(CONTEXT + rows)
     engine.forward(some_tokens(engine, CONTEXT), 0)
+
+
+def native_call(engine: OnnxEngine, tokens: np.ndarray) -> Callable[[], object]:
+    """A call of these rows behind `CONTEXT` tokens, as the loop in C makes it. What Python would add takes 0.1 ms:
+    after all weights have passed through the caches, none of it is left there."""
+    handle, logits = engine.handle, ffi.new("const float **")
+    forward, rows, ids = handle.forward, len(tokens), view("int32_t[]", tokens)
+    arguments = (handle, rows, ids, CONTEXT, ffi.NULL, ffi.NULL, rows, logits)
+    return lambda: check(forward(*arguments))
 
 
 def some_tokens(engine: OnnxEngine, count: int) -> np.ndarray:

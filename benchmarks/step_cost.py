@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime, default_threads
-from engines import CONTEXT, Work, fill_cache, find_graphs, open_engine, read_work, some_tokens
+from engines import CONTEXT, Work, fill_cache, find_graphs, native_call, open_engine, read_work, some_tokens
 from floor import Yardsticks, floors
 from measure import print_table, ratios, spread, time_in_turn
 from random_llama import write_engines
@@ -42,7 +42,7 @@ def main(
 def report(name: str, engine: OnnxEngine, work: Work, yardsticks: Yardsticks, rounds: int) -> None:
     fill_cache(engine, max(ROWS))
     tokens = some_tokens(engine, max(ROWS))
-    calls = {rows: lambda rows=rows: engine.forward(tokens[:rows], CONTEXT) for rows in ROWS}
+    calls = {rows: native_call(engine, tokens[:rows]) for rows in ROWS}
     times = time_in_turn({**yardsticks.calls(work), **calls}, rounds)
     lines = []
     for rows in ROWS:

@@ -33,6 +33,7 @@ typedef struct {
   ds_operators *operators;
   OrtSession *session;
   bool picks_logits;
+  bool lends_cache; /* to its operators, which then need not be given it by ONNX Runtime */
   int32_t n_layers, n_kv_heads, head_dim;
 
   /* inputs: the plain ones, then key and value of each layer; outputs: the logits, then the same */
@@ -234,6 +235,8 @@ static int32_t create_session(onnx_engine *engine, OrtSessionOptions *options, c
   const OrtApi *api = engine->onnx->api;
   TRY_ORT(api->SetIntraOpNumThreads(options, n_ort_threads));
   TRY_ORT(api->SetInterOpNumThreads(options, 1));
+  /* It would look up a plan for the shapes of all inputs in every run; what it plans is little. */
+  TRY_ORT(api->DisableMemPattern(options));
   /* Engines take turns: threads that go on spinning after a call would take the cores from the next. */
   TRY_ORT(api->AddSessionConfigEntry(options, "session.force_spinning_stop", "1"));
   /* Without VNNI the usual int8 kernels add pairs of products in 16 bits, which saturates; these do not. */
@@ -255,6 +258,8 @@ static int32_t open_graph(onnx_engine *engine, const char *graph, int32_t n_ort_
   TRY(status);
   TRY(read_inputs(engine));
   TRY(read_outputs(engine));
+  engine->lends_cache =
+      ds_operators_attend(engine->operators) && ds_operators_count(engine->operators) == 2 * engine->n_layers;
   return list_names(engine);
 }
 
@@ -413,8 +418,13 @@ static int32_t forward_in(onnx_engine *engine, const onnx_engine *home, int32_t 
   if (engine->picks_logits)
     TRY(set_value(engine, &in[NUM_LOGITS], &engine->num_logits, ORT_INT64, 8, one, 1));
   TRY(set_value(engine, &engine->outputs[0], engine->logits, ORT_FLOAT, sizeof(float), out, 3));
-  TRY_ORT(api->Run(engine->session, NULL, engine->input_names, (const OrtValue *const *)in, engine->n_inputs,
-                   engine->output_names, engine->n_outputs, engine->outputs));
+  ds_cache cache = {home->cache, home->n_kv_heads, home->n_slots, home->head_dim};
+  ds_operators_lend(engine->operators, engine->lends_cache ? &cache : NULL);
+  OrtStatus *status =
+      api->Run(engine->session, NULL, engine->input_names, (const OrtValue *const *)in, engine->n_inputs,
+               engine->output_names, engine->lends_cache ? 1 : engine->n_outputs, engine->outputs);
+  ds_operators_lend(engine->operators, NULL);
+  TRY(ds_take_status(api, status));
   *logits = engine->logits + (int64_t)(n_out - n_logits) * engine->base.vocab;
   return DS_OK;
 }

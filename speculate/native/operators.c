@@ -25,7 +25,8 @@
  *                num_heads, scale, epsilon (of the norms)
  *              Keys lie in panels (kernels.h).
  *              Overwrites qkv, which nobody else may read. Writes the cache in place where past and present are
- *              the same memory.
+ *              the same memory, or where one is lent (ds_operators_lend): 2 times as many tensors as layers on their
+ *              way into a run and out of it take ONNX Runtime longer than their attention takes us.
  *
  * Nodes of a decoder layer have the attribute "sublayer": 2 * layer for those of its attention, one more for those
  * of its MLP; a Layer, which is both, has the first. While a sublayer is skipped (ds_operators_skip), its nodes
@@ -85,6 +86,7 @@ struct kernel {
   int32_t sublayer; /* the first of its own, or NO_SUBLAYER */
   int64_t norm, window, width;
   float epsilon, multiplier;
+  bool knows_heads; /* rotary tables and norms of heads, which are constants, have been found */
 };
 
 enum { N_KINDS = 7 };
@@ -112,6 +114,7 @@ struct ds_operators {
   int32_t n_sublayers;
   bool attends;         /* some node is attention */
   const uint8_t *skips; /* [n_sublayers], or NULL: none */
+  const ds_cache *lent; /* or NULL */
   buffer buffers[N_BUFFERS];
   operator operators[N_KINDS];
 };
@@ -455,44 +458,76 @@ static OrtStatus *read_attend(kernel *node, const OrtKernelInfo *info) {
   return read_heads(node, info);
 }
 
-static OrtStatus *read_rotary(kernel *node, OrtKernelContext *context) {
+/* Rotary tables and norms of heads: inputs 7 to 10. */
+static OrtStatus *find_head_constants(kernel *node, OrtKernelContext *context, int64_t head_dim) {
   ds_heads *heads = &node->heads;
   int64_t size;
+  if (node->knows_heads) return NULL;
   TRY(read_part(node, context, 7, &heads->cos, &size));
-  if (!heads->cos) return NULL;
-  tensor cos;
-  TRY(read_tensor(node, context, 7, 2, &cos));
-  heads->n_positions = cos.dims[0];
-  heads->n_rotary = (int32_t)(2 * cos.dims[1]);
-  return read_data(node, context, 8, size, &heads->sin);
+  if (heads->cos) {
+    tensor cos;
+    TRY(read_tensor(node, context, 7, 2, &cos));
+    heads->n_positions = cos.dims[0];
+    heads->n_rotary = (int32_t)(2 * cos.dims[1]);
+    TRY(read_data(node, context, 8, size, &heads->sin));
+  }
+  TRY(read_data(node, context, 9, head_dim, &heads->q_norm));
+  TRY(read_data(node, context, 10, head_dim, &heads->k_norm));
+  node->knows_heads = true;
+  return NULL;
 }
 
-/* What attention reads beside the queries, keys and values of the new rows: inputs 1 to 10. */
+/* What attention reads beside the queries, keys and values of the new rows. */
 typedef struct {
-  tensor positions, slots, past_keys, past_values;
+  tensor positions, slots;
   const int64_t *write_index;
   const int32_t *counts;
+  float *keys, *values; /* where the new ones are written */
 } context_of_rows;
+
+static OrtStatus *set_cache(kernel *node, int64_t n_kv_heads, int64_t n_slots, int64_t head_dim) {
+  node->heads.n_kv_heads = (int32_t)n_kv_heads;
+  node->heads.max_slots = (int32_t)n_slots;
+  node->heads.head_dim = (int32_t)head_dim;
+  return NULL;
+}
+
+/* The caches of the graph: inputs 5 and 6, and outputs 1 and 2, which hold what those held before. */
+static OrtStatus *pass_caches(kernel *node, OrtKernelContext *context, int64_t batch, context_of_rows *c) {
+  tensor keys, values;
+  TRY(read_tensor(node, context, 5, 4, &keys));
+  TRY(read_tensor(node, context, 6, 4, &values));
+  if (memcmp(keys.dims, values.dims, sizeof keys.dims)) return refuse(node, "keys and values are not alike");
+  if (keys.dims[0] != batch) return refuse(node, "the inputs do not fit each other");
+  size_t n_bytes = sizeof *c->keys;
+  for (int i = 0; i < 4; ++i) n_bytes *= (size_t)keys.dims[i];
+  TRY(make_output(node, context, 1, 4, keys.dims, &c->keys));
+  TRY(make_output(node, context, 2, 4, keys.dims, &c->values));
+  if (c->keys != keys.data) memcpy(c->keys, keys.data, n_bytes);
+  if (c->values != values.data) memcpy(c->values, values.data, n_bytes);
+  return set_cache(node, keys.dims[1], keys.dims[2], keys.dims[3]);
+}
+
+static OrtStatus *find_lent_part(kernel *node, const ds_cache *lent, int64_t batch, context_of_rows *c) {
+  if (batch != 1 || node->sublayer == NO_SUBLAYER)
+    return refuse(node, "the cache that is lent is for one sequence and nodes that number their sublayers");
+  size_t size = (size_t)lent->n_kv_heads * (size_t)lent->n_slots * (size_t)lent->head_dim;
+  c->keys = lent->data + (size_t)(node->sublayer / 2 * 2) * size;
+  c->values = c->keys + size;
+  return set_cache(node, lent->n_kv_heads, lent->n_slots, lent->head_dim);
+}
 
 static OrtStatus *read_context(kernel *node, OrtKernelContext *context, const int64_t *dims,
                                context_of_rows *c) {
-  ds_heads *heads = &node->heads;
+  const ds_cache *lent = node->owner->lent;
+  TRY(lent ? find_lent_part(node, lent, dims[0], c) : pass_caches(node, context, dims[0], c));
+  TRY(find_head_constants(node, context, node->heads.head_dim));
   TRY(read_tensor(node, context, 1, 2, &c->positions));
   TRY(read_data(node, context, 2, dims[0], &c->write_index));
   TRY(read_tensor(node, context, 3, 3, &c->slots));
   TRY(read_data(node, context, 4, dims[0] * dims[1], &c->counts));
-  TRY(read_tensor(node, context, 5, 4, &c->past_keys));
-  TRY(read_tensor(node, context, 6, 4, &c->past_values));
-  TRY(read_rotary(node, context));
-  TRY(read_data(node, context, 9, c->past_keys.dims[3], &heads->q_norm));
-  TRY(read_data(node, context, 10, c->past_keys.dims[3], &heads->k_norm));
-  heads->n_kv_heads = (int32_t)c->past_keys.dims[1];
-  heads->max_slots = (int32_t)c->past_keys.dims[2];
-  heads->head_dim = (int32_t)c->past_keys.dims[3];
-  if (memcmp(c->past_keys.dims, c->past_values.dims, sizeof c->past_keys.dims))
-    return refuse(node, "keys and values are not alike");
-  if (c->past_keys.dims[0] != dims[0] || memcmp(c->positions.dims, dims, 2 * sizeof *dims) ||
-      memcmp(c->slots.dims, dims, 2 * sizeof *dims) || c->slots.dims[2] != heads->max_slots)
+  if (memcmp(c->positions.dims, dims, 2 * sizeof *dims) || memcmp(c->slots.dims, dims, 2 * sizeof *dims) ||
+      c->slots.dims[2] != node->heads.max_slots)
     return refuse(node, "the inputs do not fit each other");
   return NULL;
 }
@@ -502,28 +537,13 @@ static int64_t count_projected(const ds_heads *heads) {
   return (heads->n_heads + 2 * (int64_t)heads->n_kv_heads) * heads->head_dim;
 }
 
-/* Outputs 1 and 2, which hold what the caches held before. */
-static OrtStatus *pass_caches(const kernel *node, OrtKernelContext *context, const context_of_rows *c,
-                              float **keys, float **values) {
-  const ds_heads *heads = &node->heads;
-  size_t n_bytes = sizeof **keys * (size_t)c->positions.dims[0] * (size_t)heads->n_kv_heads *
-                   (size_t)heads->max_slots * (size_t)heads->head_dim;
-  TRY(make_output(node, context, 1, 4, c->past_keys.dims, keys));
-  TRY(make_output(node, context, 2, 4, c->past_keys.dims, values));
-  if (*keys != c->past_keys.data) memcpy(*keys, c->past_keys.data, n_bytes);
-  if (*values != c->past_values.data) memcpy(*values, c->past_values.data, n_bytes);
-  return NULL;
-}
-
-/* y [B, S, heads * D] from qkv [B, S, (heads + 2 kv heads) * D], which is overwritten; outputs 1 and 2. */
-static OrtStatus *attend(kernel *node, OrtKernelContext *context, const context_of_rows *c, float *qkv,
-                         float *y) {
+/* y [B, S, heads * D] from qkv [B, S, (heads + 2 kv heads) * D], which is overwritten. */
+static OrtStatus *attend(kernel *node, const context_of_rows *c, float *qkv, float *y) {
   const ds_heads *heads = &node->heads;
   ds_pool *pool = node->owner->pool;
   int64_t n_rows = c->positions.dims[1];
   int64_t cache_size = (int64_t)heads->n_kv_heads * heads->max_slots * heads->head_dim;
-  float *keys, *values;
-  TRY(pass_caches(node, context, c, &keys, &values));
+  float *keys = c->keys, *values = c->values;
   for (int64_t b = 0; b < c->positions.dims[0]; ++b, keys += cache_size, values += cache_size) {
     float *x = qkv + b * n_rows * count_projected(heads);
     if (c->write_index[b] < 0 || c->write_index[b] > heads->max_slots)
@@ -543,17 +563,15 @@ static OrtStatus *attend(kernel *node, OrtKernelContext *context, const context_
 static OrtStatus *compute_attend(kernel *node, OrtKernelContext *context) {
   tensor qkv;
   context_of_rows around;
-  float *y, *keys, *values;
+  float *y;
   TRY(read_tensor(node, context, 0, 3, &qkv));
   TRY(read_context(node, context, qkv.dims, &around));
   if (qkv.dims[2] != count_projected(&node->heads))
     return refuse(node, "rows have the wrong width for the heads");
   TRY(make_rows(node, context, &qkv, count_attended(&node->heads), &y));
-  if (skips(node->owner, node->sublayer)) {
-    TRY(pass_caches(node, context, &around, &keys, &values));
+  if (skips(node->owner, node->sublayer))
     return pass_on(NULL, count_rows(&qkv) * count_attended(&node->heads), y);
-  }
-  return attend(node, context, &around, qkv.data, y);
+  return attend(node, &around, qkv.data, y);
 }
 
 /* ---- A decoder layer ------------------------------------------------------------------------------------- */
@@ -587,15 +605,13 @@ static OrtStatus *compute_layer(kernel *node, OrtKernelContext *context) {
   int32_t n_rows = count_rows(&x);
   TRY(make_rows(node, context, &x, width, &y));
   if (skips(node->owner, s[O].sublayer)) {
-    float *keys, *values;
-    TRY(pass_caches(node, context, &around, &keys, &values));
     middle = x.data;
   } else {
     TRY(reserve_rows(node, PROJECTED, n_rows, s[QKV].linear.n, &qkv));
     TRY(reserve_rows(node, ATTENDED, n_rows, s[O].linear.k, &attended));
     TRY(reserve_rows(node, MIDDLE, n_rows, width, &middle));
     TRY(run_step(node, &s[QKV], n_rows, x.data, NULL, qkv));
-    TRY(attend(node, context, &around, qkv, attended));
+    TRY(attend(node, &around, qkv, attended));
     TRY(run_step(node, &s[O], n_rows, attended, x.data, middle));
   }
   if (skips(node->owner, s[DOWN].sublayer)) return pass_on(middle, (int64_t)n_rows * width, y);
@@ -739,6 +755,8 @@ ds_operators *ds_operators_add(const OrtApi *api, OrtSessionOptions *options, ds
 int32_t ds_operators_count(const ds_operators *operators) { return operators->n_sublayers; }
 
 bool ds_operators_attend(const ds_operators *operators) { return operators->attends; }
+
+void ds_operators_lend(ds_operators *operators, const ds_cache *cache) { operators->lent = cache; }
 
 void ds_operators_skip(ds_operators *operators, const uint8_t *skipped) { operators->skips = skipped; }
 

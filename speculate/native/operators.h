@@ -19,6 +19,17 @@ int32_t ds_operators_count(const ds_operators *operators);
 /* Whether they do the session's attention. Then its caches of keys lie as kernels.h says. */
 bool ds_operators_attend(const ds_operators *operators);
 
+/* A cache of [n_layers][2] parts, keys and values, each [n_kv_heads, n_slots, head_dim]. */
+typedef struct {
+  float *data;
+  int32_t n_kv_heads, n_slots, head_dim;
+} ds_cache;
+
+/* Attend in the runs to come over `cache`, borrowed, in place: the graph's own caches are not looked at, and those
+ * that it gives are not written and must not be asked for. NULL: over the graph's. Needs nodes of ours for the
+ * attention of every layer, with their sublayers' numbers. */
+void ds_operators_lend(ds_operators *operators, const ds_cache *cache);
+
 /* Skip in the runs to come the sublayers of which `skipped` [count], borrowed, is not 0; NULL: none. */
 void ds_operators_skip(ds_operators *operators, const uint8_t *skipped);
 

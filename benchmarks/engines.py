@@ -51,8 +51,8 @@ def fill_cache(engine: OnnxEngine, rows: int) -> None:
 
 
 def native_call(engine: OnnxEngine, tokens: np.ndarray) -> Callable[[], object]:
-    """A call of these rows behind `CONTEXT` tokens, as the loop in C makes it. What Python would add takes 0.1 ms:
-    after all weights have passed through the caches, none of it is left there."""
+    """A call of these rows behind `CONTEXT` tokens, as the loop in C makes it. What Python would add takes
+    0.1 ms: after all weights have passed through the caches, none of it is left there."""
     handle, logits = engine.handle, ffi.new("const float **")
     forward, rows, ids = handle.forward, len(tokens), view("int32_t[]", tokens)
     arguments = (handle, rows, ids, CONTEXT, ffi.NULL, ffi.NULL, rows, logits)

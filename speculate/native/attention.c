@@ -21,6 +21,22 @@ typedef struct {
   float sums[MAX_PARTS * LANES]; /* of weighted values */
 } query;
 
+/* What is asked for early, a little at each step of what is computed meanwhile: the keys and values of the next block,
+ * as both lie from its first slot on, each in two streams. Without it memory and arithmetic wait for each other. */
+typedef struct {
+  const char *keys, *values;
+  int64_t part, due, done; /* bytes of a stream, those to ask for by now, and those asked for */
+} fetcher;
+
+INLINE void fetch(fetcher *f) {
+  if (f->done >= f->due) return;
+  __builtin_prefetch(f->keys + f->done, 0, 2);
+  __builtin_prefetch(f->keys + f->part + f->done, 0, 2);
+  __builtin_prefetch(f->values + f->done, 0, 2);
+  __builtin_prefetch(f->values + f->part + f->done, 0, 2);
+  f->done += 64;
+}
+
 INLINE vf load_keys(const float *channel, int32_t width) {
   return width == LANES ? f_load(channel) : f_load_n(channel, width);
 }
@@ -42,12 +58,13 @@ INLINE void add_channel(const int queries, const int panels, const int32_t width
 /* The scores of `panels` panels of `width` keys for some queries. A product is two chains, over the even channels and
  * over the odd ones, since one alone would wait for itself. */
 INLINE void score_panels(const int queries, const int panels, const int32_t width, int32_t size,
-                         const float *keys, const query *q, tile scores) {
+                         const float *keys, const query *q, fetcher *ahead, tile scores) {
   tile even, odd;
   UNROLL for (int u = 0; u < queries; ++u) {
     UNROLL for (int p = 0; p < panels; ++p) even[u][p] = odd[u][p] = f_zero();
   }
   for (int32_t c = 0; c < size; c += 2) {
+    fetch(ahead);
     add_channel(queries, panels, width, size, keys, q, c, even);
     if (c + 1 < size) add_channel(queries, panels, width, size, keys, q, c + 1, odd);
   }
@@ -65,7 +82,7 @@ INLINE int32_t count_in_panel(const int32_t *slots, int32_t n) {
 
 /* weights = scale q . k for `n` slots of some queries; what follows in the last vector repeats the last. */
 INLINE void score_tile(const int queries, const ds_heads *heads, const float *keys, query *q,
-                       const int32_t *slots, int32_t n) {
+                       const int32_t *slots, int32_t n, fetcher *ahead) {
   /* Products in flight: the more, the fewer keys and channels are read again, as long as registers last. */
   const int panels = TILE_CHAINS / queries < TILE_QUERIES ? TILE_CHAINS / queries : TILE_QUERIES;
   int32_t size = heads->head_dim;
@@ -75,7 +92,7 @@ INLINE void score_tile(const int queries, const ds_heads *heads, const float *ke
     const float *panel = keys + (int64_t)(slots[i] / LANES * LANES) * size;
     count = panels * LANES;
     if (n - i >= count && slots[i] % LANES == 0 && slots[i + count - 1] - slots[i] == count - 1) {
-      score_panels(queries, panels, LANES, size, panel, q, scores);
+      score_panels(queries, panels, LANES, size, panel, q, ahead, scores);
       UNROLL for (int u = 0; u < queries; ++u) {
         UNROLL for (int p = 0; p < panels; ++p)
             f_store(q[u].weights + i + p * LANES, f_mul(scores[u][p], scale));
@@ -85,9 +102,9 @@ INLINE void score_tile(const int queries, const ds_heads *heads, const float *ke
     count = count_in_panel(slots + i, n - i);
     int32_t width = heads->max_slots - slots[i] / LANES * LANES;
     if (width >= LANES)
-      score_panels(queries, 1, LANES, size, panel, q, scores);
+      score_panels(queries, 1, LANES, size, panel, q, ahead, scores);
     else
-      score_panels(queries, 1, width, size, panel, q, scores);
+      score_panels(queries, 1, width, size, panel, q, ahead, scores);
     for (int u = 0; u < queries; ++u) {
       float sixteen[LANES];
       f_store(sixteen, f_mul(scores[u][0], scale));
@@ -130,7 +147,7 @@ static void weigh_block(query *q, int32_t n) {
 /* Adds the weighted values of `n` slots, one after another, to `parts` parts of the sums of `queries`
  * queries. */
 INLINE void add_parts(const int queries, const int parts, int32_t size, const float *values,
-                      const int32_t *slots, int32_t n, int32_t first_part, query *q) {
+                      const int32_t *slots, int32_t n, int32_t first_part, query *q, fetcher *ahead) {
   vf sums[TILE_QUERIES][TILE_PARTS];
   int32_t at = first_part * LANES;
   UNROLL for (int u = 0; u < queries; ++u) {
@@ -138,6 +155,7 @@ INLINE void add_parts(const int queries, const int parts, int32_t size, const fl
         f_mul(f_load(q[u].sums + at + i * LANES), f_set(q[u].correction));
   }
   for (int32_t j = 0; j < n; ++j) {
+    fetch(ahead);
     const float *value = values + (int64_t)slots[j] * size;
     vf part[TILE_PARTS];
     UNROLL for (int i = 0; i < parts; ++i) /* only what is computed by itself may be a short part */
@@ -153,19 +171,19 @@ INLINE void add_parts(const int queries, const int parts, int32_t size, const fl
 }
 
 INLINE void add_tile(const int queries, int32_t size, const float *values, const int32_t *slots, int32_t n,
-                     query *q) {
+                     query *q, fetcher *ahead) {
   int32_t part = 0;
   for (; size - part * LANES >= TILE_PARTS * LANES; part += TILE_PARTS)
-    add_parts(queries, TILE_PARTS, size, values, slots, n, part, q);
-  for (; part * LANES < size; ++part) add_parts(queries, 1, size, values, slots, n, part, q);
+    add_parts(queries, TILE_PARTS, size, values, slots, n, part, q, ahead);
+  for (; part * LANES < size; ++part) add_parts(queries, 1, size, values, slots, n, part, q, ahead);
 }
 
 /* One block of `queries` queries that see the same slots in it. */
 INLINE void attend_tile(const int queries, const ds_heads *heads, const float *keys, const float *values,
-                        query *q, const int32_t *slots, int32_t n) {
-  score_tile(queries, heads, keys, q, slots, n);
+                        query *q, const int32_t *slots, int32_t n, fetcher *ahead) {
+  score_tile(queries, heads, keys, q, slots, n, ahead);
   for (int u = 0; u < queries; ++u) weigh_block(&q[u], n);
-  add_tile(queries, heads->head_dim, values, slots, n, q);
+  add_tile(queries, heads->head_dim, values, slots, n, q, ahead);
 }
 
 INLINE int32_t count_ranks(const query *q, int32_t first) {
@@ -179,24 +197,36 @@ static int share_slots(const query *a, const query *b, int32_t first) {
          (a->slots == b->slots || !memcmp(a->slots + first, b->slots + first, (size_t)n * sizeof *a->slots));
 }
 
+/* To the block of a query from rank `first` on. */
+static fetcher look_ahead(const ds_heads *heads, const float *keys, const float *values, const query *q,
+                          int32_t first) {
+  int32_t n = count_ranks(q, first);
+  if (n <= 0) return (fetcher){0};
+  int64_t size = heads->head_dim, slot = q->slots[first];
+  return (fetcher){.keys = (const char *)(keys + slot / LANES * LANES * size),
+                   .values = (const char *)(values + slot * size),
+                   .part = n * size * (int64_t)sizeof *keys / 2};
+}
+
 static void attend_block(const ds_heads *heads, const float *keys, const float *values, query *q,
-                         int32_t n_queries, int32_t first) {
+                         int32_t n_queries, int32_t first, fetcher *ahead) {
   for (int32_t u = 0, count; u < n_queries; u += count) {
     for (count = 1;
          count < TILE_QUERIES && u + count < n_queries && share_slots(&q[u], &q[u + count], first);)
       ++count;
+    ahead->due = ahead->part * (u + count) / n_queries;
     int32_t n = count_ranks(&q[u], first);
     const int32_t *slots = q[u].slots + first;
     if (n <= 0) continue;
     switch (count) {
 #if TILE_QUERIES >= 4
-    case 4: attend_tile(4, heads, keys, values, q + u, slots, n); break;
-    case 3: attend_tile(3, heads, keys, values, q + u, slots, n); break;
+    case 4: attend_tile(4, heads, keys, values, q + u, slots, n, ahead); break;
+    case 3: attend_tile(3, heads, keys, values, q + u, slots, n, ahead); break;
 #endif
 #if TILE_QUERIES >= 2
-    case 2: attend_tile(2, heads, keys, values, q + u, slots, n); break;
+    case 2: attend_tile(2, heads, keys, values, q + u, slots, n, ahead); break;
 #endif
-    default: attend_tile(1, heads, keys, values, q + u, slots, n);
+    default: attend_tile(1, heads, keys, values, q + u, slots, n, ahead);
     }
   }
 }
@@ -210,6 +240,7 @@ void ISA(attend)(const void *argument, int32_t item, int32_t next, int32_t threa
   int32_t kv_head = item / items_per_head, first_query = item % items_per_head * job->n_queries;
   int32_t n_queries = n_all - first_query < job->n_queries ? n_all - first_query : job->n_queries;
   int64_t cache = (int64_t)kv_head * heads->max_slots * size;
+  const float *keys = job->keys + cache, *values = job->values + cache;
 
   query queries[DS_MAX_QUERIES];
   int32_t most_slots = 0;
@@ -224,8 +255,10 @@ void ISA(attend)(const void *argument, int32_t item, int32_t next, int32_t threa
     for (int32_t i = 0; i < size; i += LANES) f_store(q->sums + i, f_zero());
     if (q->n_slots > most_slots) most_slots = q->n_slots;
   }
-  for (int32_t first = 0; first < most_slots; first += RANKS)
-    attend_block(heads, job->keys + cache, job->values + cache, queries, n_queries, first);
+  for (int32_t first = 0; first < most_slots; first += RANKS) {
+    fetcher ahead = look_ahead(heads, keys, values, &queries[0], first + RANKS);
+    attend_block(heads, keys, values, queries, n_queries, first, &ahead);
+  }
 
   for (int32_t u = 0; u < n_queries; ++u) {
     const query *q = &queries[u];

@@ -14,7 +14,7 @@ from draftsmith.speculate.binding import check, ffi
 from draftsmith.speculate.ladder import Rung, build_ladder
 from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime
 from draftsmith.speculate.settings import Sampling
-from graph_session import entry_of
+from graph_session import GraphSession, entry_of
 from quantized import KINDS, export_kind
 
 MAX_ROWS = 32
@@ -73,6 +73,16 @@ def test_two_threads_give_the_bits_of_one(folder):
     one, two = open_engine(folder, threads=1), open_engine(folder, threads=2)
     ids = draw_ids(one, 40)
     assert np.array_equal(Reader(two).read_in_chunks(ids, [32, 1, 7]), Reader(one).read(ids))
+
+
+@every
+def test_caches_that_pass_through_the_graph_give_the_bits_of_the_engines_own(folder):
+    """An engine lends its operators one cache; a session of anybody's hands two tensors a layer in and out."""
+    engine = open_engine(folder, threads=1)
+    reader, ids = Reader(engine), draw_ids(engine, 48)
+    session = GraphSession(folder / "cpu.onnx", slots=reader.room)
+    passed = [session.run(ids[None, start:end], [start])[0] for start, end in ((0, 33), (33, 34), (34, 48))]
+    assert np.array_equal(np.concatenate(passed), reader.read_in_chunks(ids, [33, 1, 14]))
 
 
 @every

@@ -77,7 +77,7 @@ def test_two_threads_give_the_bits_of_one(folder):
 
 @every
 def test_caches_that_pass_through_the_graph_give_the_bits_of_the_engines_own(folder):
-    """An engine lends its operators one cache; a session of anybody's hands two tensors a layer in and out."""
+    """An engine lends its operators one cache; any other session hands two tensors a layer in and out."""
     engine = open_engine(folder, threads=1)
     reader, ids = Reader(engine), draw_ids(engine, 48)
     session = GraphSession(folder / "cpu.onnx", slots=reader.room)

@@ -209,24 +209,25 @@ static fetcher look_ahead(const ds_heads *heads, const float *keys, const float 
 }
 
 static void attend_block(const ds_heads *heads, const float *keys, const float *values, query *q,
-                         int32_t n_queries, int32_t first, fetcher *ahead) {
+                         int32_t n_queries, int32_t first) {
+  fetcher ahead = look_ahead(heads, keys, values, q, first + RANKS);
   for (int32_t u = 0, count; u < n_queries; u += count) {
     for (count = 1;
          count < TILE_QUERIES && u + count < n_queries && share_slots(&q[u], &q[u + count], first);)
       ++count;
-    ahead->due = ahead->part * (u + count) / n_queries;
+    ahead.due = ahead.part * (u + count) / n_queries;
     int32_t n = count_ranks(&q[u], first);
     const int32_t *slots = q[u].slots + first;
     if (n <= 0) continue;
     switch (count) {
 #if TILE_QUERIES >= 4
-    case 4: attend_tile(4, heads, keys, values, q + u, slots, n, ahead); break;
-    case 3: attend_tile(3, heads, keys, values, q + u, slots, n, ahead); break;
+    case 4: attend_tile(4, heads, keys, values, q + u, slots, n, &ahead); break;
+    case 3: attend_tile(3, heads, keys, values, q + u, slots, n, &ahead); break;
 #endif
 #if TILE_QUERIES >= 2
-    case 2: attend_tile(2, heads, keys, values, q + u, slots, n, ahead); break;
+    case 2: attend_tile(2, heads, keys, values, q + u, slots, n, &ahead); break;
 #endif
-    default: attend_tile(1, heads, keys, values, q + u, slots, n, ahead);
+    default: attend_tile(1, heads, keys, values, q + u, slots, n, &ahead);
     }
   }
 }
@@ -255,10 +256,8 @@ void ISA(attend)(const void *argument, int32_t item, int32_t next, int32_t threa
     for (int32_t i = 0; i < size; i += LANES) f_store(q->sums + i, f_zero());
     if (q->n_slots > most_slots) most_slots = q->n_slots;
   }
-  for (int32_t first = 0; first < most_slots; first += RANKS) {
-    fetcher ahead = look_ahead(heads, keys, values, &queries[0], first + RANKS);
-    attend_block(heads, keys, values, queries, n_queries, first, &ahead);
-  }
+  for (int32_t first = 0; first < most_slots; first += RANKS)
+    attend_block(heads, keys, values, queries, n_queries, first);
 
   for (int32_t u = 0; u < n_queries; ++u) {
     const query *q = &queries[u];

@@ -33,18 +33,17 @@ typedef struct {
   ds_operators *operators;
   OrtSession *session;
   bool picks_logits;
-  bool lends_cache; /* to its operators, which then need not be given it by ONNX Runtime */
-  int32_t n_layers, n_kv_heads, head_dim;
+  int32_t n_layers;
 
-  /* inputs: the plain ones, then key and value of each layer; outputs: the logits, then the same */
+  /* inputs: the plain ones, then key and value of each layer; outputs: the logits, then, unless the cache is lent to
+   * the operators, the same */
   size_t n_inputs, n_outputs;
   char (*names)[MAX_NAME];
   const char **input_names, **output_names;
   OrtValue **inputs, **outputs;
 
-  int32_t n_reserved; /* of n_slots, which come in whole steps */
-  int32_t n_slots;
-  float *cache; /* [n_layers][2]: keys and values, as kernels.h or the graph's own operators have them */
+  int32_t n_reserved; /* of the cache's slots, which come in whole steps */
+  ds_cache cache;     /* as kernels.h or the graph's own operators have it */
   /* The cache that its values are: its own, or that of an engine whose guest it is. Only compared: where one was freed
    * and another of the same size lies at its place, the values fit that too. */
   const float *bound;
@@ -153,13 +152,14 @@ static bool is_plain(const char *name) {
 static int32_t check_cache(onnx_engine *engine, const char *name, const signature *found) {
   if (found->type != ORT_FLOAT || found->n_dims != 4 || found->dims[1] < 1 || found->dims[3] < 1)
     return ds_fail(DS_ERROR_ENGINE, "%s is not a float32 cache [B, heads, slots, channels]", name);
-  if (!engine->n_kv_heads) {
-    engine->n_kv_heads = (int32_t)found->dims[1];
-    engine->head_dim = (int32_t)found->dims[3];
+  if (!engine->cache.n_kv_heads) {
+    engine->cache.n_kv_heads = (int32_t)found->dims[1];
+    engine->cache.head_dim = (int32_t)found->dims[3];
   }
-  if (found->dims[1] != engine->n_kv_heads || found->dims[3] != engine->head_dim)
+  if (found->dims[1] != engine->cache.n_kv_heads || found->dims[3] != engine->cache.head_dim)
     return ds_fail(DS_ERROR_ENGINE, "%s has %d heads of %d, another cache %d of %d", name,
-                   (int)found->dims[1], (int)found->dims[3], (int)engine->n_kv_heads, (int)engine->head_dim);
+                   (int)found->dims[1], (int)found->dims[3], (int)engine->cache.n_kv_heads,
+                   (int)engine->cache.head_dim);
   return DS_OK;
 }
 
@@ -206,11 +206,17 @@ static int32_t read_outputs(onnx_engine *engine) {
   return DS_OK;
 }
 
+/* Whether its operators take the cache from us, so that ONNX Runtime need not give it back. */
+static bool lends_cache(const onnx_engine *engine) {
+  return ds_operators_attend(engine->operators) &&
+         ds_operators_count(engine->operators) == 2 * engine->n_layers;
+}
+
 /* The names by which inputs and outputs are handed over. A graph that has others is refused by the first run. */
 static int32_t list_names(onnx_engine *engine) {
   size_t n_plain = engine->picks_logits ? N_PLAIN : N_PLAIN - 1, n_cache = 2 * (size_t)engine->n_layers;
   engine->n_inputs = n_plain + n_cache;
-  engine->n_outputs = 1 + n_cache;
+  engine->n_outputs = lends_cache(engine) ? 1 : 1 + n_cache;
   engine->names = calloc(2 * n_cache, sizeof *engine->names);
   engine->input_names = calloc(engine->n_inputs, sizeof *engine->input_names);
   engine->output_names = calloc(engine->n_outputs, sizeof *engine->output_names);
@@ -225,7 +231,7 @@ static int32_t list_names(onnx_engine *engine) {
     snprintf(engine->names[2 * i], MAX_NAME, "past_key_values.%d.%s", (int)(i / 2), part);
     snprintf(engine->names[2 * i + 1], MAX_NAME, "present.%d.%s", (int)(i / 2), part);
     engine->input_names[n_plain + i] = engine->names[2 * i];
-    engine->output_names[1 + i] = engine->names[2 * i + 1];
+    if (engine->n_outputs > 1) engine->output_names[1 + i] = engine->names[2 * i + 1];
   }
   return DS_OK;
 }
@@ -235,8 +241,6 @@ static int32_t create_session(onnx_engine *engine, OrtSessionOptions *options, c
   const OrtApi *api = engine->onnx->api;
   TRY_ORT(api->SetIntraOpNumThreads(options, n_ort_threads));
   TRY_ORT(api->SetInterOpNumThreads(options, 1));
-  /* It would look up a plan for the shapes of all inputs in every run; what it plans is little. */
-  TRY_ORT(api->DisableMemPattern(options));
   /* Engines take turns: threads that go on spinning after a call would take the cores from the next. */
   TRY_ORT(api->AddSessionConfigEntry(options, "session.force_spinning_stop", "1"));
   /* Without VNNI the usual int8 kernels add pairs of products in 16 bits, which saturates; these do not. */
@@ -258,8 +262,6 @@ static int32_t open_graph(onnx_engine *engine, const char *graph, int32_t n_ort_
   TRY(status);
   TRY(read_inputs(engine));
   TRY(read_outputs(engine));
-  engine->lends_cache =
-      ds_operators_attend(engine->operators) && ds_operators_count(engine->operators) == 2 * engine->n_layers;
   return list_names(engine);
 }
 
@@ -277,44 +279,40 @@ static int32_t set_value(onnx_engine *engine, OrtValue **value, void *data, OrtE
   return DS_OK;
 }
 
-/* Floats of the keys, or of the values, of a layer. */
-static size_t part_size(const onnx_engine *engine) {
-  return (size_t)engine->n_kv_heads * (size_t)engine->n_slots * (size_t)engine->head_dim;
-}
-
 static int32_t resize_cache(onnx_engine *engine, int32_t n_slots) {
-  free(engine->cache);
+  free(engine->cache.data);
   engine->n_reserved = 0;
-  engine->n_slots = n_slots;
-  size_t n_bytes = 2 * (size_t)engine->n_layers * part_size(engine) * sizeof(float);
+  engine->cache.n_slots = n_slots;
+  size_t n_bytes = 2 * (size_t)engine->n_layers * ds_part_size(&engine->cache) * sizeof(float);
   n_bytes = (n_bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
-  engine->cache = aligned_alloc(CACHE_LINE, n_bytes);
-  if (!engine->cache) {
-    engine->n_slots = 0;
+  engine->cache.data = aligned_alloc(CACHE_LINE, n_bytes);
+  if (!engine->cache.data) {
+    engine->cache.n_slots = 0;
     return ds_fail(DS_ERROR_MEMORY, "no memory for a cache of %d tokens", (int)n_slots);
   }
   /* Zeros, not what memory held: stock operators weigh a hidden slot by 0, and 0 times NaN would be NaN. */
-  memset(engine->cache, 0, n_bytes);
+  memset(engine->cache.data, 0, n_bytes);
   return DS_OK;
 }
 
 /* Calls of `engine` read and write the cache of `home`, itself or one of the same shape. */
 static int32_t bind_cache(onnx_engine *engine, const onnx_engine *home) {
-  if (engine->bound == home->cache && engine->bound_slots == home->n_slots) return DS_OK;
+  if (engine->bound == home->cache.data && engine->bound_slots == home->cache.n_slots) return DS_OK;
   free(engine->mask);
   engine->mask = NULL;
   engine->max_rows = 0;
   engine->bound = NULL;
-  int64_t dims[4] = {1, home->n_kv_heads, home->n_slots, home->head_dim};
+  int64_t dims[4] = {1, home->cache.n_kv_heads, home->cache.n_slots, home->cache.head_dim};
   size_t n_parts = 2 * (size_t)home->n_layers;
   for (size_t i = 0; i < n_parts; ++i) {
-    float *part = home->cache + i * part_size(home);
+    float *part = ds_find_part(&home->cache, (int32_t)i);
     TRY(set_value(engine, &engine->inputs[engine->n_inputs - n_parts + i], part, ORT_FLOAT, sizeof(float),
                   dims, 4));
-    TRY(set_value(engine, &engine->outputs[1 + i], part, ORT_FLOAT, sizeof(float), dims, 4));
+    if (engine->n_outputs > 1)
+      TRY(set_value(engine, &engine->outputs[1 + i], part, ORT_FLOAT, sizeof(float), dims, 4));
   }
-  engine->bound = home->cache;
-  engine->bound_slots = home->n_slots;
+  engine->bound = home->cache.data;
+  engine->bound_slots = home->cache.n_slots;
   return DS_OK;
 }
 
@@ -325,7 +323,7 @@ static int32_t reserve(ds_engine *base, int32_t n_slots) {
     return ds_fail(DS_ERROR_ARGUMENT, "a cache of at most %d tokens, %d are wanted", (int)base->max_seq_len,
                    (int)n_slots);
   int32_t rounded = (n_slots + SLOT_STEP - 1) / SLOT_STEP * SLOT_STEP;
-  if (rounded != engine->n_slots) TRY(resize_cache(engine, rounded));
+  if (rounded != engine->cache.n_slots) TRY(resize_cache(engine, rounded));
   engine->n_reserved = n_slots;
   return DS_OK;
 }
@@ -418,13 +416,9 @@ static int32_t forward_in(onnx_engine *engine, const onnx_engine *home, int32_t 
   if (engine->picks_logits)
     TRY(set_value(engine, &in[NUM_LOGITS], &engine->num_logits, ORT_INT64, 8, one, 1));
   TRY(set_value(engine, &engine->outputs[0], engine->logits, ORT_FLOAT, sizeof(float), out, 3));
-  ds_cache cache = {home->cache, home->n_kv_heads, home->n_slots, home->head_dim};
-  ds_operators_lend(engine->operators, engine->lends_cache ? &cache : NULL);
-  OrtStatus *status =
-      api->Run(engine->session, NULL, engine->input_names, (const OrtValue *const *)in, engine->n_inputs,
-               engine->output_names, engine->lends_cache ? 1 : engine->n_outputs, engine->outputs);
-  ds_operators_lend(engine->operators, NULL);
-  TRY(ds_take_status(api, status));
+  if (lends_cache(engine)) ds_operators_lend(engine->operators, &home->cache);
+  TRY_ORT(api->Run(engine->session, NULL, engine->input_names, (const OrtValue *const *)in, engine->n_inputs,
+                   engine->output_names, engine->n_outputs, engine->outputs));
   *logits = engine->logits + (int64_t)(n_out - n_logits) * engine->base.vocab;
   return DS_OK;
 }
@@ -440,14 +434,14 @@ static int32_t forward(ds_engine *base, int32_t n_rows, const int32_t *token_ids
 static int32_t keep(ds_engine *base, int32_t start, const int32_t *slots, int32_t n_slots) {
   onnx_engine *engine = (onnx_engine *)base;
   if (!engine) return ds_fail(DS_ERROR_ARGUMENT, "the engine is NULL");
-  ds_heads heads = {.n_heads = engine->n_kv_heads,
-                    .n_kv_heads = engine->n_kv_heads,
-                    .head_dim = engine->head_dim,
-                    .max_slots = engine->n_slots};
+  ds_heads heads = {.n_heads = engine->cache.n_kv_heads,
+                    .n_kv_heads = engine->cache.n_kv_heads,
+                    .head_dim = engine->cache.head_dim,
+                    .max_slots = engine->cache.n_slots};
   bool ours = ds_operators_attend(engine->operators); /* stock operators keep keys as they keep values */
   int32_t status = DS_OK;
-  for (size_t part = 0; part < 2 * (size_t)engine->n_layers && status == DS_OK; ++part) {
-    float *cache = engine->cache + part * part_size(engine);
+  for (int32_t part = 0; part < 2 * engine->n_layers && status == DS_OK; ++part) {
+    float *cache = ds_find_part(&engine->cache, part);
     bool panels = ours && part % 2 == 0;
     status = ds_keep_path(&heads, n_slots, slots, start, panels ? cache : NULL, panels ? NULL : cache);
   }
@@ -470,7 +464,7 @@ static void close_engine(ds_engine *base) {
   free(engine->names);
   free(engine->input_names);
   free(engine->output_names);
-  free(engine->cache);
+  free(engine->cache.data);
   free(engine->ids);
   free(engine->positions);
   free(engine->mask);
@@ -582,11 +576,11 @@ ds_engine *ds_onnx_share(ds_engine *host, ds_engine *engine) {
     return NULL;
   }
   const onnx_engine *theirs = (onnx_engine *)host, *own = (onnx_engine *)engine;
-  if (theirs->n_layers != own->n_layers || theirs->n_kv_heads != own->n_kv_heads ||
-      theirs->head_dim != own->head_dim) {
+  if (theirs->n_layers != own->n_layers || theirs->cache.n_kv_heads != own->cache.n_kv_heads ||
+      theirs->cache.head_dim != own->cache.head_dim) {
     ds_fail(DS_ERROR_ARGUMENT, "a cache of %d layers, %d heads, %d channels for an engine of %d, %d, %d",
-            (int)theirs->n_layers, (int)theirs->n_kv_heads, (int)theirs->head_dim, (int)own->n_layers,
-            (int)own->n_kv_heads, (int)own->head_dim);
+            (int)theirs->n_layers, (int)theirs->cache.n_kv_heads, (int)theirs->cache.head_dim,
+            (int)own->n_layers, (int)own->cache.n_kv_heads, (int)own->cache.head_dim);
     return NULL;
   }
   if (ds_operators_attend(theirs->operators) != ds_operators_attend(own->operators)) {

@@ -25,9 +25,16 @@ typedef struct {
   int32_t n_kv_heads, n_slots, head_dim;
 } ds_cache;
 
+static inline size_t ds_part_size(const ds_cache *cache) {
+  return (size_t)cache->n_kv_heads * (size_t)cache->n_slots * (size_t)cache->head_dim;
+}
+static inline float *ds_find_part(const ds_cache *cache, int32_t part) {
+  return cache->data + (size_t)part * ds_part_size(cache);
+}
+
 /* Attend in the runs to come over `cache`, borrowed, in place: the graph's own caches are not looked at, and those
- * that it gives are not written and must not be asked for. NULL: over the graph's. Needs nodes of ours for the
- * attention of every layer, with their sublayers' numbers. */
+ * that it gives are not written and must not be asked for. Needs nodes of ours for the attention of every layer, with
+ * their sublayers' numbers. */
 void ds_operators_lend(ds_operators *operators, const ds_cache *cache);
 
 /* Skip in the runs to come the sublayers of which `skipped` [count], borrowed, is not 0; NULL: none. */

@@ -40,9 +40,7 @@ typedef struct OrtApi {
                     const OrtValue *const *inputs, size_t n_inputs, const char *const *output_names,
                     size_t n_outputs, OrtValue **outputs);
   OrtStatus *(*CreateSessionOptions)(OrtSessionOptions **);
-  void *unused_11[6];
-  OrtStatus *(*DisableMemPattern)(OrtSessionOptions *);
-  void *unused_18[6];
+  void *unused_11[13];
   OrtStatus *(*SetIntraOpNumThreads)(OrtSessionOptions *, int);
   OrtStatus *(*SetInterOpNumThreads)(OrtSessionOptions *, int);
   OrtStatus *(*CreateCustomOpDomain)(const char *domain, OrtCustomOpDomain **);
@@ -100,7 +98,6 @@ typedef struct OrtApi {
 } OrtApi;
 
 _Static_assert(offsetof(OrtApi, Run) == 9 * sizeof(void *), "Run is member 9");
-_Static_assert(offsetof(OrtApi, DisableMemPattern) == 17 * sizeof(void *), "it is member 17");
 _Static_assert(offsetof(OrtApi, GetTensorTypeAndShape) == 65 * sizeof(void *), "it is member 65");
 _Static_assert(offsetof(OrtApi, ReleaseTensorTypeAndShapeInfo) == 99 * sizeof(void *), "it is member 99");
 _Static_assert(offsetof(OrtApi, AddSessionConfigEntry) == 130 * sizeof(void *), "it is member 130");

@@ -172,7 +172,7 @@ static void exercise_probes(ds_pool *pool) {
 int main(void) {
   static const char *isas[] = {"portable", "avx2", "avx2_vnni", "avx512_vnni", "avx512_vbmi2"};
   for (int32_t n_threads = 1; n_threads <= 3; n_threads += 2) {
-    for (int i = 0; i < 5; ++i) {
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; ++i) {
       ds_pool *pool = ds_pool_create(n_threads);
       CHECK(pool);
       if (ds_pool_use_isa(pool, isas[i]) == DS_OK) {

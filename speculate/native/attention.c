@@ -190,11 +190,12 @@ INLINE int32_t count_ranks(const query *q, int32_t first) {
   return q->n_slots - first < RANKS ? q->n_slots - first : RANKS;
 }
 
-/* Whether two queries see the same slots from rank `first` on, within the block. */
+/* Whether two queries see the same slots from rank `first` on, within the block; none, where both end before it. */
 static int share_slots(const query *a, const query *b, int32_t first) {
   int32_t n = count_ranks(a, first);
   return n == count_ranks(b, first) &&
-         (a->slots == b->slots || !memcmp(a->slots + first, b->slots + first, (size_t)n * sizeof *a->slots));
+         (n <= 0 || a->slots == b->slots ||
+          !memcmp(a->slots + first, b->slots + first, (size_t)n * sizeof *a->slots));
 }
 
 /* To the block of a query from rank `first` on. */

@@ -153,6 +153,8 @@ static void exercise_attention(ds_pool *pool) {
     CHECK(ds_list_slots(n_rows, max_slots, mask, 0, slots, n_slots) == DS_OK);
     CHECK(ds_attend(pool, &heads, n_rows, qkv, slots, n_slots, keys, values, out) == DS_OK);
     for (int64_t i = 0; i < (int64_t)n_rows * group * n_kv * size; ++i) CHECK(isfinite(out[i]));
+    for (int32_t r = 0; r + 1 < n_rows; ++r) n_slots[r] = 1; /* all but the last end blocks before it */
+    CHECK(ds_attend(pool, &heads, n_rows, qkv, slots, n_slots, keys, values, out) == DS_OK);
     int32_t path[2] = {max_slots / 2, max_slots - 1};
     CHECK(ds_keep_path(&heads, max_slots > 2 ? 2 : 0, path, below(max_slots / 2 + 1), keys, values) == DS_OK);
     void *all[] = {cos_table, sin_table, norm, qkv, keys, values, out, positions, mask, slots, n_slots};
@@ -170,7 +172,7 @@ static void exercise_probes(ds_pool *pool) {
 }
 
 int main(void) {
-  static const char *isas[] = {"portable", "avx2", "avx2_vnni", "avx512_vnni", "avx512_vbmi2"};
+  static const char *isas[] = {"portable", "avx2", "avx2_vnni", "avx512_vnni", "avx512_vbmi2", "amx_int8"};
   for (int32_t n_threads = 1; n_threads <= 3; n_threads += 2) {
     for (size_t i = 0; i < sizeof isas / sizeof *isas; ++i) {
       ds_pool *pool = ds_pool_create(n_threads);

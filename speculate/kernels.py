@@ -14,7 +14,7 @@ from .binding import check, ffi, lib, view
 LANES = 16
 INT4_GROUP = 32  # inputs that share a grid
 PANEL_SLOTS: int = lib.DS_PANEL_SLOTS
-ISAS = ("avx512_vbmi2", "avx512_vnni", "avx2_vnni", "avx2", "portable")  # the best first
+ISAS = ("amx_int8", "avx512_vbmi2", "avx512_vnni", "avx2_vnni", "avx2", "portable")  # the best first
 Activation = Literal["identity", "relu", "silu", "gelu", "gelu_tanh"]
 Format = Literal["float32", "bfloat16", "int8", "int8_bitmask", "int8_2_4", "int4"]
 

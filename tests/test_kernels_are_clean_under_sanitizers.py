@@ -18,11 +18,13 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wconversion", "-Wno-sign-conversion
 KERNELS = ["linear_float", "linear_int8", "linear_int4", "rows", "heads", "attention", "probe", "table"]
 AVX2 = ["-mavx2", "-mfma", "-mpopcnt"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+VBMI2 = [*AVX512, "-mavx512vbmi2"]
 FLAGS = {
     "avx2": AVX2,
     "avx2_vnni": [*AVX2, "-mavxvnni"],
     "avx512_vnni": AVX512,
-    "avx512_vbmi2": [*AVX512, "-mavx512vbmi2"],
+    "avx512_vbmi2": VBMI2,
+    "amx_int8": [*VBMI2, "-mamx-tile", "-mamx-int8"],
 }
 RACE = """
 #include "pool.h"

@@ -1,17 +1,36 @@
 /* Which instruction set to use: the best one that both this build and this machine have. */
+#define _DEFAULT_SOURCE /* syscall */
 #include "dispatch.h"
 #include "error.h"
 
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(DS_HAVE_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 extern const ds_kernels ds_kernels_portable;
 #ifdef DS_HAVE_X86
 extern const ds_kernels ds_kernels_avx2, ds_kernels_avx2_vnni, ds_kernels_avx512_vnni,
-    ds_kernels_avx512_vbmi2;
+    ds_kernels_avx512_vbmi2, ds_kernels_amx_int8;
 #endif
 
-enum { MAX_SETS = 5 };
+enum { MAX_SETS = 6 };
+
+#ifdef DS_HAVE_X86
+/* The registers of AMX are large, so Linux gives them to processes that ask: arch_prctl(ARCH_REQ_XCOMP_PERM,
+ * XFEATURE_XTILEDATA), from Linux 5.16 on. */
+static int may_use_amx(void) {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return 0;
+#endif
+}
+#endif
 
 /* Best first, ending in NULL; only what runs here. */
 static const ds_kernels **list_kernels(const ds_kernels *list[MAX_SETS + 1]) {
@@ -23,7 +42,9 @@ static const ds_kernels **list_kernels(const ds_kernels *list[MAX_SETS + 1]) {
   int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512vnni");
-  if (avx2 && avx512 && __builtin_cpu_supports("avx512vbmi2")) list[n++] = &ds_kernels_avx512_vbmi2;
+  int vbmi2 = avx512 && __builtin_cpu_supports("avx512vbmi2");
+  if (avx2 && vbmi2 && may_use_amx()) list[n++] = &ds_kernels_amx_int8;
+  if (avx2 && vbmi2) list[n++] = &ds_kernels_avx512_vbmi2;
   if (avx2 && avx512) list[n++] = &ds_kernels_avx512_vnni;
   if (avx2 && __builtin_cpu_supports("avxvnni")) list[n++] = &ds_kernels_avx2_vnni;
   if (avx2) list[n++] = &ds_kernels_avx2;

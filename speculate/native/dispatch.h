@@ -70,7 +70,7 @@ typedef struct ds_kernels {
   const char *isa;
   ds_task *linear_float, *linear_int8, *linear_int4, *quantize_rows, *norm_rows, *write_heads, *attend;
   ds_task *probe_read, *probe_int8, *probe_float;
-  int32_t probe_lanes; /* multiply-adds of float32 in one step; of int8 four times as many */
+  int64_t int8_probe_size, float_probe_size; /* multiply-adds of an item */
 } ds_kernels;
 
 /* The end of a quantized row. Before it stand the sums of its groups. */

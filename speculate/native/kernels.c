@@ -331,7 +331,7 @@ int64_t ds_probe_read(ds_pool *pool, const void *bytes, int64_t n_bytes) {
 int64_t ds_probe_multiply(ds_pool *pool, int32_t int8, int64_t n_operations) {
   REQUIRE(pool, "the pool is NULL");
   const ds_kernels *kernels = ds_pool_kernels(pool);
-  int64_t per_item = (int64_t)DS_PROBE_STEPS * kernels->probe_lanes * (int8 ? 4 : 1);
+  int64_t per_item = int8 ? kernels->int8_probe_size : kernels->float_probe_size;
   int64_t n_items = n_operations / per_item + 1;
   REQUIRE(n_operations >= 0 && n_items <= INT32_MAX, "%lld multiply-adds", (long long)n_operations);
   int32_t sink[DS_MAX_THREADS];

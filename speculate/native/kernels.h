@@ -32,7 +32,7 @@ enum { DS_MAX_THREADS = 64 };
 DS_API ds_pool *ds_pool_create(int32_t n_threads);
 DS_API void ds_pool_free(ds_pool *pool);
 
-/* "avx512_vbmi2", "avx512_vnni", "avx2_vnni", "avx2" or "portable". An error if this machine or this build lacks it. */
+/* "amx_int8", "avx512_vbmi2", "avx512_vnni", "avx2_vnni", "avx2" or "portable". An error if this machine or this build lacks it. */
 DS_API int32_t ds_pool_use_isa(ds_pool *pool, const char *isa);
 DS_API const char *ds_pool_isa(const ds_pool *pool);
 

@@ -98,8 +98,8 @@ enum { CHUNK_ROWS = 32, OUTPUT_STRIDE = DS_GATED_ITEM_BLOCKS * LANES };
 typedef float output_chunk[CHUNK_ROWS][OUTPUT_STRIDE];
 
 /* How often an item fetches: `n_steps` times in each tile and once for 16 finished outputs of a row. */
-INLINE int64_t count_steps(const ds_linear_job *job, block_range range, int64_t n_steps) {
-  int64_t n_tiles = ((job->n_rows + TILE_ROWS - 1) / TILE_ROWS) *
+INLINE int64_t count_steps(const ds_linear_job *job, block_range range, int32_t tile_rows, int64_t n_steps) {
+  int64_t n_tiles = ((job->n_rows + tile_rows - 1) / tile_rows) *
                     ((range.end - range.from + TILE_BLOCKS - 1) / TILE_BLOCKS);
   return n_tiles * n_steps + job->n_rows * ((range.end - range.first) >> (is_gated(job->linear) != 0));
 }

@@ -66,7 +66,8 @@ INLINE void compute_item(const int format, const ds_linear_job *job, int32_t ite
   const ds_linear *linear = job->linear;
   block_range range = blocks_of(linear, item);
   int32_t k = linear->k;
-  fetcher ahead = make_fetcher(region_after(job, next, thread), count_steps(job, range, (k + 1) / 2));
+  fetcher ahead =
+      make_fetcher(region_after(job, next, thread), count_steps(job, range, TILE_ROWS, (k + 1) / 2));
   for (int32_t row = 0; row < job->n_rows; row += CHUNK_ROWS) {
     output_chunk out;
     int32_t n_rows = job->n_rows - row < CHUNK_ROWS ? job->n_rows - row : CHUNK_ROWS;

@@ -59,8 +59,9 @@ void ISA(linear_int4)(const void *argument, int32_t item, int32_t next, int32_t 
   const ds_linear *linear = job->linear;
   block_range range = blocks_of(linear, item);
   int64_t stride = ds_int8_stride(linear->k);
-  fetcher ahead = make_fetcher(region_after(job, next, thread),
-                               count_steps(job, range, count_int4_groups(linear->k) * (STEPS + 1)));
+  fetcher ahead =
+      make_fetcher(region_after(job, next, thread),
+                   count_steps(job, range, TILE_ROWS, count_int4_groups(linear->k) * (STEPS + 1)));
   for (int32_t row = 0; row < job->n_rows; row += CHUNK_ROWS) {
     output_chunk out;
     int32_t n_rows = job->n_rows - row < CHUNK_ROWS ? job->n_rows - row : CHUNK_ROWS;

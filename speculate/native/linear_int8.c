@@ -65,19 +65,33 @@ INLINE void compute_tile(const int format, const int rows, const int blocks, con
       dequantize_row(blocks, linear, block, q + (r + 1) * stride, sums[r], out + r * OUTPUT_STRIDE);
 }
 
+#if defined(__AMX_INT8__)
+#include "linear_amx.h"
+#else
+enum { AMX_LEAST_ROWS = INT32_MAX };
+#define compute_chunk_amx(...) ((void)0)
+#endif
+
 INLINE void compute_item(const int format, const ds_linear_job *job, int32_t item, int32_t next,
                          int32_t thread) {
   const ds_linear *linear = job->linear;
   block_range range = blocks_of(linear, item);
   int64_t stride = ds_int8_stride(linear->k);
-  fetcher ahead = make_fetcher(region_after(job, next, thread), count_steps(job, range, (linear->k + 3) / 4));
+  int32_t least = range.end - range.from < TILE_BLOCKS ? INT32_MAX : AMX_LEAST_ROWS; /* rows of a chunk */
+  int32_t tile_rows = job->n_rows < least ? TILE_ROWS : CHUNK_ROWS;
+  fetcher ahead =
+      make_fetcher(region_after(job, next, thread), count_steps(job, range, tile_rows, (linear->k + 3) / 4));
   for (int32_t row = 0; row < job->n_rows; row += CHUNK_ROWS) {
     output_chunk out;
     int32_t n_rows = job->n_rows - row < CHUNK_ROWS ? job->n_rows - row : CHUNK_ROWS;
     const char *q = job->rows + row * stride;
-    FOR_TILES(range, n_rows, block, r,
-              compute_tile(format, ROWS, BLOCKS, linear, block, q + r * stride, stride, &ahead,
-                           out[r] + (block - range.from) * LANES))
+    if (n_rows >= least) {
+      compute_chunk_amx(format, linear, range, q, stride, n_rows, &ahead, out);
+    } else {
+      FOR_TILES(range, n_rows, block, r,
+                compute_tile(format, ROWS, BLOCKS, linear, block, q + r * stride, stride, &ahead,
+                             out[r] + (block - range.from) * LANES))
+    }
     finish_chunk(job, row, n_rows, range, out, &ahead);
   }
 }

@@ -21,6 +21,33 @@ void ISA(probe_read)(const void *argument, int32_t item, int32_t next, int32_t t
 enum { CHAINS = TILE_ROWS * TILE_BLOCKS };
 
 /* One item multiplies and adds in registers, in as many chains as a tile of the linear kernels has. */
+#if defined(__AMX_INT8__)
+#include "amx.h"
+
+void ISA(probe_int8)(const void *argument, int32_t item, int32_t next, int32_t thread) {
+  (void)next;
+  const ds_probe_job *job = argument;
+  vi sums[AMX_ROWS];
+  configure_amx(AMX_ROWS);
+  for (int i = 0; i < AMX_ROWS; ++i) sums[i] = i_set(item + i);
+  publish(sums);
+  _tile_loadd(6, sums, sizeof *sums);
+  _tile_loadd(7, sums, sizeof *sums);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int32_t i = 0; i < DS_PROBE_STEPS; i += 4) {
+    _tile_dpbsud(0, 6, 7);
+    _tile_dpbsud(1, 6, 7);
+    _tile_dpbsud(2, 6, 7);
+    _tile_dpbsud(3, 6, 7);
+  }
+  _tile_stored(0, sums, sizeof *sums);
+  _tile_release();
+  job->sink[thread] = i_sum_lanes(sums[0]);
+}
+#else
 void ISA(probe_int8)(const void *argument, int32_t item, int32_t next, int32_t thread) {
   (void)next;
   const ds_probe_job *job = argument;
@@ -35,6 +62,7 @@ void ISA(probe_int8)(const void *argument, int32_t item, int32_t next, int32_t t
   for (int j = 1; j < CHAINS; ++j) sums[0] = i_add(sums[0], sums[j]);
   job->sink[thread] = i_sum_lanes(sums[0]);
 }
+#endif
 
 void ISA(probe_float)(const void *argument, int32_t item, int32_t next, int32_t thread) {
   (void)next;

@@ -1,5 +1,8 @@
 /* The kernels compiled for one instruction set. */
 #include "dispatch.h"
+#if defined(__AMX_INT8__)
+#include "amx.h"
+#endif
 #include "simd.h"
 
 #define TEXT_(x) #x
@@ -22,5 +25,10 @@ const ds_kernels ISA(ds_kernels) = {
     .probe_read = ISA(probe_read),
     .probe_int8 = ISA(probe_int8),
     .probe_float = ISA(probe_float),
-    .probe_lanes = TILE_ROWS * TILE_BLOCKS * LANES,
+#if defined(__AMX_INT8__)
+    .int8_probe_size = (int64_t)DS_PROBE_STEPS * AMX_ROWS * AMX_GROUPS * 4 * LANES,
+#else
+    .int8_probe_size = (int64_t)DS_PROBE_STEPS * TILE_ROWS * TILE_BLOCKS * LANES * 4,
+#endif
+    .float_probe_size = (int64_t)DS_PROBE_STEPS * TILE_ROWS * TILE_BLOCKS * LANES,
 };

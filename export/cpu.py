@@ -9,7 +9,7 @@ from typing import Any
 
 from onnx import TensorProto
 
-from ..model.layout import HEAD_IDS
+from ..model.layout import EMBED_TOKENS, HEAD_IDS
 from ..speculate.binding import lib
 from .builder import Graph
 from .decoder import BATCH, SLOTS, TOKENS, add_positions, embed_tokens, soften
@@ -40,21 +40,24 @@ class _CpuBuilder:
         self.num_logits = graph.input(LOGITS, TensorProto.INT64, [1])
         self.rows = TOKENS  # what the operators' outputs have as their second dimension
         self.part: dict[str, int] = {}  # the sublayer that they belong to, if any
+        self.is_straight = True  # as operators.c says; until something does not fit
 
     def embed(self) -> str:
-        if not self.config.tied_head:
+        if self.config.tied_head:
+            table = self.model.packed_head  # the output projection's weights serve both ends
+            packed = {"format": getattr(lib, f"DS_{table.format.upper()}")}
+            hidden = self._embed(f"{table.name}.packed", table.n, table.k, **packed)
+        elif self.config.dtype != "float16":
+            hidden = self._embed(EMBED_TOKENS, self.config.vocab_size, self.config.hidden_size)
+        else:
+            self.is_straight = False
             return embed_tokens(self.graph, self.config, self.tokens, self.positions)
-        table = self.model.packed_head  # the output projection's weights serve both ends
-        hidden = self._float(
-            "Embed",
-            [self.tokens, self.graph.weight(f"{table.name}.packed")],
-            self.config.hidden_size,
-            n=table.n,
-            k=table.k,
-            format=getattr(lib, f"DS_{table.format.upper()}"),
-            multiplier=self.config.embedding_scale,
-        )
+        self.is_straight &= self.config.rotary is not None
         return add_positions(self.graph, self.config, hidden, self.positions)
+
+    def _embed(self, table: str, n: int, k: int, **packed: int) -> str:
+        inputs, scale = [self.tokens, self.graph.weight(table)], self.config.embedding_scale
+        return self._float("Embed", inputs, k, n=n, k=k, multiplier=scale, **packed)
 
     def layer(self, hidden: str, layer: int, stored: StoredLayer) -> str:
         name = f"model.layers.{layer}"
@@ -65,6 +68,7 @@ class _CpuBuilder:
             )
             if len(qkv) == 1 and len(gate_up) == 1 and not self.config.post_norms:
                 return self._whole(hidden, layer, [qkv[0], o[0], gate_up[0], down[0]])
+            self.is_straight = False
             norm, self.part = f"{name}.input_layernorm", {"sublayer": 2 * layer}
             qkv = self._join([self._linear(linear, hidden, norm=norm) for linear in qkv])
             hidden = self._add(o, self._attend(qkv, layer), hidden, f"{name}.post_attention_norm")
@@ -92,6 +96,8 @@ class _CpuBuilder:
         graph.declare(hidden, TensorProto.FLOAT, [BATCH, LOGITS, self.config.hidden_size])
         capped, cut = self.config.logit_softcap is not None, self.model.has_cut_head
         output = "" if capped or cut else "logits"
+        if self.is_straight and output:
+            self.part = {"straight": self.config.num_layers}
         logits = self._linear(self.model.packed_head, hidden, norm="model.norm", output=output)
         if capped:
             logits = soften(graph, self.config, logits)

@@ -393,19 +393,8 @@ static void fill_inputs(onnx_engine *engine, int32_t n_rows, const int32_t *toke
   }
 }
 
-/* In the cache of `home`. */
-static int32_t forward_in(onnx_engine *engine, const onnx_engine *home, int32_t n_rows,
-                          const int32_t *token_ids, int32_t start, const int64_t *positions,
-                          const uint8_t *mask, int32_t n_logits, const float **logits) {
-  TRY(check_call(engine, home, n_rows, token_ids, start, positions, n_logits, logits));
+static int32_t run_session(onnx_engine *engine, int32_t n_rows, int32_t n_out) {
   const OrtApi *api = engine->onnx->api;
-  int32_t n_out = engine->picks_logits ? n_logits : n_rows;
-  TRY(bind_cache(engine, home));
-  TRY(make_room(engine, n_rows, n_out));
-  fill_inputs(engine, n_rows, token_ids, start, positions, mask);
-  engine->write_index = start;
-  engine->num_logits = n_logits;
-
   OrtValue **in = engine->inputs;
   int64_t one[] = {1}, rows[] = {1, n_rows}, seen[] = {1, 1, n_rows, engine->bound_slots};
   int64_t out[] = {1, n_out, engine->base.vocab};
@@ -416,11 +405,29 @@ static int32_t forward_in(onnx_engine *engine, const onnx_engine *home, int32_t 
   if (engine->picks_logits)
     TRY(set_value(engine, &in[NUM_LOGITS], &engine->num_logits, ORT_INT64, 8, one, 1));
   TRY(set_value(engine, &engine->outputs[0], engine->logits, ORT_FLOAT, sizeof(float), out, 3));
-  if (lends_cache(engine)) ds_operators_lend(engine->operators, &home->cache);
   TRY_ORT(api->Run(engine->session, NULL, engine->input_names, (const OrtValue *const *)in, engine->n_inputs,
                    engine->output_names, engine->n_outputs, engine->outputs));
-  *logits = engine->logits + (int64_t)(n_out - n_logits) * engine->base.vocab;
+  ds_operators_ran(engine->operators);
   return DS_OK;
+}
+
+/* In the cache of `home`. */
+static int32_t forward_in(onnx_engine *engine, const onnx_engine *home, int32_t n_rows,
+                          const int32_t *token_ids, int32_t start, const int64_t *positions,
+                          const uint8_t *mask, int32_t n_logits, const float **logits) {
+  TRY(check_call(engine, home, n_rows, token_ids, start, positions, n_logits, logits));
+  int32_t n_out = engine->picks_logits ? n_logits : n_rows, status;
+  TRY(bind_cache(engine, home));
+  TRY(make_room(engine, n_rows, n_out));
+  fill_inputs(engine, n_rows, token_ids, start, positions, mask);
+  engine->write_index = start;
+  engine->num_logits = n_logits;
+  if (lends_cache(engine)) ds_operators_lend(engine->operators, &home->cache);
+  ds_operators_call call = {n_rows, n_out, engine->ids, engine->positions, start, engine->mask};
+  if (!ds_operators_run(engine->operators, &call, engine->logits, &status))
+    status = run_session(engine, n_rows, n_out);
+  *logits = engine->logits + (int64_t)(n_out - n_logits) * engine->base.vocab;
+  return status;
 }
 
 static int32_t forward(ds_engine *base, int32_t n_rows, const int32_t *token_ids, int32_t start,

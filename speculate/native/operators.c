@@ -3,12 +3,15 @@
  * Activations are float32 [B, S, width]. Weights are constants in the packed formats of kernels.h, as bytes.
  * Inputs in brackets may be missing.
  *
- *   Embed      ids int64 [B, S], weight -> y
- *                n, k, format; multiplier
+ *   Embed      ids int64 [B, S], table -> y
+ *                n, k, multiplier; and format, of a packed weight. Any other table is float32 or bfloat16 [n, k].
  *   Linear     x, [[linear]], [, residual] -> y
  *                [[linear]]: weight, [scale, starts, bias, norm weight, norm bias], with the attributes n, k,
  *                format, activation (enum ds_activation); and norm (enum ds_norm), epsilon
  *              Rows are normalized first if there is a norm, and quantized if the weight is int8.
+ *              straight, or missing: that the graph is an Embed of its input_ids, so many Layers, each of what the
+ *              one before gives, with one ListSlots for all, and this, of the last num_logits rows, which gives its
+ *              logits. The order of such a graph needs no runtime (ds_operators_run).
  *   Layer      x and what Attend takes from its second input on, all ten; [[qkv]], [[o]], [[up]], [[down]]
  *                -> y, present_key, present_value
  *                the attributes of Attend and, with "qkv_" and so on before their names, of the linears
@@ -87,9 +90,12 @@ struct kernel {
   int64_t norm, window, width;
   float epsilon, multiplier;
   int64_t known_head_dim; /* rotary tables and norms of heads, which are constants, were found for; or 0 */
+  const void *table;      /* of an Embed, of `table_type` */
+  OrtElementType table_type;
+  kernel *next; /* of its kind */
 };
 
-enum { N_KINDS = 7 };
+enum { EMBED, LINEAR_NODE, NORM, SPREAD, LIST_SLOTS, ATTEND, LAYER, N_KINDS };
 
 /* Memory of a session that grows to what its largest call needs. */
 typedef struct {
@@ -103,6 +109,8 @@ enum {
   ATTENDED,
   MIDDLE,
   WIDE,
+  STREAM,
+  SLOTS,
   N_BUFFERS
 };
 
@@ -112,9 +120,12 @@ struct ds_operators {
   OrtCustomOpDomain *domain;
   step *last_step; /* of those created so far; nodes are created in the order in which they run */
   int32_t n_sublayers;
-  bool attends;         /* some node is attention */
-  const uint8_t *skips; /* [n_sublayers], or NULL: none */
-  const ds_cache *lent; /* or NULL */
+  kernel *first[N_KINDS], *last[N_KINDS]; /* nodes by kind, in that order */
+  int32_t n_nodes, n_straight; /* what its last Linear says of the graph: layers of a straight one, or 0 */
+  bool knows_all;              /* whether a run of ONNX Runtime has found every constant */
+  bool attends;                /* some node is attention */
+  const uint8_t *skips;        /* [n_sublayers], or NULL: none */
+  const ds_cache *lent;        /* or NULL */
   buffer buffers[N_BUFFERS];
   operator operators[N_KINDS];
 };
@@ -217,26 +228,23 @@ static OrtStatus *read_int(kernel *node, const OrtKernelInfo *info, const char *
   return NULL;
 }
 
-static OrtStatus *read_weight_kind(kernel *node, const OrtKernelInfo *info, const char *prefix,
-                                   ds_linear *linear) {
-  TRY(read_int(node, info, prefix, "n", &linear->n));
-  TRY(read_int(node, info, prefix, "k", &linear->k));
-  return read_int(node, info, prefix, "format", &linear->format);
-}
-
 static OrtStatus *read_norm(kernel *node, const OrtKernelInfo *info) {
   TRY(node->api->KernelInfoGetAttribute_int64(info, "norm", &node->norm));
   return node->api->KernelInfoGetAttribute_float(info, "epsilon", &node->epsilon);
 }
 
-/* Graphs made before layers could be skipped do not number them. */
+/* An attribute that graphs made before there was one do not have. */
+static void read_newer(kernel *node, const OrtKernelInfo *info, const char *name, int32_t missing,
+                       int32_t *value) {
+  OrtStatus *status = read_int(node, info, "", name, value);
+  if (!status) return;
+  node->api->ReleaseStatus(status);
+  *value = missing;
+}
+
 static OrtStatus *read_sublayer(kernel *node, const OrtKernelInfo *info, int32_t n_own) {
-  OrtStatus *missing = read_int(node, info, "", "sublayer", &node->sublayer);
-  if (missing) {
-    node->api->ReleaseStatus(missing);
-    node->sublayer = NO_SUBLAYER;
-    return NULL;
-  }
+  read_newer(node, info, "sublayer", NO_SUBLAYER, &node->sublayer);
+  if (node->sublayer == NO_SUBLAYER) return NULL;
   if (node->sublayer < 0 || node->sublayer > MAX_SUBLAYERS - n_own)
     return refuse(node, "the number of its sublayer is not one");
   if (node->owner->n_sublayers < node->sublayer + n_own) node->owner->n_sublayers = node->sublayer + n_own;
@@ -250,7 +258,9 @@ static bool skips(const ds_operators *owner, int32_t sublayer) {
 static OrtStatus *read_step(kernel *node, const OrtKernelInfo *info, const char *prefix, int32_t sublayer,
                             step *s) {
   s->sublayer = sublayer;
-  TRY(read_weight_kind(node, info, prefix, &s->linear));
+  TRY(read_int(node, info, prefix, "n", &s->linear.n));
+  TRY(read_int(node, info, prefix, "k", &s->linear.k));
+  TRY(read_int(node, info, prefix, "format", &s->linear.format));
   TRY(read_int(node, info, prefix, "activation", &s->linear.activation));
   s->before = node->owner->last_step;
   if (s->before) s->before->next = s;
@@ -352,6 +362,7 @@ static OrtStatus *pass_on(const float *from, int64_t count, float *y) {
 static OrtStatus *read_linear(kernel *node, const OrtKernelInfo *info) {
   TRY(read_sublayer(node, info, 1));
   TRY(read_norm(node, info));
+  read_newer(node, info, "straight", 0, &node->owner->n_straight);
   return read_step(node, info, "", node->sublayer, &node->steps[0]);
 }
 
@@ -369,18 +380,67 @@ static OrtStatus *compute_linear(kernel *node, OrtKernelContext *context) {
 }
 
 static OrtStatus *read_embed(kernel *node, const OrtKernelInfo *info) {
-  TRY(read_weight_kind(node, info, "", &node->steps[0].linear));
+  ds_linear *shape = &node->steps[0].linear;
+  TRY(read_int(node, info, "", "n", &shape->n));
+  TRY(read_int(node, info, "", "k", &shape->k));
+  read_newer(node, info, "format", DS_FLOAT32, &shape->format);
   return node->api->KernelInfoGetAttribute_float(info, "multiplier", &node->multiplier);
 }
 
+static OrtStatus *find_table(kernel *node, OrtKernelContext *context) {
+  const OrtApi *api = node->api;
+  ds_linear *shape = &node->steps[0].linear;
+  const OrtValue *value = NULL;
+  OrtTensorInfo *info = NULL;
+  if (node->table) return NULL;
+  TRY(api->KernelContext_GetInput(context, 1, &value));
+  TRY(api->GetTensorTypeAndShape(value, &info));
+  OrtStatus *status = api->GetTensorElementType(info, &node->table_type);
+  api->ReleaseTensorTypeAndShapeInfo(info);
+  TRY(status);
+  if (node->table_type == ORT_UINT8) {
+    TRY(find_weights(node, context, 1, true, shape));
+    node->table = shape->weight;
+    return NULL;
+  }
+  if (node->table_type != ORT_FLOAT && node->table_type != ORT_BFLOAT16)
+    return refuse(node, "its table is neither packed nor of float32 or bfloat16");
+  return read_data(node, context, 1, (int64_t)shape->n * shape->k, &node->table);
+}
+
+/* Rows of a table [n, k]. */
+static OrtStatus *look_up(const kernel *node, int32_t n_rows, const int64_t *ids, float *x) {
+  const ds_linear *shape = &node->steps[0].linear;
+  int64_t k = shape->k;
+  for (int32_t r = 0; r < n_rows; ++r, x += k) {
+    if (ids[r] < 0 || ids[r] >= shape->n) return refuse(node, "a token is not one of its table");
+    const float *wide = (const float *)node->table + ids[r] * k;
+    const uint16_t *narrow = (const uint16_t *)node->table + ids[r] * k;
+    for (int64_t i = 0; i < k; ++i) {
+      float value;
+      uint32_t bits = (uint32_t)narrow[i] << 16;
+      if (node->table_type == ORT_FLOAT)
+        value = wide[i];
+      else
+        memcpy(&value, &bits, sizeof value);
+      x[i] = node->multiplier * value;
+    }
+  }
+  return NULL;
+}
+
+static OrtStatus *run_embed(const kernel *node, int32_t n_rows, const int64_t *ids, float *x) {
+  if (node->table_type != ORT_UINT8) return look_up(node, n_rows, ids, x);
+  return report(node, ds_embed(&node->steps[0].linear, n_rows, ids, node->multiplier, x));
+}
+
 static OrtStatus *compute_embed(kernel *node, OrtKernelContext *context) {
-  ds_linear *table = &node->steps[0].linear;
   tensor ids;
   float *x;
+  TRY(find_table(node, context));
   TRY(read_tensor(node, context, 0, 2, &ids));
-  if (!table->weight) TRY(find_weights(node, context, 1, true, table));
-  TRY(make_rows(node, context, &ids, table->k, &x));
-  return report(node, ds_embed(table, count_rows(&ids), ids.data, node->multiplier, x));
+  TRY(make_rows(node, context, &ids, node->steps[0].linear.k, &x));
+  return run_embed(node, count_rows(&ids), ids.data, x);
 }
 
 static OrtStatus *read_norm_node(kernel *node, const OrtKernelInfo *info) {
@@ -479,10 +539,10 @@ static OrtStatus *find_head_constants(kernel *node, OrtKernelContext *context, i
 
 /* What attention reads beside the queries, keys and values of the new rows. */
 typedef struct {
-  tensor positions, slots;
-  const int64_t *write_index;
-  const int32_t *counts;
-  float *keys, *values; /* where the new ones are written */
+  int64_t batch, n_rows;                  /* of each sequence */
+  const int64_t *positions, *write_index; /* [batch, n_rows], [batch] */
+  const int32_t *slots, *counts;          /* [batch, n_rows, max_slots], [batch, n_rows] */
+  float *keys, *values;                   /* where the new ones are written */
 } context_of_rows;
 
 static void set_cache_size(ds_heads *heads, int64_t n_kv_heads, int64_t n_slots, int64_t head_dim) {
@@ -508,28 +568,35 @@ static OrtStatus *pass_caches(kernel *node, OrtKernelContext *context, int64_t b
   return NULL;
 }
 
-static OrtStatus *find_lent(kernel *node, const ds_cache *lent, int64_t batch, context_of_rows *c) {
-  if (batch != 1 || node->sublayer == NO_SUBLAYER)
-    return refuse(node, "the cache that is lent is for one sequence and nodes that number their sublayers");
+static void find_lent(kernel *node, const ds_cache *lent, context_of_rows *c) {
   int32_t layer = node->sublayer / 2;
   c->keys = ds_find_part(lent, 2 * layer);
   c->values = ds_find_part(lent, 2 * layer + 1);
   set_cache_size(&node->heads, lent->n_kv_heads, lent->n_slots, lent->head_dim);
-  return NULL;
 }
 
 static OrtStatus *read_context(kernel *node, OrtKernelContext *context, const int64_t *dims,
                                context_of_rows *c) {
   const ds_cache *lent = node->owner->lent;
-  TRY(lent ? find_lent(node, lent, dims[0], c) : pass_caches(node, context, dims[0], c));
+  tensor positions, slots;
+  if (lent && (dims[0] != 1 || node->sublayer == NO_SUBLAYER))
+    return refuse(node, "the cache that is lent is for one sequence and nodes that number their sublayers");
+  if (lent)
+    find_lent(node, lent, c);
+  else
+    TRY(pass_caches(node, context, dims[0], c));
   TRY(find_head_constants(node, context, node->heads.head_dim));
-  TRY(read_tensor(node, context, 1, 2, &c->positions));
+  TRY(read_tensor(node, context, 1, 2, &positions));
   TRY(read_data(node, context, 2, dims[0], &c->write_index));
-  TRY(read_tensor(node, context, 3, 3, &c->slots));
+  TRY(read_tensor(node, context, 3, 3, &slots));
   TRY(read_data(node, context, 4, dims[0] * dims[1], &c->counts));
-  if (memcmp(c->positions.dims, dims, 2 * sizeof *dims) || memcmp(c->slots.dims, dims, 2 * sizeof *dims) ||
-      c->slots.dims[2] != node->heads.max_slots)
+  if (memcmp(positions.dims, dims, 2 * sizeof *dims) || memcmp(slots.dims, dims, 2 * sizeof *dims) ||
+      slots.dims[2] != node->heads.max_slots)
     return refuse(node, "the inputs do not fit each other");
+  c->batch = dims[0];
+  c->n_rows = dims[1];
+  c->positions = positions.data;
+  c->slots = slots.data;
   return NULL;
 }
 
@@ -542,19 +609,17 @@ static int64_t count_projected(const ds_heads *heads) {
 static OrtStatus *attend(kernel *node, const context_of_rows *c, float *qkv, float *y) {
   const ds_heads *heads = &node->heads;
   ds_pool *pool = node->owner->pool;
-  int64_t n_rows = c->positions.dims[1];
+  int64_t n_rows = c->n_rows;
   int64_t cache_size = (int64_t)heads->n_kv_heads * heads->max_slots * heads->head_dim;
   float *keys = c->keys, *values = c->values;
-  for (int64_t b = 0; b < c->positions.dims[0]; ++b, keys += cache_size, values += cache_size) {
+  for (int64_t b = 0; b < c->batch; ++b, keys += cache_size, values += cache_size) {
     float *x = qkv + b * n_rows * count_projected(heads);
     if (c->write_index[b] < 0 || c->write_index[b] > heads->max_slots)
       return refuse(node, "write_index is not a slot of the cache");
-    int32_t status =
-        ds_write_heads(pool, heads, (int32_t)n_rows, x, (const int64_t *)c->positions.data + b * n_rows,
-                       (int32_t)c->write_index[b], keys, values);
+    int32_t status = ds_write_heads(pool, heads, (int32_t)n_rows, x, c->positions + b * n_rows,
+                                    (int32_t)c->write_index[b], keys, values);
     if (status == DS_OK)
-      status = ds_attend(pool, heads, (int32_t)n_rows, x,
-                         (const int32_t *)c->slots.data + b * n_rows * heads->max_slots,
+      status = ds_attend(pool, heads, (int32_t)n_rows, x, c->slots + b * n_rows * heads->max_slots,
                          c->counts + b * n_rows, keys, values, y + b * n_rows * count_attended(heads));
     TRY(report(node, status));
   }
@@ -589,11 +654,31 @@ static OrtStatus *read_layer(kernel *node, const OrtKernelInfo *info) {
   return NULL;
 }
 
+/* y = the layer of x, which may be x itself. */
+static OrtStatus *run_layer(kernel *node, int32_t n_rows, float *x, const context_of_rows *around, float *y) {
+  const step *s = node->steps;
+  int32_t width = s[QKV].linear.k;
+  float *qkv = NULL, *attended = NULL, *middle = x, *wide = NULL;
+  if (!skips(node->owner, s[O].sublayer)) {
+    TRY(reserve_rows(node, PROJECTED, n_rows, s[QKV].linear.n, &qkv));
+    TRY(reserve_rows(node, ATTENDED, n_rows, s[O].linear.k, &attended));
+    TRY(reserve_rows(node, MIDDLE, n_rows, width, &middle));
+    TRY(run_step(node, &s[QKV], n_rows, x, NULL, qkv));
+    TRY(attend(node, around, qkv, attended));
+    TRY(run_step(node, &s[O], n_rows, attended, x, middle));
+  }
+  if (skips(node->owner, s[DOWN].sublayer))
+    return middle == y ? NULL : pass_on(middle, (int64_t)n_rows * width, y);
+  TRY(reserve_rows(node, WIDE, n_rows, s[UP].linear.n, &wide));
+  TRY(run_step(node, &s[UP], n_rows, middle, NULL, wide));
+  return run_step(node, &s[DOWN], n_rows, wide, middle, y);
+}
+
 static OrtStatus *compute_layer(kernel *node, OrtKernelContext *context) {
   step *s = node->steps;
   tensor x;
   context_of_rows around;
-  float *qkv = NULL, *attended = NULL, *middle = NULL, *wide = NULL, *y = NULL;
+  float *y = NULL;
   for (size_t i = 0; i < N_STEPS; ++i)
     TRY(find_constants(node, context, FIRST_STEP + i * STEP_INPUTS, &s[i]));
   int32_t width = s[QKV].linear.k, inner = s[UP].linear.n;
@@ -603,23 +688,55 @@ static OrtStatus *compute_layer(kernel *node, OrtKernelContext *context) {
       s[O].linear.n != width || s[UP].linear.k != width || s[DOWN].linear.k != inner ||
       s[DOWN].linear.n != width)
     return refuse(node, "its linears do not fit each other");
-  int32_t n_rows = count_rows(&x);
   TRY(make_rows(node, context, &x, width, &y));
-  if (skips(node->owner, s[O].sublayer)) {
-    middle = x.data;
-  } else {
-    TRY(reserve_rows(node, PROJECTED, n_rows, s[QKV].linear.n, &qkv));
-    TRY(reserve_rows(node, ATTENDED, n_rows, s[O].linear.k, &attended));
-    TRY(reserve_rows(node, MIDDLE, n_rows, width, &middle));
-    TRY(run_step(node, &s[QKV], n_rows, x.data, NULL, qkv));
-    TRY(attend(node, &around, qkv, attended));
-    TRY(run_step(node, &s[O], n_rows, attended, x.data, middle));
-  }
-  if (skips(node->owner, s[DOWN].sublayer)) return pass_on(middle, (int64_t)n_rows * width, y);
-  TRY(reserve_rows(node, WIDE, n_rows, inner, &wide));
-  TRY(run_step(node, &s[UP], n_rows, middle, NULL, wide));
-  return run_step(node, &s[DOWN], n_rows, wide, middle, y);
+  return run_layer(node, count_rows(&x), x.data, &around, y);
 }
+
+/* ---- A straight graph ------------------------------------------------------------------------------------ */
+
+/* Whether the nodes are those of one and the last of them says that they follow each other so. */
+static bool is_straight(const ds_operators *o) {
+  int32_t n_layers = 0, width = 0;
+  for (const kernel *layer = o->first[LAYER]; layer; layer = layer->next, ++n_layers) {
+    if (layer->sublayer != 2 * n_layers || (width && layer->steps[QKV].linear.k != width)) return false;
+    width = layer->steps[QKV].linear.k;
+  }
+  const kernel *embed = o->first[EMBED], *head = o->last[LINEAR_NODE], *list = o->first[LIST_SLOTS];
+  return n_layers && n_layers == o->n_straight && o->n_nodes == n_layers + 3 && embed && list && head &&
+         embed->steps[0].linear.k == width && head->steps[0].linear.k == width;
+}
+
+static OrtStatus *run_straight(ds_operators *o, const ds_operators_call *call, float *logits) {
+  kernel *embed = o->first[EMBED], *list = o->first[LIST_SLOTS], *head = o->last[LINEAR_NODE];
+  const step *last = &head->steps[0];
+  int32_t n_rows = call->n_rows, n_slots = o->lent->n_slots, width = last->linear.k;
+  float *x = NULL;
+  int32_t *slots = NULL;
+  TRY(reserve_rows(embed, STREAM, n_rows, width, &x));
+  TRY(reserve(list, SLOTS, (size_t)n_rows * ((size_t)n_slots + 1) * sizeof *slots, &slots));
+  int32_t *counts = slots + (int64_t)n_rows * n_slots;
+  TRY(report(list, ds_list_slots(n_rows, n_slots, call->mask, (int32_t)list->window, slots, counts)));
+  TRY(run_embed(embed, n_rows, call->ids, x));
+  context_of_rows around = {.batch = 1,
+                            .n_rows = n_rows,
+                            .positions = call->positions,
+                            .write_index = &call->write_index,
+                            .slots = slots,
+                            .counts = counts};
+  for (kernel *layer = o->first[LAYER]; layer; layer = layer->next) {
+    find_lent(layer, o->lent, &around);
+    TRY(run_layer(layer, n_rows, x, &around, x));
+  }
+  return run_step(head, last, call->n_logits, x + (int64_t)(n_rows - call->n_logits) * width, NULL, logits);
+}
+
+bool ds_operators_run(ds_operators *o, const ds_operators_call *call, float *logits, int32_t *status) {
+  if (!o->knows_all || !o->lent) return false;
+  *status = ds_take_status(o->api, run_straight(o, call, logits));
+  return true;
+}
+
+void ds_operators_ran(ds_operators *o) { o->knows_all = o->knows_all || (o->lent && is_straight(o)); }
 
 /* ---- What ONNX Runtime asks ------------------------------------------------------------------------------ */
 
@@ -627,18 +744,19 @@ static OrtStatus *compute_layer(kernel *node, OrtKernelContext *context) {
 #define LINEAR "Uflfff"
 
 static const operator_kind KINDS[N_KINDS] = {
-    {"Embed", "LU", "F", read_embed, compute_embed},
-    {"Linear", "F" LINEAR "f", "F", read_linear, compute_linear},
-    {"Norm", "FFf", "F", read_norm_node, compute_norm},
-    {"Spread", "FL", "F", read_spread, compute_spread},
-    {"ListSlots", "B", "II", read_window, compute_list_slots},
-    {"Attend", "F" ROWS_AROUND, "FFF", read_attend, compute_attend},
-    {"Layer", "F" ROWS_AROUND LINEAR LINEAR LINEAR LINEAR, "FFF", read_layer, compute_layer},
+    [EMBED] = {"Embed", "L?", "F", read_embed, compute_embed},
+    [LINEAR_NODE] = {"Linear", "F" LINEAR "f", "F", read_linear, compute_linear},
+    [NORM] = {"Norm", "FFf", "F", read_norm_node, compute_norm},
+    [SPREAD] = {"Spread", "FL", "F", read_spread, compute_spread},
+    [LIST_SLOTS] = {"ListSlots", "B", "II", read_window, compute_list_slots},
+    [ATTEND] = {"Attend", "F" ROWS_AROUND, "FFF", read_attend, compute_attend},
+    [LAYER] = {"Layer", "F" ROWS_AROUND LINEAR LINEAR LINEAR LINEAR, "FFF", read_layer, compute_layer},
 };
 
 static const operator_kind *kind_of(const OrtCustomOp *op) { return ((const operator *)op)->kind; }
 
 static OrtElementType type_of(char letter) {
+  if (letter == '?') return ORT_ANY;
   switch (letter | 0x20) {
   case 'f': return ORT_FLOAT;
   case 'u': return ORT_UINT8;
@@ -658,7 +776,8 @@ static size_t get_n_outputs(const OrtCustomOp *op) { return strlen(kind_of(op)->
 static OrtElementType get_input(const OrtCustomOp *op, size_t i) { return type_of(kind_of(op)->inputs[i]); }
 static OrtElementType get_output(const OrtCustomOp *op, size_t i) { return type_of(kind_of(op)->outputs[i]); }
 static OrtCharacteristic get_input_need(const OrtCustomOp *op, size_t i) {
-  return kind_of(op)->inputs[i] & 0x20 ? ORT_OPTIONAL : ORT_REQUIRED;
+  char letter = kind_of(op)->inputs[i];
+  return letter >= 'a' && letter <= 'z' ? ORT_OPTIONAL : ORT_REQUIRED;
 }
 static OrtCharacteristic get_output_need(const OrtCustomOp *op, size_t i) {
   (void)op, (void)i;
@@ -676,7 +795,20 @@ static int get_one(const OrtCustomOp *op) {
 static void destroy_kernel(void *created) {
   kernel *node = created;
   for (int i = 0; i < N_STEPS; ++i) unlink_step(node->owner, &node->steps[i]);
+  node->owner->knows_all = false;
   free(node);
+}
+
+static kernel *add_node(kernel *node) {
+  ds_operators *o = node->owner;
+  int64_t kind = node->kind - KINDS;
+  if (o->last[kind])
+    o->last[kind]->next = node;
+  else
+    o->first[kind] = node;
+  o->last[kind] = node;
+  ++o->n_nodes;
+  return node;
 }
 
 static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info,
@@ -689,7 +821,7 @@ static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const 
   if (status)
     destroy_kernel(node);
   else
-    *created = node;
+    *created = add_node(node);
   return status;
 }
 

@@ -25,7 +25,15 @@ typedef struct OrtCustomOp OrtCustomOp;
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
 enum { ORT_LOG_FATAL = 4 };
 enum { ORT_ARENA_ALLOCATOR = 1, ORT_MEMORY_DEFAULT = 0 };
-typedef enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT32 = 6, ORT_INT64 = 7, ORT_BOOL = 9 } OrtElementType;
+typedef enum {
+  ORT_ANY = 0,
+  ORT_FLOAT = 1,
+  ORT_UINT8 = 2,
+  ORT_INT32 = 6,
+  ORT_INT64 = 7,
+  ORT_BOOL = 9,
+  ORT_BFLOAT16 = 16
+} OrtElementType;
 typedef enum { ORT_REQUIRED = 0, ORT_OPTIONAL = 1 } OrtCharacteristic;
 
 typedef struct OrtApi {

@@ -115,6 +115,22 @@ def test_attention_sees_a_path_and_not_its_slots(shape, rng):
             np.testing.assert_array_equal(out[mine], np.broadcast_to(expected, out[mine].shape))
 
 
+@pytest.mark.parametrize("shape", [(9, 3, 64), (2, 1, 40), (8, 4, 32)], ids=str)
+def test_long_attention_parted_over_threads(shape, rng):
+    """More threads than key heads share out the blocks of a row; one thread does all of them in order."""
+    num_heads, num_kv_heads, size = shape
+    for length in (65, 300, 1500):
+        heads = kernels.Heads(num_heads, num_kv_heads, size, length, 0.125)
+        cache = lay_out(rng.standard_normal((2, num_kv_heads, length, size), dtype=np.float32))
+        for num_rows in (1, 2, 3):
+            rows = rng.standard_normal((num_rows, (num_heads + 2 * num_kv_heads) * size), dtype=np.float32)
+            mask = np.arange(length) < length - rng.integers(0, min(length, 200), (num_rows, 1))
+            expected = kernels.attend(POOLS[0], heads, rows, *kernels.list_slots(mask), *cache)
+            for pool in (*POOLS, kernels.Pool(8)):
+                out = kernels.attend(pool, heads, rows, *kernels.list_slots(mask), *cache)
+                np.testing.assert_array_equal(out, expected)
+
+
 # ---- A whole decoder ---------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
 /* Grouped-query attention over the slots that each row may see. A row's slots are taken in blocks of 64 by
- * their rank on its own path, with a running maximum, so its result depends neither on which slots they are
- * nor on other rows.
+ * their rank on its own path. What each amounts to is worked out by itself and folded into what the blocks before it
+ * do, from first to last, so the result depends neither on which slots they are nor on other rows nor on who computed
+ * which block.
  *
- * An item is a few queries of one key head. Keys lie in panels of sixteen slots, channel by channel (kernels.h), so
+ * An item is a few queries of one key head, over all blocks or over some. Keys lie in panels of sixteen slots, channel by channel (kernels.h), so
  * that one register holds a channel of sixteen keys and no product has to be summed over lanes; values lie slot by
  * slot, in parts of sixteen channels, the last of which may be short. */
 #include "dispatch.h"
@@ -10,15 +11,19 @@
 
 #include <math.h>
 
-enum { RANKS = 64, MAX_PARTS = DS_MAX_HEAD_DIM / LANES };
+enum { RANKS = DS_ATTEND_RANKS, MAX_PARTS = DS_MAX_HEAD_DIM / LANES };
+
+/* What some slots of a query amount to: their largest score, the sum of e^(score - largest), zeros up to LANES; then the
+ * sum of the values weighted so, in whole parts of LANES. */
+typedef float summary[LANES + MAX_PARTS * LANES];
 
 typedef struct {
   const float *vector;  /* [head_dim] */
   const int32_t *slots; /* those that its row may see */
   int32_t n_slots;
-  float maximum, total, correction;
-  float weights[RANKS];          /* of the present block */
-  float sums[MAX_PARTS * LANES]; /* of weighted values */
+  float weights[RANKS]; /* of the present block */
+  float *block;         /* its summary: `own`, or its place in the job */
+  summary own, all;
 } query;
 
 /* What is asked for early, a little at each step of what is computed meanwhile: the keys and values of the next block,
@@ -120,40 +125,46 @@ INLINE vf load_part(const float *head, int part, int32_t size) {
                                       : f_load_n(head + part * LANES, size - part * LANES);
 }
 
-/* weights = e^(weight - maximum so far), and the factor by which a new maximum shrinks what was summed
- * before. */
+/* weights = e^(weight - largest), which begin the block's summary. */
 static void weigh_block(query *q, int32_t n) {
   vf most = f_load(q->weights);
   for (int32_t i = LANES; i < n; i += LANES) most = f_max(f_load(q->weights + i), most);
-  float before = q->maximum, here = f_max_lanes(most);
-  q->correction = 1;
-  if (here > before) {
-    q->maximum = here;
-    if (before > -INFINITY) { /* else nothing was summed */
-      float correction[LANES];
-      f_store(correction, f_exp(f_set(before - here)));
-      q->correction = correction[0];
-    }
-  }
-  vf maximum = f_set(q->maximum), sum = f_zero();
+  float largest = f_max_lanes(most);
+  vf shift = f_set(largest), sum = f_zero();
   for (int32_t i = 0; i < n; i += LANES) {
-    vf weight = f_keep_n(f_exp(f_sub(f_load(q->weights + i), maximum)), n - i < LANES ? n - i : LANES);
+    vf weight = f_keep_n(f_exp(f_sub(f_load(q->weights + i), shift)), n - i < LANES ? n - i : LANES);
     f_store(q->weights + i, weight);
     sum = f_add(sum, weight);
   }
-  q->total = q->total * q->correction + f_sum(sum);
+  f_store(q->block, f_zero());
+  q->block[0] = largest;
+  q->block[1] = f_sum(sum);
 }
 
-/* Adds the weighted values of `n` slots, one after another, to `parts` parts of the sums of `queries`
- * queries. */
+static void clear(float *all, int32_t size) {
+  for (int32_t i = 0; i < LANES + size; i += LANES) f_store(all + i, f_zero());
+  all[0] = -INFINITY;
+}
+
+/* The summary of what `all` has and of the block behind it. */
+static void fold(float *all, const float *block, int32_t size) {
+  float before = all[0], here = block[0], largest = here > before ? here : before;
+  vf keep = f_set(1), take = f_set(1);
+  if (here > before)
+    keep = before > -INFINITY ? f_exp(f_set(before - here)) : f_zero();
+  else
+    take = f_exp(f_set(here - before));
+  for (int32_t i = 0; i < LANES + size; i += LANES)
+    f_store(all + i, f_fma(take, f_load(block + i), f_mul(keep, f_load(all + i))));
+  all[0] = largest;
+}
+
+/* The weighted values of `n` slots, summed one after another: `parts` parts of the summaries of `queries` queries. */
 INLINE void add_parts(const int queries, const int parts, int32_t size, const float *values,
                       const int32_t *slots, int32_t n, int32_t first_part, query *q, fetcher *ahead) {
   vf sums[TILE_QUERIES][TILE_PARTS];
   int32_t at = first_part * LANES;
-  UNROLL for (int u = 0; u < queries; ++u) {
-    UNROLL for (int i = 0; i < parts; ++i) sums[u][i] =
-        f_mul(f_load(q[u].sums + at + i * LANES), f_set(q[u].correction));
-  }
+  UNROLL for (int u = 0; u < queries; ++u) { UNROLL for (int i = 0; i < parts; ++i) sums[u][i] = f_zero(); }
   for (int32_t j = 0; j < n; ++j) {
     fetch(ahead);
     const float *value = values + (int64_t)slots[j] * size;
@@ -166,7 +177,7 @@ INLINE void add_parts(const int queries, const int parts, int32_t size, const fl
     }
   }
   UNROLL for (int u = 0; u < queries; ++u) {
-    UNROLL for (int i = 0; i < parts; ++i) f_store(q[u].sums + at + i * LANES, sums[u][i]);
+    UNROLL for (int i = 0; i < parts; ++i) f_store(q[u].block + LANES + at + i * LANES, sums[u][i]);
   }
 }
 
@@ -178,7 +189,7 @@ INLINE void add_tile(const int queries, int32_t size, const float *values, const
   for (; part * LANES < size; ++part) add_parts(queries, 1, size, values, slots, n, part, q, ahead);
 }
 
-/* One block of `queries` queries that see the same slots in it. */
+/* The summaries of one block of `queries` queries that see the same slots in it. */
 INLINE void attend_tile(const int queries, const ds_heads *heads, const float *keys, const float *values,
                         query *q, const int32_t *slots, int32_t n, fetcher *ahead) {
   score_tile(queries, heads, keys, q, slots, n, ahead);
@@ -233,39 +244,67 @@ static void attend_block(const ds_heads *heads, const float *keys, const float *
   }
 }
 
+/* What query `q` (row * n_heads + head) comes to. */
+static void finish_query(const ds_attend_job *job, int64_t q, const float *all) {
+  int32_t size = job->heads->head_dim;
+  float *out = job->out + q * size;
+  vf total = f_set(all[0] > -INFINITY ? all[1] : 1);
+  for (int32_t i = 0; i < size; i += LANES)
+    f_store_n(out + i, f_div(f_load(all + LANES + i), total), size - i < LANES ? size - i : LANES);
+}
+
+/* Where the job keeps a block's summary. */
+INLINE float *find_kept(const ds_attend_job *job, int64_t q, int32_t block) {
+  return job->kept + (q * job->n_blocks + block) * ds_summary_size(job->heads->head_dim);
+}
+
 void ISA(attend)(const void *argument, int32_t item, int32_t next, int32_t thread) {
   (void)next, (void)thread;
   const ds_attend_job *job = argument;
   const ds_heads *heads = job->heads;
   int32_t size = heads->head_dim, group = heads->n_heads / heads->n_kv_heads;
   int32_t n_all = job->n_rows * group, items_per_head = (n_all + job->n_queries - 1) / job->n_queries;
-  int32_t kv_head = item / items_per_head, first_query = item % items_per_head * job->n_queries;
+  int32_t n_parts = (job->n_blocks + job->item_blocks - 1) / job->item_blocks;
+  int32_t first_block = item % n_parts * job->item_blocks, end_block = first_block + job->item_blocks;
+  int32_t kv_head = item / n_parts / items_per_head;
+  int32_t first_query = item / n_parts % items_per_head * job->n_queries;
   int32_t n_queries = n_all - first_query < job->n_queries ? n_all - first_query : job->n_queries;
   int64_t cache = (int64_t)kv_head * heads->max_slots * size;
   const float *keys = job->keys + cache, *values = job->values + cache;
 
   query queries[DS_MAX_QUERIES];
+  int64_t index[DS_MAX_QUERIES];
   int32_t most_slots = 0;
   for (int32_t u = 0; u < n_queries; ++u) {
     query *q = &queries[u];
     int64_t row = (first_query + u) / group, head = kv_head * group + (first_query + u) % group;
+    index[u] = row * heads->n_heads + head;
     q->vector = job->qkv + (row * (heads->n_heads + 2 * heads->n_kv_heads) + head) * size;
     q->slots = job->slots + row * heads->max_slots;
     q->n_slots = job->n_slots[row];
-    q->maximum = -INFINITY;
-    q->total = 0;
-    for (int32_t i = 0; i < size; i += LANES) f_store(q->sums + i, f_zero());
+    q->block = q->own;
+    clear(q->all, size);
     if (q->n_slots > most_slots) most_slots = q->n_slots;
   }
-  for (int32_t first = 0; first < most_slots; first += RANKS)
-    attend_block(heads, keys, values, queries, n_queries, first);
+  for (int32_t block = first_block; block < end_block && block * RANKS < most_slots; ++block) {
+    for (int32_t u = 0; job->kept && u < n_queries; ++u) queries[u].block = find_kept(job, index[u], block);
+    attend_block(heads, keys, values, queries, n_queries, block * RANKS);
+    for (int32_t u = 0; !job->kept && u < n_queries; ++u)
+      if (count_ranks(&queries[u], block * RANKS) > 0) fold(queries[u].all, queries[u].block, size);
+  }
+  for (int32_t u = 0; !job->kept && u < n_queries; ++u) finish_query(job, index[u], queries[u].all);
+}
 
-  for (int32_t u = 0; u < n_queries; ++u) {
-    const query *q = &queries[u];
-    int64_t row = (first_query + u) / group, head = kv_head * group + (first_query + u) % group;
-    float *out = job->out + (row * heads->n_heads + head) * size;
-    vf total = f_set(q->n_slots > 0 ? q->total : 1);
-    for (int32_t i = 0; i < size; i += LANES)
-      f_store_n(out + i, f_div(f_load(q->sums + i), total), size - i < LANES ? size - i : LANES);
+/* Of a job that keeps its blocks; one item is all of it. */
+void ISA(fold_kept)(const void *argument, int32_t item, int32_t next, int32_t thread) {
+  (void)item, (void)next, (void)thread;
+  const ds_attend_job *job = argument;
+  int32_t size = job->heads->head_dim, n_heads = job->heads->n_heads;
+  for (int64_t q = 0; q < (int64_t)job->n_rows * n_heads; ++q) {
+    summary all;
+    clear(all, size);
+    for (int32_t block = 0; block * RANKS < job->n_slots[q / n_heads]; ++block)
+      fold(all, find_kept(job, q, block), size);
+    finish_query(job, q, all);
   }
 }

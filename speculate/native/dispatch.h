@@ -38,15 +38,24 @@ typedef struct {
   float *keys, *values;
 } ds_heads_job;
 
-/* An item is `n_queries` of the queries of one key head: its heads of row 0, of row 1, ... */
+/* A row's slots are taken in blocks of this many. */
+enum { DS_ATTEND_RANKS = 64 };
+
+/* An item is `n_queries` of the queries of one key head, its heads of row 0, of row 1, ..., and `item_blocks` of the
+ * blocks of their slots. */
 typedef struct {
   const ds_heads *heads;
-  int32_t n_rows, n_queries;
+  int32_t n_rows, n_queries, n_blocks, item_blocks;
   const float *qkv;
   const int32_t *slots, *n_slots;
   const float *keys, *values;
   float *out;
+  float *
+      kept; /* [queries, n_blocks] summaries, for fold_kept to make `out` of; NULL where an item has all blocks */
 } ds_attend_job;
+
+/* Floats of a summary (attention.c). */
+static inline int64_t ds_summary_size(int32_t head_dim) { return 16 + ((int64_t)head_dim + 15) / 16 * 16; }
 
 /* Where the channels of a key lie in its head's part of the cache: channel c at first + c * stride. */
 typedef struct {
@@ -68,7 +77,8 @@ enum { DS_PROBE_BYTES = 1 << 16, DS_PROBE_STEPS = 1 << 10 };
 
 typedef struct ds_kernels {
   const char *isa;
-  ds_task *linear_float, *linear_int8, *linear_int4, *quantize_rows, *norm_rows, *write_heads, *attend;
+  ds_task *linear_float, *linear_int8, *linear_int4, *quantize_rows, *norm_rows, *write_heads, *attend,
+      *fold_kept;
   ds_task *probe_read, *probe_int8, *probe_float;
   int64_t int8_probe_size, float_probe_size; /* multiply-adds of an item */
 } ds_kernels;

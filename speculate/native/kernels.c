@@ -12,6 +12,7 @@ enum {
   /* Above this the sum of unsigned weights times activations could pass 2^31. */
   MAX_INT8_INPUTS = 65536,
   MAX_SIDE = 1 << 24,
+  KEPT_FLOATS = 24 << 10, /* of the stack */
 };
 
 #define REQUIRE(condition, ...)                                                                              \
@@ -248,24 +249,44 @@ int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *mask, in
   return DS_OK;
 }
 
-static int32_t count_query_items(const ds_heads *heads, int32_t n_rows, int32_t n_queries) {
-  int32_t per_head = n_rows * (heads->n_heads / heads->n_kv_heads);
-  return heads->n_kv_heads * ((per_head + n_queries - 1) / n_queries);
+static int32_t divide_up(int32_t n, int32_t by) { return (n + by - 1) / by; }
+
+static int32_t count_attend_items(const ds_attend_job *job) {
+  int32_t per_head = job->n_rows * (job->heads->n_heads / job->heads->n_kv_heads);
+  return job->heads->n_kv_heads * divide_up(per_head, job->n_queries) *
+         divide_up(job->n_blocks, job->item_blocks);
 }
 
-/* How many queries of one key head are an item: as many as make the longest thread's work the least. To read the keys
- * and values of an item costs about what two queries do. */
-static int32_t choose_queries(const ds_heads *heads, int32_t n_rows, int32_t n_threads) {
-  int32_t n_all = n_rows * (heads->n_heads / heads->n_kv_heads), best = 1;
+/* What the thread with most to do has to, in sixteenths of what a block of one query costs. To read the keys and values
+ * of a block costs about what two queries do. */
+static int64_t estimate_work(const ds_attend_job *job, int32_t n_threads) {
+  int64_t share = divide_up(count_attend_items(job), n_threads), work = 16 * (job->n_queries + 2);
+  work *= share * job->item_blocks;
+  if (job->item_blocks == job->n_blocks) return work;
+  enum { FOLD = 1, HAND_OVER = 112 }; /* of a block of a query, and once */
+  return work + HAND_OVER + FOLD * (int64_t)job->n_rows * job->heads->n_heads * job->n_blocks;
+}
+
+/* How many queries of one key head, and how many of their blocks, are an item: as many as make the longest thread's
+ * work the least. Blocks are parted only where there is room to keep them. */
+static void cut_work(ds_attend_job *job, int32_t n_threads, bool has_room) {
+  int32_t n_all = job->n_rows * (job->heads->n_heads / job->heads->n_kv_heads);
+  ds_attend_job best = *job;
   int64_t least = INT64_MAX;
   for (int32_t n = n_all < DS_MAX_QUERIES ? n_all : DS_MAX_QUERIES; n >= 1; --n) {
-    int64_t share = (count_query_items(heads, n_rows, n) + n_threads - 1) / n_threads, work = share * (n + 2);
-    if (work < least) {
-      least = work;
-      best = n;
+    if (n > 1 && divide_up(n_all, n - 1) == divide_up(n_all, n)) continue; /* as many items, of fewer */
+    job->n_queries = n;
+    for (int32_t blocks = job->n_blocks;; blocks = divide_up(blocks, 2)) {
+      job->item_blocks = blocks;
+      int64_t work = estimate_work(job, n_threads);
+      if (work < least) {
+        least = work;
+        best = *job;
+      }
+      if (blocks == 1 || !has_room) break;
     }
   }
-  return best;
+  *job = best;
 }
 
 int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
@@ -277,7 +298,9 @@ int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const fl
   REQUIRE(n_rows >= 0 && n_rows <= MAX_SIDE, "%d rows", (int)n_rows);
   if (n_rows == 0) return DS_OK;
   REQUIRE(qkv && slots && n_slots && keys && values && out, "an input or the output is NULL");
+  int32_t most_slots = 1;
   for (int64_t r = 0; r < n_rows; ++r) {
+    if (n_slots[r] > most_slots) most_slots = n_slots[r];
     REQUIRE(n_slots[r] >= 0 && n_slots[r] <= heads->max_slots, "row %d sees %d of %d slots", (int)r,
             (int)n_slots[r], (int)heads->max_slots);
     bool within = true;
@@ -286,9 +309,22 @@ int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const fl
     REQUIRE(within, "row %d sees a slot that is not one of the %d of the cache", (int)r,
             (int)heads->max_slots);
   }
-  int32_t n_queries = choose_queries(heads, n_rows, ds_pool_threads(pool));
-  ds_attend_job job = {heads, n_rows, n_queries, qkv, slots, n_slots, keys, values, out};
-  ds_pool_run(pool, ds_pool_kernels(pool)->attend, &job, count_query_items(heads, n_rows, n_queries));
+  const ds_kernels *kernels = ds_pool_kernels(pool);
+  ds_attend_job job = {.heads = heads,
+                       .n_rows = n_rows,
+                       .n_blocks = divide_up(most_slots, DS_ATTEND_RANKS),
+                       .qkv = qkv,
+                       .slots = slots,
+                       .n_slots = n_slots,
+                       .keys = keys,
+                       .values = values,
+                       .out = out};
+  _Alignas(64) float kept[KEPT_FLOATS];
+  int64_t n_summaries = (int64_t)n_rows * heads->n_heads * job.n_blocks;
+  cut_work(&job, ds_pool_threads(pool), n_summaries <= KEPT_FLOATS / ds_summary_size(heads->head_dim));
+  if (job.item_blocks < job.n_blocks) job.kept = kept;
+  ds_pool_run(pool, kernels->attend, &job, count_attend_items(&job));
+  if (job.kept) ds_pool_run(pool, kernels->fold_kept, &job, 1);
   return DS_OK;
 }
 

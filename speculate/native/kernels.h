@@ -154,8 +154,8 @@ DS_API int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *m
                              int32_t *slots, int32_t *n_slots);
 
 /* out [n_rows, n_heads head_dim] = softmax(scale q . k) v over each row's slots, in their order, by blocks of
- * 64 with a running maximum (Milakov & Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691). A row that sees
- * nothing gives zeros. `qkv` is what ds_write_heads left. */
+ * 64, each with its own maximum, folded from first to last (Milakov & Gimelshein, arXiv 1805.02867; Dao et al.,
+ * "Flash-Decoding"). A row that sees nothing gives zeros. `qkv` is what ds_write_heads left. */
 DS_API int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
                          const int32_t *slots, const int32_t *n_slots, const float *keys, const float *values,
                          float *out);

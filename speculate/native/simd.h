@@ -10,6 +10,7 @@
  *   *_n             touch only the first n lanes, 0 <= n <= 16; the others load as zero
  *   f_keep_n        zeroes the others
  *   f_pick_less     a < b ? x : y
+ *   f_any_less      whether a < b in any lane
  *   bf16_even, _odd the even, resp. odd bfloat16 of sixteen pairs, as floats
  *
  * w_expand(bytes, mask)       the bytes of the weights whose bit is set, zero for the others; may read 64

@@ -62,6 +62,10 @@ INLINE vf f_pick_less(vf x, vf y, vf yes, vf no) {
   return (vf){_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
               _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
 }
+INLINE int f_any_less(vf x, vf y) {
+  return _mm256_movemask_ps(
+             _mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))) != 0;
+}
 
 #define INTS(expression) ((eight_ints)(expression))
 #define WIDE(ints) ((__m256i)(ints))

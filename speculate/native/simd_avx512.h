@@ -32,6 +32,7 @@ INLINE vf f_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf f_pick_less(vf a, vf b, vf x, vf y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
+INLINE int f_any_less(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0; }
 
 INLINE vi i_set(int32_t a) { return (vi)_mm512_set1_epi32(a); }
 INLINE vi i_load(const void *p) { return (vi)_mm512_loadu_si512(p); }

@@ -43,6 +43,11 @@ INLINE vf f_fma(vf a, vf b, vf c) { EACH_LANE(vf, fmaf(a.at[i], b.at[i], c.at[i]
 INLINE vf f_max(vf a, vf b) { EACH_LANE(vf, a.at[i] > b.at[i] ? a.at[i] : b.at[i]); }
 INLINE vf f_min(vf a, vf b) { EACH_LANE(vf, a.at[i] < b.at[i] ? a.at[i] : b.at[i]); }
 INLINE vf f_pick_less(vf a, vf b, vf x, vf y_) { EACH_LANE(vf, a.at[i] < b.at[i] ? x.at[i] : y_.at[i]); }
+INLINE int f_any_less(vf a, vf b) {
+  int any = 0;
+  for (int i = 0; i < LANES; ++i) any |= a.at[i] < b.at[i];
+  return any;
+}
 
 INLINE vi i_set(int32_t a) { EACH_LANE(vi, a); }
 INLINE vi i_load(const void *p) {

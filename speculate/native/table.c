@@ -9,7 +9,7 @@
 #define TEXT(x) TEXT_(x)
 
 ds_task ISA(linear_float), ISA(linear_int8), ISA(linear_int4), ISA(quantize_rows), ISA(norm_rows),
-    ISA(write_heads), ISA(attend);
+    ISA(write_heads), ISA(attend), ISA(fold_kept);
 ds_task ISA(probe_read), ISA(probe_int8), ISA(probe_float);
 
 extern const ds_kernels ISA(ds_kernels);
@@ -22,6 +22,7 @@ const ds_kernels ISA(ds_kernels) = {
     .norm_rows = ISA(norm_rows),
     .write_heads = ISA(write_heads),
     .attend = ISA(attend),
+    .fold_kept = ISA(fold_kept),
     .probe_read = ISA(probe_read),
     .probe_int8 = ISA(probe_int8),
     .probe_float = ISA(probe_float),

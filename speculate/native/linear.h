@@ -74,21 +74,23 @@ INLINE ds_region region_after(const ds_linear_job *job, int32_t next_item, int32
 
 /* Fetches a region from memory into the second-level cache, a line of each of its parts at each of a known number
  * of steps. Sixteen rows take a quarter longer without this. In one part instead of three, 1 to 16 rows take a tenth
- * longer: the hardware's own prefetching, which this sets off, stops at each page, and follows several at once. */
+ * longer: the hardware's own prefetching, which this sets off, stops at each page, and follows several at once. Of float
+ * weights, of which an item has more pages, six take 4 to 7 % less than three; bfloat16 lines are then asked for twice,
+ * which at 8 rows takes 2 to 3 % less than once. */
 typedef struct {
   const char *next;
   int64_t stride, part;
 } fetcher;
 
-enum { FETCH_PARTS = 3 };
+enum { FETCH_PARTS = 3, FETCH_FLOAT_PARTS = 6 };
 
-INLINE fetcher make_fetcher(ds_region region, int64_t n_steps) {
-  int64_t part = region.n_bytes / FETCH_PARTS, stride = (part + n_steps - 1) / n_steps;
+INLINE fetcher make_fetcher(ds_region region, int n_parts, int64_t n_steps) {
+  int64_t part = region.n_bytes / n_parts, stride = (part + n_steps - 1) / n_steps;
   return (fetcher){region.next, stride < 64 ? stride : 64, part};
 }
 
-INLINE void fetch(fetcher *f) {
-  UNROLL for (int i = 0; i < FETCH_PARTS; ++i) __builtin_prefetch(f->next + i * f->part, 0, 2);
+INLINE void fetch(fetcher *f, const int n_parts) {
+  UNROLL for (int i = 0; i < n_parts; ++i) __builtin_prefetch(f->next + i * f->part, 0, 2);
   f->next += f->stride;
 }
 
@@ -134,13 +136,13 @@ INLINE int64_t count_steps(const ds_linear_job *job, block_range range, int32_t 
 
 /* From x W^T + bias of the blocks that were computed to the outputs of the item: activation, gate, residual. */
 INLINE void finish_chunk(const ds_linear_job *job, int32_t row, int32_t n_rows, block_range range,
-                         output_chunk out, fetcher *ahead) {
+                         output_chunk out, fetcher *ahead, const int n_parts) {
   const ds_linear *linear = job->linear;
   int32_t gated = is_gated(linear) != 0, activation = linear->activation & ~DS_GATED;
   int32_t n_out = (range.end - range.first) >> gated;
   for (int32_t r = 0; r < n_rows; ++r) {
     for (int32_t b = 0; b < n_out; ++b) {
-      fetch(ahead);
+      fetch(ahead, n_parts);
       int32_t column = ((range.first >> gated) + b) * LANES;
       int32_t n = linear->n - column < LANES ? linear->n - column : LANES;
       int64_t at = (int64_t)(row + r) * linear->n + column;

@@ -37,7 +37,7 @@ INLINE const uint8_t *read_groups(const int format, w_reader *reader, vw room[AM
 #define LOAD_ROWS(first) _tile_loadd(6, q + (first) * stride + 4 * (int64_t)g, stride)
 #define LOAD_BLOCK(b)                                                                                        \
   do {                                                                                                       \
-    for (int i = 0; i < AMX_GROUPS / TILE_BLOCKS; ++i) fetch(ahead);                                         \
+    for (int i = 0; i < AMX_GROUPS / TILE_BLOCKS; ++i) fetch(ahead, FETCH_PARTS);                            \
     _tile_loadd(7, read_groups(format, &reader[b], room), 64);                                               \
   } while (0)
 #define STORE(a, b, c, row)                                                                                  \
@@ -58,7 +58,7 @@ INLINE int32_t multiply_groups(const int format, int32_t n_groups, w_reader read
   _tile_zero(2);
   if (!parts.second) {
     for (; g < end; g += AMX_GROUPS) {
-      fetch(ahead);
+      fetch(ahead, FETCH_PARTS);
       LOAD_ROWS(0);
       LOAD_BLOCK(0);
       MULTIPLY(0);
@@ -72,7 +72,7 @@ INLINE int32_t multiply_groups(const int format, int32_t n_groups, w_reader read
     _tile_zero(4);
     _tile_zero(5);
     for (; g < end; g += AMX_GROUPS) {
-      fetch(ahead);
+      fetch(ahead, FETCH_PARTS);
       LOAD_BLOCK(0);
       LOAD_ROWS(0);
       MULTIPLY(0);
@@ -108,7 +108,7 @@ INLINE void compute_blocks(const int format, const ds_linear *linear, int32_t bl
   int32_t g = multiply_groups(format, n_groups, reader, q, stride, parts, ahead, sums);
   for (; g < n_groups; ++g) {
     vw w[TILE_BLOCKS];
-    fetch(ahead);
+    fetch(ahead, FETCH_PARTS);
     UNROLL for (int b = 0; b < TILE_BLOCKS; ++b) w[b] = read_group(format, &reader[b]);
     for (int32_t r = 0; r < n_rows; ++r) {
       vx x = x_load((const int8_t *)q + r * stride + 4 * (int64_t)g);

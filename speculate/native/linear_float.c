@@ -33,7 +33,7 @@ INLINE void add_chain(const int format, const int rows, const int blocks, const 
   UNROLL for (int r = 0; r < rows; ++r) { UNROLL for (int b = 0; b < blocks; ++b) sums[r][b] = f_zero(); }
   int32_t i = first;
   for (; i + 1 < end; i += 2) {
-    fetch(ahead);
+    fetch(ahead, FETCH_FLOAT_PARTS);
     add_input(format, rows, blocks, 0, weight, block_bytes, x, stride, i, sums);
     add_input(format, rows, blocks, 1, weight, block_bytes, x, stride, i + 1, sums);
   }
@@ -66,8 +66,8 @@ INLINE void compute_item(const int format, const ds_linear_job *job, int32_t ite
   const ds_linear *linear = job->linear;
   block_range range = blocks_of(linear, item);
   int32_t k = linear->k;
-  fetcher ahead =
-      make_fetcher(region_after(job, next, thread), count_steps(job, range, TILE_ROWS, (k + 1) / 2));
+  fetcher ahead = make_fetcher(region_after(job, next, thread), FETCH_FLOAT_PARTS,
+                               count_steps(job, range, TILE_ROWS, (k + 1) / 2));
   for (int32_t row = 0; row < job->n_rows; row += CHUNK_ROWS) {
     output_chunk out;
     int32_t n_rows = job->n_rows - row < CHUNK_ROWS ? job->n_rows - row : CHUNK_ROWS;
@@ -75,7 +75,7 @@ INLINE void compute_item(const int format, const ds_linear_job *job, int32_t ite
     FOR_TILES(range, n_rows, block, r,
               compute_tile(format, ROWS, BLOCKS, linear, block, x + r * (int64_t)k, &ahead,
                            out[r] + (block - range.from) * LANES))
-    finish_chunk(job, row, n_rows, range, out, &ahead);
+    finish_chunk(job, row, n_rows, range, out, &ahead, FETCH_FLOAT_PARTS);
   }
 }
 

@@ -22,7 +22,7 @@ INLINE void compute_tile(const int rows, const int blocks, const ds_linear *line
     const int8_t *x = (const int8_t *)q + (int64_t)g * DS_INT4_GROUP;
     for (int s = 0; s < STEPS; ++s) {
       vw low[TILE_BLOCKS], high[TILE_BLOCKS];
-      fetch(ahead);
+      fetch(ahead, FETCH_PARTS);
       UNROLL for (int b = 0; b < blocks; ++b)
           w_load_nibbles(group + b * block_bytes + GRID_BYTES + 64 * s, &low[b], &high[b]);
       UNROLL for (int r = 0; r < rows; ++r) {
@@ -32,7 +32,7 @@ INLINE void compute_tile(const int rows, const int blocks, const ds_linear *line
         UNROLL for (int b = 0; b < blocks; ++b) sums[r][b] = i_dot(sums[r][b], high[b], second);
       }
     }
-    fetch(ahead);
+    fetch(ahead, FETCH_PARTS);
     UNROLL for (int b = 0; b < blocks; ++b) {
       vi grid = i_load(group + b * block_bytes);
       vf step = bf16_even(grid), base = bf16_odd(grid);
@@ -60,7 +60,7 @@ void ISA(linear_int4)(const void *argument, int32_t item, int32_t next, int32_t 
   block_range range = blocks_of(linear, item);
   int64_t stride = ds_int8_stride(linear->k);
   fetcher ahead =
-      make_fetcher(region_after(job, next, thread),
+      make_fetcher(region_after(job, next, thread), FETCH_PARTS,
                    count_steps(job, range, TILE_ROWS, count_int4_groups(linear->k) * (STEPS + 1)));
   for (int32_t row = 0; row < job->n_rows; row += CHUNK_ROWS) {
     output_chunk out;
@@ -69,6 +69,6 @@ void ISA(linear_int4)(const void *argument, int32_t item, int32_t next, int32_t 
     FOR_TILES(range, n_rows, block, r,
               compute_tile(ROWS, BLOCKS, linear, block, q + r * stride, stride, &ahead,
                            out[r] + (block - range.from) * LANES))
-    finish_chunk(job, row, n_rows, range, out, &ahead);
+    finish_chunk(job, row, n_rows, range, out, &ahead, FETCH_PARTS);
   }
 }

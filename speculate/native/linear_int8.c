@@ -54,7 +54,7 @@ INLINE void compute_tile(const int format, const int rows, const int blocks, con
   UNROLL for (int r = 0; r < rows; ++r) { UNROLL for (int b = 0; b < blocks; ++b) sums[r][b] = i_set(0); }
   for (int32_t g = 0; g < n_groups; ++g) {
     vw w[TILE_BLOCKS];
-    fetch(ahead);
+    fetch(ahead, FETCH_PARTS);
     UNROLL for (int b = 0; b < blocks; ++b) w[b] = read_group(format, &reader[b]);
     UNROLL for (int r = 0; r < rows; ++r) {
       vx x = x_load((const int8_t *)q + r * stride + 4 * (int64_t)g);
@@ -79,8 +79,8 @@ INLINE void compute_item(const int format, const ds_linear_job *job, int32_t ite
   int64_t stride = ds_int8_stride(linear->k);
   int32_t least = range.end - range.from < TILE_BLOCKS ? INT32_MAX : AMX_LEAST_ROWS; /* rows of a chunk */
   int32_t tile_rows = job->n_rows < least ? TILE_ROWS : CHUNK_ROWS;
-  fetcher ahead =
-      make_fetcher(region_after(job, next, thread), count_steps(job, range, tile_rows, (linear->k + 3) / 4));
+  fetcher ahead = make_fetcher(region_after(job, next, thread), FETCH_PARTS,
+                               count_steps(job, range, tile_rows, (linear->k + 3) / 4));
   for (int32_t row = 0; row < job->n_rows; row += CHUNK_ROWS) {
     output_chunk out;
     int32_t n_rows = job->n_rows - row < CHUNK_ROWS ? job->n_rows - row : CHUNK_ROWS;
@@ -92,7 +92,7 @@ INLINE void compute_item(const int format, const ds_linear_job *job, int32_t ite
                 compute_tile(format, ROWS, BLOCKS, linear, block, q + r * stride, stride, &ahead,
                              out[r] + (block - range.from) * LANES))
     }
-    finish_chunk(job, row, n_rows, range, out, &ahead);
+    finish_chunk(job, row, n_rows, range, out, &ahead, FETCH_PARTS);
   }
 }
 

@@ -1,6 +1,6 @@
 """The graph for the CPU: the decoder in our operators, whose rows do not depend on each other.
 
-`speculate/native/operators.c` lists the operators. Next to the portable graph's inputs there is one more:
+`speculate/native/nodes.c` lists the operators. Next to the portable graph's inputs there is one more:
 
     num_logits  int64 [1]  logits are wanted of the last `num_logits` tokens only
 """
@@ -40,7 +40,7 @@ class _CpuBuilder:
         self.num_logits = graph.input(LOGITS, TensorProto.INT64, [1])
         self.rows = TOKENS  # what the operators' outputs have as their second dimension
         self.part: dict[str, int] = {}  # the sublayer that they belong to, if any
-        self.is_straight = True  # as operators.c says; until something does not fit
+        self.is_straight = True  # as nodes.c says; until something does not fit
 
     def embed(self) -> str:
         if self.config.tied_head:

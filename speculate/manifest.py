@@ -22,7 +22,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 NGRAMS = "ngrams.table"
 DATASTORE = "datastore.rest"
 
-_READ_BYTES = 4 << 20
+_READ_BYTES = 256 << 10  # more is no faster, and would stay with the process
 _HASH_THREADS = 2
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -49,7 +49,7 @@ typedef struct {
 } ds_operators_call;
 
 /* Do such a call over the cache that is lent by the nodes alone, one after another: true, and its status. False: the
- * graph is not straight (operators.c), or not all its constants are known yet, so ONNX Runtime has to run it; tell
+ * graph is not straight (nodes.c), or not all its constants are known yet, so ONNX Runtime has to run it; tell
  * ds_operators_ran when it has. What it does around each node costs a call of a small model 5 to 15 %: after the weights
  * have passed through the caches, none of what it looks up is left there. */
 bool ds_operators_run(ds_operators *operators, const ds_operators_call *call, float *logits, int32_t *status);

@@ -68,7 +68,7 @@ INLINE void compute_tile(const int format, const int rows, const int blocks, con
 #if defined(__AMX_INT8__)
 #include "linear_amx.h"
 #else
-enum { AMX_LEAST_ROWS = INT32_MAX };
+#define count_least_rows(k) INT32_MAX
 #define compute_chunk_amx(...) ((void)0)
 #endif
 
@@ -77,7 +77,7 @@ INLINE void compute_item(const int format, const ds_linear_job *job, int32_t ite
   const ds_linear *linear = job->linear;
   block_range range = blocks_of(linear, item);
   int64_t stride = ds_int8_stride(linear->k);
-  int32_t least = range.end - range.from < TILE_BLOCKS ? INT32_MAX : AMX_LEAST_ROWS; /* rows of a chunk */
+  int32_t least = range.end - range.from < TILE_BLOCKS ? INT32_MAX : count_least_rows(linear->k);
   int32_t tile_rows = job->n_rows < least ? TILE_ROWS : CHUNK_ROWS;
   fetcher ahead = make_fetcher(region_after(job, next, thread), FETCH_PARTS,
                                count_steps(job, range, tile_rows, (linear->k + 3) / 4));

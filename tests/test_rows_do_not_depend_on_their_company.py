@@ -86,6 +86,16 @@ def test_caches_that_pass_through_the_graph_give_the_bits_of_the_engines_own(fol
 
 
 @every
+def test_weights_in_huge_pages_give_the_bits_of_the_file(folder, monkeypatch):
+    """Behind its first run an engine reads a copy of its weights, unless it is told to read the file."""
+    engine = open_engine(folder, threads=2)
+    ids = draw_ids(engine, 40)
+    copied = Reader(engine).read_in_chunks(ids, [3, 1, 36])
+    monkeypatch.setenv("DRAFTSMITH_HUGE_PAGES", "0")
+    assert np.array_equal(Reader(open_engine(folder, threads=2)).read_in_chunks(ids, [3, 1, 36]), copied)
+
+
+@every
 def test_every_node_of_a_random_tree_gives_the_bits_of_its_path(folder):
     engine, rng = open_engine(folder, threads=2), np.random.default_rng(1)
     reader, prompt = Reader(engine), draw_ids(engine, 21)

@@ -103,6 +103,9 @@ typedef struct {
   int64_t weight, scale, bias, starts;
 } ds_part_sizes;
 
+/* Bytes of its packed weight, with those past its end that may be read. */
+int64_t ds_weight_bytes(const ds_linear *linear);
+
 /* Whether a linear from a file is whole, so that no kernel reads behind its parts. */
 int32_t ds_check_parts(const ds_linear *linear, const ds_part_sizes *sizes);
 

@@ -73,6 +73,11 @@ static bool has_whole_blocks(const ds_linear *linear, int64_t n_bytes) {
   return true;
 }
 
+int64_t ds_weight_bytes(const ds_linear *linear) {
+  int64_t slack = linear->format == DS_INT8_BITMASK ? 64 : 0;
+  return block_start(linear, count_blocks(linear)) + slack;
+}
+
 int32_t ds_check_parts(const ds_linear *linear, const ds_part_sizes *sizes) {
   int32_t status = check_linear(linear);
   if (status != DS_OK) return status;

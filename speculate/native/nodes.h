@@ -79,6 +79,8 @@ struct ds_operators {
   bool attends;                /* some node is attention */
   const uint8_t *skips;        /* [n_sublayers], or NULL: none */
   const ds_cache *lent;        /* or NULL */
+  char *held;                  /* a copy of all packed weights in huge pages, or NULL */
+  size_t n_held;
   buffer buffers[N_BUFFERS];
   operator operators[N_KINDS];
 };
@@ -93,6 +95,9 @@ extern const operator_kind ds_node_kinds[N_KINDS];
 
 /* Whether the nodes are those of a straight graph, and the last of them says that they follow each other so. */
 bool ds_nodes_are_straight(const ds_operators *operators);
+
+/* Copy the weights of linears to huge pages, where there are any, instead of those that mirror the file. */
+void ds_hold_weights(ds_operators *operators);
 
 /* What they compute then, over the cache that is lent; all constants are known. */
 OrtStatus *ds_run_straight(ds_operators *operators, const ds_operators_call *call, float *logits);

@@ -1,6 +1,8 @@
 /* The kernels as custom operators of ONNX Runtime: what it asks about them, and the nodes that it makes. */
-#include "error.h"
 #include "nodes.h"
+
+#include "error.h"
+#include "pages.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -158,13 +160,16 @@ bool ds_operators_run(ds_operators *o, const ds_operators_call *call, float *log
 }
 
 void ds_operators_ran(ds_operators *o) {
-  o->knows_all = o->knows_all || (o->lent && ds_nodes_are_straight(o));
+  if (o->knows_all || !o->lent || !ds_nodes_are_straight(o)) return;
+  o->knows_all = true;
+  ds_hold_weights(o);
 }
 
 void ds_operators_free(ds_operators *operators) {
   if (!operators) return;
   if (operators->domain) operators->api->ReleaseCustomOpDomain(operators->domain);
   for (int i = 0; i < N_BUFFERS; ++i) free(operators->buffers[i].data);
+  ds_return_pages(operators->held, operators->n_held);
   free(operators);
 }
 

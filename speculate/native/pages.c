@@ -1,0 +1,83 @@
+/* Huge pages as Linux gives them on request, and the process's map, which says what mirrors a file. */
+#define _DEFAULT_SOURCE /* madvise, MAP_ANONYMOUS */
+#include "pages.h"
+
+#include <inttypes.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#if defined(MADV_HUGEPAGE)
+
+enum { HUGE_PAGE = 2 << 20 };
+
+static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+static int are_given(void) {
+  const char *wanted = getenv("DRAFTSMITH_HUGE_PAGES");
+  if (wanted && !strcmp(wanted, "0")) return 0;
+  char words[64] = "";
+  FILE *file = fopen("/sys/kernel/mm/transparent_hugepage/enabled", "r");
+  if (!file) return 0;
+  int given = fgets(words, sizeof words, file) && !strstr(words, "[never]");
+  fclose(file);
+  return given;
+}
+
+void *ds_take_pages(size_t n_bytes) {
+  if (!n_bytes || n_bytes > SIZE_MAX / 2 || !are_given()) return NULL;
+  size_t size = round_up(n_bytes, HUGE_PAGE);
+  char *all = mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (all == MAP_FAILED) return NULL;
+  size_t before = round_up((uintptr_t)all, HUGE_PAGE) - (uintptr_t)all;
+  if (before) munmap(all, before);
+  if (before < HUGE_PAGE) munmap(all + before + size, HUGE_PAGE - before);
+  if (madvise(all + before, size, MADV_HUGEPAGE) == 0) return all + before;
+  munmap(all + before, size);
+  return NULL;
+}
+
+void ds_return_pages(void *pages, size_t n_bytes) {
+  if (pages) munmap(pages, round_up(n_bytes, HUGE_PAGE));
+}
+
+/* The whole pages of a span within a part of the map. */
+static void forget_within(uintptr_t first, uintptr_t end, const ds_span *span) {
+  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)span->start;
+  uintptr_t to = from + span->n_bytes;
+  if (from < first) from = first;
+  if (to > end) to = end;
+  from = round_up(from, page);
+  to = to / page * page;
+  if (from < to) madvise((void *)from, to - from, MADV_DONTNEED);
+}
+
+void ds_forget_file_pages(const ds_span *spans, size_t n_spans) {
+  FILE *map = fopen("/proc/self/maps", "r");
+  if (!map) return;
+  char line[512];
+  while (fgets(line, sizeof line, map)) {
+    uintptr_t first, end;
+    char path[2];
+    int n = sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %*s %1s", &first, &end, path);
+    if (n < 3 || path[0] != '/') continue; /* not of a file: what is forgotten there would be lost */
+    for (size_t i = 0; i < n_spans; ++i) forget_within(first, end, &spans[i]);
+    while (!strchr(line, '\n') && fgets(line, sizeof line, map)) {
+    } /* the rest of a long path */
+  }
+  fclose(map);
+}
+
+#else
+
+void *ds_take_pages(size_t n_bytes) {
+  (void)n_bytes;
+  return NULL;
+}
+void ds_return_pages(void *pages, size_t n_bytes) { (void)pages, (void)n_bytes; }
+void ds_forget_file_pages(const ds_span *spans, size_t n_spans) { (void)spans, (void)n_spans; }
+
+#endif

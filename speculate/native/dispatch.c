@@ -6,6 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef DS_HAVE_X86
+#include <cpuid.h>
+#endif
 #if defined(DS_HAVE_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -21,10 +24,12 @@ enum { MAX_SETS = 6 };
 
 #ifdef DS_HAVE_X86
 /* The registers of AMX are large, so Linux gives them to processes that ask: arch_prctl(ARCH_REQ_XCOMP_PERM,
- * XFEATURE_XTILEDATA), from Linux 5.16 on. */
+ * XFEATURE_XTILEDATA), from Linux 5.16 on. Compilers differ in what they can say of these features, hence cpuid. */
 static int may_use_amx(void) {
 #if defined(__linux__) && defined(SYS_arch_prctl)
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+  enum { TILES = 1 << 24, INT8 = 1 << 25 };
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILES) && (d & INT8) &&
          syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
   return 0;

@@ -40,7 +40,8 @@ class _CpuBuilder:
         self.num_logits = graph.input(LOGITS, TensorProto.INT64, [1])
         self.rows = TOKENS  # what the operators' outputs have as their second dimension
         self.part: dict[str, int] = {}  # the sublayer that they belong to, if any
-        self.is_straight = True  # as nodes.c says; until something does not fit
+        windows = {self.config.window_of(layer) for layer in range(self.config.num_layers)}
+        self.is_straight = len(windows) == 1  # as nodes.c says; until something does not fit
 
     def embed(self) -> str:
         if self.config.tied_head:

@@ -18,6 +18,7 @@ from graph_session import GraphSession, entry_of
 from quantized import KINDS, export_kind
 
 MAX_ROWS = 32
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def open_engine(folder: Path, threads: int) -> OnnxEngine:
@@ -85,6 +86,9 @@ def test_caches_that_pass_through_the_graph_give_the_bits_of_the_engines_own(fol
     assert np.array_equal(np.concatenate(passed), reader.read_in_chunks(ids, [33, 1, 14]))
 
 
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="this system gives no huge pages"
+)
 @every
 def test_weights_in_huge_pages_give_the_bits_of_the_file(folder, monkeypatch):
     """Behind its first run an engine reads a copy of its weights, unless it is told to read the file."""
@@ -93,6 +97,19 @@ def test_weights_in_huge_pages_give_the_bits_of_the_file(folder, monkeypatch):
     copied = Reader(engine).read_in_chunks(ids, [3, 1, 36])
     monkeypatch.setenv("DRAFTSMITH_HUGE_PAGES", "0")
     assert np.array_equal(Reader(open_engine(folder, threads=2)).read_in_chunks(ids, [3, 1, 36]), copied)
+
+
+@every
+def test_a_graph_says_whether_it_is_straight(folder):
+    """Where something else than layers stands between tokens and logits, ONNX Runtime has to run it."""
+    nodes = onnx.load(folder / "cpu.onnx", load_external_data=False).graph.node
+    said = [a.i for node in nodes for a in node.attribute if a.name == "straight"]
+    layers = [node for node in nodes if node.op_type == "Layer"]
+    ours = [node.op_type for node in nodes if node.domain == "draftsmith"]
+    others = [node.op_type for node in nodes if node.domain != "draftsmith"]
+    alone = others == ["Neg", "Slice"] and len(ours) == len(layers) + 3 and nodes[-1].op_type == "Linear"
+    assert said == ([len(layers)] if alone else [])
+    assert said or not folder.name.startswith("llama-bias")
 
 
 @every

@@ -148,6 +148,7 @@ static void clear(float *all, int32_t size) {
 
 /* The summary of what `all` has and of the block behind it. */
 static void fold(float *all, const float *block, int32_t size) {
+  if (block[0] == -INFINITY) return; /* its weights are nothing beside any other */
   float before = all[0], here = block[0], largest = here > before ? here : before;
   vf keep = f_set(1), take = f_set(1);
   if (here > before)

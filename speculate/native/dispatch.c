@@ -23,19 +23,29 @@ extern const ds_kernels ds_kernels_avx2, ds_kernels_avx2_vnni, ds_kernels_avx512
 enum { MAX_SETS = 6 };
 
 #ifdef DS_HAVE_X86
-/* The registers of AMX are large, so Linux gives them to processes that ask: arch_prctl(ARCH_REQ_XCOMP_PERM,
- * XFEATURE_XTILEDATA), from Linux 5.16 on. Compilers differ in what they can say of these features, hence cpuid. */
-static int may_use_amx(void) {
-#if defined(__linux__) && defined(SYS_arch_prctl)
+/* Compilers differ in what they can say of these features, hence cpuid. */
+static int has_amx(void) {
   enum { TILES = 1 << 24, INT8 = 1 << 25 };
   unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILES) && (d & INT8) &&
-         syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILES) && (d & INT8);
+}
+#endif
+
+/* Whether the kernels may be used. The registers of AMX are large, so Linux gives them to processes that ask:
+ * arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), from Linux 5.16 on. */
+static int are_allowed(const ds_kernels *kernels) {
+#ifdef DS_HAVE_X86
+  if (kernels != &ds_kernels_amx_int8) return 1;
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
   return 0;
 #endif
-}
+#else
+  (void)kernels;
+  return 1;
 #endif
+}
 
 /* Best first, ending in NULL; only what runs here. */
 static const ds_kernels **list_kernels(const ds_kernels *list[MAX_SETS + 1]) {
@@ -48,7 +58,7 @@ static const ds_kernels **list_kernels(const ds_kernels *list[MAX_SETS + 1]) {
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512vnni");
   int vbmi2 = avx512 && __builtin_cpu_supports("avx512vbmi2");
-  if (avx2 && vbmi2 && may_use_amx()) list[n++] = &ds_kernels_amx_int8;
+  if (avx2 && vbmi2 && has_amx()) list[n++] = &ds_kernels_amx_int8;
   if (avx2 && vbmi2) list[n++] = &ds_kernels_avx512_vbmi2;
   if (avx2 && avx512) list[n++] = &ds_kernels_avx512_vnni;
   if (avx2 && __builtin_cpu_supports("avxvnni")) list[n++] = &ds_kernels_avx2_vnni;
@@ -59,18 +69,23 @@ static const ds_kernels **list_kernels(const ds_kernels *list[MAX_SETS + 1]) {
   return list;
 }
 
+static const ds_kernels *choose_best(void) {
+  const ds_kernels *list[MAX_SETS + 1], **kernels = list_kernels(list);
+  while (!are_allowed(*kernels)) ++kernels;
+  return *kernels;
+}
+
 const ds_kernels *ds_find_kernels(const char *isa) {
   const ds_kernels *list[MAX_SETS + 1];
   for (const ds_kernels **kernels = list_kernels(list); *kernels; ++kernels)
-    if (!strcmp((*kernels)->isa, isa)) return *kernels;
+    if (!strcmp((*kernels)->isa, isa) && are_allowed(*kernels)) return *kernels;
   ds_fail(DS_ERROR_ARGUMENT,
           "this machine, or this build, has no kernels named '%.40s'; the best here is '%s'", isa,
-          list_kernels(list)[0]->isa);
+          choose_best()->isa);
   return NULL;
 }
 
 const ds_kernels *ds_choose_kernels(void) {
-  const ds_kernels *list[MAX_SETS + 1];
   const char *wanted = getenv("DRAFTSMITH_ISA");
-  return wanted && *wanted ? ds_find_kernels(wanted) : list_kernels(list)[0];
+  return wanted && *wanted ? ds_find_kernels(wanted) : choose_best();
 }

@@ -646,7 +646,7 @@ typedef struct {
   size_t n_bytes;
 } copy_job;
 
-enum { COPY_BYTES = 256 << 10, FORGET_BYTES = 4 << 20, MAX_SPANS = 64, LINE = 64 };
+enum { COPY_BYTES = 256 << 10, FORGET_BYTES = 4 << 20, FORGET_PARTS = 32, MAX_SPANS = 64, LINE = 64 };
 
 static void copy_part(const void *argument, int32_t item, int32_t next, int32_t thread) {
   (void)next, (void)thread;
@@ -668,7 +668,7 @@ static void follow_table(ds_operators *o, const void *from, const void *to) {
 }
 
 /* A walk through the tables of small pages for every 4 KiB of weights makes calls of 1 to 8 rows take a tenth longer
- * on some virtual machines. What was copied leaves memory bit by bit, so that there is never much of it twice. */
+ * on some virtual machines. The file's pages are let go part by part, so that the process never has much of it twice. */
 void ds_hold_weights(ds_operators *o) {
   size_t room = 0, n_spans = 0, n_due = 0;
   step *first = o->last_step;
@@ -680,17 +680,18 @@ void ds_hold_weights(ds_operators *o) {
   if (!o->held) return;
   o->n_held = room;
   char *to = o->held;
+  size_t n_most = room / FORGET_PARTS > FORGET_BYTES ? room / FORGET_PARTS : FORGET_BYTES;
   ds_span spans[MAX_SPANS];
   for (step *s = first; s; s = s->next) {
     const char *from = s->linear.weight;
     size_t n_bytes = (size_t)ds_weight_bytes(&s->linear), n = 0;
     for (size_t at = 0; at < n_bytes; at += n) {
-      n = n_bytes - at < FORGET_BYTES - n_due ? n_bytes - at : FORGET_BYTES - n_due;
+      n = n_bytes - at < n_most - n_due ? n_bytes - at : n_most - n_due;
       copy_job job = {to + at, from + at, n};
       ds_pool_run(o->pool, copy_part, &job, (int32_t)((n + COPY_BYTES - 1) / COPY_BYTES));
       spans[n_spans++] = (ds_span){from + at, n};
       n_due += n;
-      if (n_due < FORGET_BYTES && n_spans < MAX_SPANS) continue;
+      if (n_due < n_most && n_spans < MAX_SPANS) continue;
       ds_forget_file_pages(spans, n_spans);
       n_spans = n_due = 0;
     }

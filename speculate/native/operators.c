@@ -52,10 +52,22 @@ static void unlink_step(ds_operators *owner, step *s) {
   if (owner->last_step == s) owner->last_step = s->before;
 }
 
+static void unlink_node(const kernel *node) {
+  ds_operators *o = node->owner;
+  int64_t kind = node->kind - ds_node_kinds;
+  kernel **at = &o->first[kind], *before = NULL;
+  for (; *at && *at != node; at = &(*at)->next) before = *at;
+  if (!*at) return; /* it was refused, and never added */
+  *at = node->next;
+  if (o->last[kind] == node) o->last[kind] = before;
+  --o->n_nodes;
+  o->knows_all = false;
+}
+
 static void destroy_kernel(void *created) {
   kernel *node = created;
   for (int i = 0; i < N_STEPS; ++i) unlink_step(node->owner, &node->steps[i]);
-  node->owner->knows_all = false;
+  unlink_node(node);
   free(node);
 }
 

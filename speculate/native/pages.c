@@ -27,8 +27,51 @@ static int are_given(void) {
   return given;
 }
 
+/* The number behind `name` in a file, in any column, or the file's own for "". SIZE_MAX: none, so no limit. */
+static size_t read_number(const char *path, const char *name) {
+  size_t n = strlen(name), value = SIZE_MAX;
+  char line[256];
+  FILE *file = fopen(path, "r");
+  if (!file) return value;
+  while (fgets(line, sizeof line, file))
+    if (!strncmp(line, name, n) && sscanf(line + n, "%zu", &value) == 1) break;
+  fclose(file);
+  return value;
+}
+
+/* The least limit of the group at `path` and of those around it. */
+static size_t find_limit(const char *root, const char *path, const char *name) {
+  size_t least = SIZE_MAX, n = strcspn(path, "\n");
+  for (;; --n) {
+    char file[512];
+    snprintf(file, sizeof file, "%s%.*s/%s", root, (int)n, path, name);
+    size_t limit = read_number(file, "");
+    if (limit < least) least = limit;
+    while (n > 0 && path[n - 1] != '/') --n;
+    if (n == 0) return least;
+  }
+}
+
+/* Bytes that are free, or that this process's control groups, of either version, allow. */
+static size_t find_allowed(void) {
+  size_t least = read_number("/proc/meminfo", "MemAvailable:");
+  least = least < SIZE_MAX >> 10 ? least << 10 : SIZE_MAX;
+  char line[512];
+  FILE *groups = fopen("/proc/self/cgroup", "r");
+  while (groups && fgets(line, sizeof line, groups)) {
+    const char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
+    size_t limit = SIZE_MAX;
+    if (path && !strncmp(list, "::", 2)) limit = find_limit("/sys/fs/cgroup", path + 1, "memory.max");
+    if (path && !strncmp(list, ":memory:", 8))
+      limit = find_limit("/sys/fs/cgroup/memory", path + 1, "memory.limit_in_bytes");
+    if (limit < least) least = limit;
+  }
+  if (groups) fclose(groups);
+  return least;
+}
+
 void *ds_take_pages(size_t n_bytes) {
-  if (!n_bytes || n_bytes > SIZE_MAX / 2 || !are_given()) return NULL;
+  if (!n_bytes || n_bytes > find_allowed() / 2 || !are_given()) return NULL;
   size_t size = round_up(n_bytes, HUGE_PAGE);
   char *all = mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (all == MAP_FAILED) return NULL;
@@ -59,11 +102,13 @@ void ds_forget_file_pages(const ds_span *spans, size_t n_spans) {
   FILE *map = fopen("/proc/self/maps", "r");
   if (!map) return;
   char line[512];
-  while (fgets(line, sizeof line, map)) {
+  while (fgets(line, sizeof line, map)) { /* the rest of a long line is none of its own */
     uintptr_t first, end;
-    char path[2];
-    int n = sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %*s %1s", &first, &end, path);
-    if (n < 3 || path[0] != '/') continue; /* not of a file: what is forgotten there would be lost */
+    char path[16];
+    int n = sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %*s %15s", &first, &end, path);
+    if (n < 3 || path[0] != '/' || !strncmp(path, "/dev/", 5) || !strncmp(path, "/anon_hugepage", 14) ||
+        !strncmp(path, "/memfd:", 7))
+      continue; /* of no file: what is forgotten there would be lost */
     for (size_t i = 0; i < n_spans; ++i) forget_within(first, end, &spans[i]);
     while (!strchr(line, '\n') && fgets(line, sizeof line, map)) {
     } /* the rest of a long path */

@@ -5,7 +5,8 @@
 #include <stddef.h>
 
 /* Zeros, in huge pages where the system has some free. NULL where it gives none to anybody, where the environment
- * variable DRAFTSMITH_HUGE_PAGES is 0, or where memory is short. */
+ * variable DRAFTSMITH_HUGE_PAGES is 0, or where they would be more than half of the memory that is free or, in a
+ * control group, allowed: what mirrors a file can be read again, these stay. */
 void *ds_take_pages(size_t n_bytes);
 void ds_return_pages(void *pages, size_t n_bytes);
 
@@ -14,8 +15,8 @@ typedef struct {
   size_t n_bytes;
 } ds_span;
 
-/* Pages of these spans that only mirror a file leave memory; whoever reads them gets them from the file again. Other
- * memory is left alone. */
+/* The process lets go of the whole pages of these spans that mirror a file: whoever reads them gets them from it again,
+ * or from the system's cache, and what was written to them is lost. Other memory is left alone. */
 void ds_forget_file_pages(const ds_span *spans, size_t n_spans);
 
 #endif

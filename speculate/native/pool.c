@@ -25,6 +25,11 @@ enum {
   /* How long the caller waits for a thread that came. Asleep it leaves its core, which that thread may need.
    */
   CALLER_SPIN_NS = 30000,
+  /* A companion that keeps the caller waiting for so long has lost its core to another process for a slice of the
+   * scheduler, and soon will again. For some times as long the caller does without it, where there is only the one: half
+   * the speed beats losing whole slices in turn. */
+  LATE_NS = 1000000,
+  ALONE_TIMES = 8,
 };
 
 /* The items that a thread has left, first | end << 32. The owner takes from the front, so that it reads
@@ -45,6 +50,7 @@ struct ds_pool {
   const void *job;
 
   int32_t n_threads, n_started;
+  int64_t alone_until; /* the caller works alone until then; 0: it does not */
   const struct ds_kernels *kernels;
   pthread_mutex_t in_use, lock;
   pthread_cond_t opened, left;
@@ -224,12 +230,19 @@ static void close_job(ds_pool *pool) {
   while (count_at_work(atomic_load(&pool->state)) != 0) pthread_cond_wait(&pool->left, &pool->lock);
   atomic_store(&pool->caller_sleeps, false);
   pthread_mutex_unlock(&pool->lock);
+  int64_t now = now_ns(), waited = now - limit;
+  if (waited > LATE_NS && pool->n_threads == 2) pool->alone_until = now + ALONE_TIMES * waited;
+}
+
+static bool is_alone(ds_pool *pool) {
+  if (pool->alone_until && now_ns() >= pool->alone_until) pool->alone_until = 0;
+  return pool->n_threads == 1 || pool->alone_until;
 }
 
 void ds_pool_run(ds_pool *pool, ds_task *task, const void *job, int32_t n_items) {
   pthread_mutex_lock(&pool->in_use);
   uint32_t mode = enter_ieee_mode();
-  if (pool->n_threads == 1 || n_items == 1) {
+  if (n_items == 1 || is_alone(pool)) {
     for (int32_t i = 0; i < n_items; ++i) task(job, i, i + 1 < n_items ? i + 1 : -1, 0);
   } else if (n_items > 0) {
     open_job(pool, task, job, n_items);

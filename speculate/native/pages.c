@@ -110,8 +110,6 @@ void ds_forget_file_pages(const ds_span *spans, size_t n_spans) {
         !strncmp(path, "/memfd:", 7))
       continue; /* of no file: what is forgotten there would be lost */
     for (size_t i = 0; i < n_spans; ++i) forget_within(first, end, &spans[i]);
-    while (!strchr(line, '\n') && fgets(line, sizeof line, map)) {
-    } /* the rest of a long path */
   }
   fclose(map);
 }

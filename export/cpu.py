@@ -56,7 +56,7 @@ class _CpuBuilder:
         self.is_straight &= self.config.rotary is not None
         return add_positions(self.graph, self.config, hidden, self.positions)
 
-    def _embed(self, table: str, n: int, k: int, **packed: int) -> str:
+    def _embed(self, table: str, n: int, k: int, **packed: Any) -> str:
         inputs, scale = [self.tokens, self.graph.weight(table)], self.config.embedding_scale
         return self._float("Embed", inputs, k, n=n, k=k, multiplier=scale, **packed)
 

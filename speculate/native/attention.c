@@ -3,9 +3,9 @@
  * do, from first to last, so the result depends neither on which slots they are nor on other rows nor on who computed
  * which block.
  *
- * An item is a few queries of one key head, over all blocks or over some. Keys lie in panels of sixteen slots, channel by channel (kernels.h), so
- * that one register holds a channel of sixteen keys and no product has to be summed over lanes; values lie slot by
- * slot, in parts of sixteen channels, the last of which may be short. */
+ * An item is a few queries of one key head, over all blocks or over some. Keys lie in panels of sixteen slots, channel by
+ * channel (kernels.h), so that one register holds a channel of sixteen keys and no product has to be summed over lanes;
+ * values lie slot by slot, in parts of sixteen channels, the last of which may be short. */
 #include "dispatch.h"
 #include "vmath.h"
 

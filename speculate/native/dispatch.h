@@ -50,8 +50,8 @@ typedef struct {
   const int32_t *slots, *n_slots;
   const float *keys, *values;
   float *out;
-  float *
-      kept; /* [queries, n_blocks] summaries, for fold_kept to make `out` of; NULL where an item has all blocks */
+  /* [queries, n_blocks] summaries, for fold_kept to make `out` of; NULL where an item has all blocks. */
+  float *kept;
 } ds_attend_job;
 
 /* Floats of a summary (attention.c). */

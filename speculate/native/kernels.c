@@ -86,7 +86,7 @@ int32_t ds_check_parts(const ds_linear *linear, const ds_part_sizes *sizes) {
           "scale or bias do not fit %lld packed outputs", (long long)n_outputs);
   bool fits = linear->format == DS_INT8_BITMASK
                   ? sizes->starts == count_blocks(linear) + 1 && has_whole_blocks(linear, sizes->weight - 64)
-                  : sizes->weight == block_start(linear, count_blocks(linear));
+                  : sizes->weight == ds_weight_bytes(linear);
   REQUIRE(fits, "a weight of %lld bytes is not one of %d outputs and %d inputs in format %d",
           (long long)sizes->weight, (int)linear->n, (int)linear->k, (int)linear->format);
   return DS_OK;

@@ -42,14 +42,20 @@ class Drafter:
         check(self.handle.append(self.handle, ffi.new("int32_t[]", tokens), len(tokens)))
 
     def observe(
-        self, tokens: Sequence[int], logits: NDArray[np.float32], parents: Sequence[int] | None = None
+        self,
+        tokens: Sequence[int],
+        logits: NDArray[np.float32],
+        parents: Sequence[int] | None = None,
+        peaks: NDArray[np.float32] | None = None,
     ) -> None:
         """float32 logits [S, V] of the level above after tokens [S], of which some may have been rejected.
-        parents [S - 1]: `tokens[1 + i]` follows `tokens[1 + parents[i]]`; None: the one before."""
+        parents [S - 1]: `tokens[1 + i]` follows `tokens[1 + parents[i]]`; None: the one before.
+        peaks [S, ceil(V / DS_PEAK_WIDTH)]: of the logits (draftsmith.h)."""
         if self.handle.observe != ffi.NULL:
             rows, ids = view("float[]", np.ascontiguousarray(logits)), ffi.new("int32_t[]", tokens)
             behind = ffi.new("int32_t[]", list(range(-1, len(tokens) - 2) if parents is None else parents))
-            check(self.handle.observe(self.handle, ids, behind, len(tokens), rows, logits.shape[1]))
+            known = ffi.NULL if peaks is None else view("float[]", np.ascontiguousarray(peaks))
+            check(self.handle.observe(self.handle, ids, behind, len(tokens), rows, known, logits.shape[1]))
 
     def draft(self, tail: Sequence[int], max_draft: int) -> tuple[list[int], list[int]]:
         """(tokens to follow the appended ones and `tail`, on how many tokens of text each of them rests)."""

@@ -204,8 +204,10 @@ def linear(
     residual: np.ndarray | None = None,
     out: np.ndarray | None = None,
     next: Linear | None = None,
+    peaks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """rows: float32 [S, K], or what `quantize_rows` gave for a quantized linear → float32 [S, N]."""
+    """rows: float32 [S, K], or what `quantize_rows` gave for a quantized linear → float32 [S, N].
+    peaks: float32 [S, ceil(N / DS_PEAK_WIDTH)], to be filled."""
     if out is None:
         out = np.empty((len(rows), linear.n), np.float32)
     run = lib.ds_linear_int8 if linear.is_quantized else lib.ds_linear_float
@@ -217,6 +219,7 @@ def linear(
             view("char[]", rows) if linear.is_quantized else view("float[]", rows),
             ffi.NULL if residual is None else view("float[]", residual),
             view("float[]", out),
+            ffi.NULL if peaks is None else view("float[]", peaks),
             ffi.NULL if next is None else next.handle,
         )
     )

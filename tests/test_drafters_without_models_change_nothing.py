@@ -219,7 +219,8 @@ def test_all_that_a_drafter_does_is_its_cost(in_hybrid):
         return ffi.callback(signature, work)
 
     says = Stubborn([2, 2, 1])
-    observe = "int32_t(ds_drafter *, const int32_t *, const int32_t *, int32_t, const float *, int32_t)"
+    rows = "const int32_t *, const int32_t *, int32_t, const float *, const float *, int32_t"
+    observe = f"int32_t(ds_drafter *, {rows})"
     told = slow("int32_t(ds_drafter *, const int32_t *, int32_t)", lambda *_: 0)
     asked = slow("int32_t(ds_drafter *, const int32_t *, int32_t, int32_t, int32_t *, int32_t *)", says.draft)
     read = slow(observe, lambda *_: 0)

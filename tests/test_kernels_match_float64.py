@@ -10,6 +10,7 @@ import pytest
 from draftsmith.speculate import kernels
 from draftsmith.speculate.binding import ffi, lib
 from draftsmith.speculate.errors import BundleError
+from peaks import find_peaks
 
 SHAPES = [
     (1, 1),
@@ -157,6 +158,35 @@ def test_int8_sums_do_not_saturate(pool, format):
         ones = np.float32(1) / np.float32(127)
         exact = np.array([[k, -k, 0], [0, 0, -k]]) * 127.0 * 127.0
         np.testing.assert_array_equal(y, exact.astype(np.float32) * ones)
+
+
+# ---- Peaks -------------------------------------------------------------------------------------------------
+
+
+@each_pool
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int8_bitmask", "int8_2_4", "int4"])
+def test_peaks_are_the_largest_of_their_outputs(pool, format, rng):
+    """Below zero too, where what pads the last block would be the largest; NaN is none."""
+    for n, k in [(1, 7), (16, 64), (48, 32), (49, 32), (95, 40), (113, 1031)]:
+        grid = None
+        if format == "int4":
+            weight, grid = draw_int4(rng, n, k)
+        elif format in ("float32", "bfloat16"):
+            weight = rng.standard_normal((n, k), dtype=np.float32)
+            weight = kernels.to_bfloat16(weight) if format == "bfloat16" else weight
+        else:
+            weight = prune(rng, rng.integers(-127, 128, (n, k)).astype(np.int8), format)
+        scale = rng.random(n, np.float32) if format.startswith("int8") else None
+        bias = rng.standard_normal(n, np.float32)
+        bias[rng.random(n) < 0.1] = np.nan
+        for offset in (0, -1e6):
+            packed = kernels.make_linear(weight, format, scale, bias + np.float32(offset), grid=grid)
+            for num_rows in ROWS if pool.isa != "portable" else (1, 3, 8):
+                x = rng.standard_normal((num_rows, k), dtype=np.float32)
+                rows = kernels.quantize_rows(pool, x) if packed.is_quantized else x
+                peaks = np.empty((num_rows, -(-n // lib.DS_PEAK_WIDTH)), np.float32)
+                y = kernels.linear(pool, packed, rows, peaks=peaks)
+                np.testing.assert_array_equal(peaks, find_peaks(y), err_msg=f"{n}x{k}, {num_rows} rows")
 
 
 # ---- int4 --------------------------------------------------------------------------------------------------
@@ -459,12 +489,12 @@ def test_bad_input_is_an_error_with_words(rng):
         assert words in ffi.string(lib.ds_error_message()).decode()
 
     null = ffi.NULL
-    fails(lib.ds_linear_float(null, good.handle, 2, floats, null, out, null), "pool")
-    fails(lib.ds_linear_float(pool.handle, null, 2, floats, null, out, null), "NULL")
-    fails(lib.ds_linear_float(pool.handle, good.handle, 2, null, null, out, null), "NULL")
-    fails(lib.ds_linear_float(pool.handle, good.handle, -1, floats, null, out, null), "-1 rows")
-    fails(lib.ds_linear_int8(pool.handle, good.handle, 2, floats, null, out, null), "quantized")
-    assert lib.ds_linear_float(pool.handle, good.handle, 0, null, null, null, null) == lib.DS_OK
+    fails(lib.ds_linear_float(null, good.handle, 2, floats, null, out, null, null), "pool")
+    fails(lib.ds_linear_float(pool.handle, null, 2, floats, null, out, null, null), "NULL")
+    fails(lib.ds_linear_float(pool.handle, good.handle, 2, null, null, out, null, null), "NULL")
+    fails(lib.ds_linear_float(pool.handle, good.handle, -1, floats, null, out, null, null), "-1 rows")
+    fails(lib.ds_linear_int8(pool.handle, good.handle, 2, floats, null, out, null, null), "quantized")
+    assert lib.ds_linear_float(pool.handle, good.handle, 0, null, null, null, null, null) == lib.DS_OK
     for field, value, words in (
         ("n", 0, "0 outputs"),
         ("k", -5, "-5 inputs"),
@@ -473,11 +503,11 @@ def test_bad_input_is_an_error_with_words(rng):
     ):
         bad = ffi.new("ds_linear *", good.handle[0])
         setattr(bad, field, value)
-        fails(lib.ds_linear_float(pool.handle, bad, 2, floats, null, out, null), words)
-        fails(lib.ds_linear_float(pool.handle, good.handle, 2, floats, null, out, bad), words)
+        fails(lib.ds_linear_float(pool.handle, bad, 2, floats, null, out, null, null), words)
+        fails(lib.ds_linear_float(pool.handle, good.handle, 2, floats, null, out, null, bad), words)
     bad = ffi.new("ds_linear *", good.handle[0])
     bad.format = lib.DS_INT8
-    fails(lib.ds_linear_int8(pool.handle, bad, 2, floats, null, out, null), "scale")
+    fails(lib.ds_linear_int8(pool.handle, bad, 2, floats, null, out, null, null), "scale")
 
     heads = kernels.Heads(2, 1, 4, 6, 1.0, np.ones((3, 2), np.float32), np.ones((3, 2), np.float32))
     qkv, cache = np.ones((2, 16), np.float32), np.ones((1, 6, 4), np.float32)

@@ -7,6 +7,7 @@ from draftsmith.speculate.drafters import Drafter, Sources
 from draftsmith.speculate.ladder import Rung, build_ladder
 from draftsmith.speculate.settings import Sampling
 from fake_engine import FakeEngine
+from peaks import find_peaks
 
 WIDTH = lib.DS_RECYCLING_WIDTH
 
@@ -22,9 +23,10 @@ def candidates(drafter: Drafter, token: int) -> list[int]:
     return list(out[0 : check(lib.ds_recycling_candidates(drafter.handle, token, out))])
 
 
+@pytest.mark.parametrize("has_peaks", [False, True])
 @pytest.mark.parametrize("vocab", [1, 3, 8, 64, 65, 200, 1000])
-def test_candidates_are_the_largest_of_the_latest_logits(vocab):
-    """Of equals the first; whatever NaN and infinities are about."""
+def test_candidates_are_the_largest_of_the_latest_logits(vocab, has_peaks):
+    """Of equals the first; whatever NaN and infinities are about, and whether or not peaks show the way."""
     rng, drafter, latest = np.random.default_rng(vocab), make(vocab), {}
     for trial in range(60):
         tokens = rng.integers(vocab, size=int(rng.integers(1, 6))).tolist()
@@ -35,7 +37,7 @@ def test_candidates_are_the_largest_of_the_latest_logits(vocab):
         if trial % 5 == 0:
             logits[rng.random(logits.shape) < 0.2] = np.nan
             logits[rng.random(logits.shape) < 0.2] = -np.inf
-        drafter.observe(tokens, logits)
+        drafter.observe(tokens, logits, peaks=find_peaks(logits) if has_peaks else None)
         for token, row in zip(tokens, logits, strict=True):
             order = np.argsort(-np.nan_to_num(row, nan=-np.inf), kind="stable")
             latest[token] = [int(x) for x in order[:WIDTH] if row[x] > -np.inf]

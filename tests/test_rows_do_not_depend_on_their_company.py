@@ -10,11 +10,12 @@ import pytest
 from conftest import VARIANTS
 from decoding import draw_ids
 from draftsmith.model.store import Checkpoint
-from draftsmith.speculate.binding import check, ffi
+from draftsmith.speculate.binding import check, ffi, lib
 from draftsmith.speculate.ladder import Rung, build_ladder
 from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime
 from draftsmith.speculate.settings import Sampling
 from graph_session import GraphSession, entry_of
+from peaks import find_peaks
 from quantized import KINDS, export_kind
 
 MAX_ROWS = 32
@@ -44,6 +45,11 @@ class Reader:
             start += size
         assert start == len(ids)
         return np.concatenate(parts)
+
+
+def read_peaks(engine: OnnxEngine, num_rows: int) -> np.ndarray:
+    count = num_rows * -(-engine.vocab_size // lib.DS_PEAK_WIDTH)
+    return np.frombuffer(ffi.buffer(engine.handle.peaks, 4 * count), np.float32).reshape(num_rows, -1)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +116,22 @@ def test_a_graph_says_whether_it_is_straight(folder):
     alone = others == ["Neg", "Slice"] and len(ours) == len(layers) + 3 and nodes[-1].op_type == "Linear"
     assert said == ([len(layers)] if alone else [])
     assert said or not folder.name.startswith("llama-bias")
+
+
+@every
+def test_an_engine_gives_the_peaks_of_its_logits(folder):
+    """Where ONNX Runtime runs the graph, in the first call at least, it gives none."""
+    engine = open_engine(folder, threads=2)
+    reader, ids = Reader(engine), draw_ids(engine, 24)
+    reader.read_in_chunks(ids, [24])
+    assert engine.handle.peaks == ffi.NULL
+    nodes = onnx.load(folder / "cpu.onnx", load_external_data=False).graph.node
+    straight = any(a.name == "straight" for node in nodes for a in node.attribute)
+    for start, end, count in ((0, 17, 17), (17, 24, 1)):
+        logits = engine.forward(ids[start:end], start, num_logits=count)
+        assert (engine.handle.peaks != ffi.NULL) == straight
+        if straight:
+            assert np.array_equal(read_peaks(engine, count), find_peaks(logits))
 
 
 @every

@@ -16,7 +16,7 @@ typedef struct {
   const float *x;   /* [n_rows, k], float formats */
   const char *rows; /* quantized, int8 formats */
   const float *residual;
-  float *y;
+  float *y, *peaks; /* a peak is of an item */
 } ds_linear_job;
 
 /* An item is a row. */
@@ -92,11 +92,18 @@ typedef struct {
 /* Bytes of a group of inputs in a block of int4 weights: the grids, then the weights. */
 enum { DS_INT4_GROUP_BYTES = 16 * (4 + DS_INT4_GROUP / 2) };
 
+/* ds_attend over what was checked: slots as ds_list_slots gives them for the cache, at least one row. To look through
+ * the slots of all rows takes a hundredth of a long call, and a call attends once a layer. */
+int32_t ds_attend_listed(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
+                         const int32_t *slots, const int32_t *n_slots, const float *keys, const float *values,
+                         float *out);
+
 /* The largest number of queries that an item of ds_attend_job may have. */
 enum { DS_MAX_QUERIES = 12, DS_MAX_HEAD_DIM = 256 };
 
 /* Packed blocks of 16 outputs that are one item, of a gated linear and of another. */
 enum { DS_ITEM_BLOCKS = 3, DS_GATED_ITEM_BLOCKS = 6 };
+_Static_assert(DS_PEAK_WIDTH == 16 * DS_ITEM_BLOCKS, "a peak is of an item");
 
 /* How many elements a linear's parts have: bytes of the weight, with those past its end that may be read. */
 typedef struct {

@@ -25,9 +25,10 @@ struct ds_drafter {
   int32_t (*append)(ds_drafter *drafter, const int32_t *tokens, int32_t n_tokens);
   /* The level above read tokens [n_rows], and these are its logits after each, [n_rows, vocab]: the last that was
    * decided, then what was drafted behind it, whether it stands or not. parents [n_rows - 1], as draft_tree
-   * gives them: tokens[1 + i] follows tokens[1 + parents[i]]. NULL: does not care. */
+   * gives them: tokens[1 + i] follows tokens[1 + parents[i]]. peaks: those of the logits (draftsmith.h), or NULL.
+   * NULL: does not care. */
   int32_t (*observe)(ds_drafter *drafter, const int32_t *tokens, const int32_t *parents, int32_t n_rows,
-                     const float *logits, int32_t vocab);
+                     const float *logits, const float *peaks, int32_t vocab);
   /* Propose up to max_draft tokens to follow the appended ones and tail [n_tail], which may yet be rejected.
    * Returns how many. support[i]: on how many tokens of text draft[i] rests; the more, the surer. */
   int32_t (*draft)(ds_drafter *drafter, const int32_t *tail, int32_t n_tail, int32_t max_draft,

@@ -37,6 +37,10 @@ DS_API void ds_set_error(const char *words);
 
 /* ---- Laws ---------------------------------------------------------------------------------------------- */
 
+/* Of a row of logits, the largest of each so many, its peaks: float [ceil(vocab / DS_PEAK_WIDTH)]; NaN is left out. Who
+ * looks for the largest few of a row passes over most of it by them, and whoever computes a row has them at hand. */
+enum { DS_PEAK_WIDTH = 48 };
+
 /* The index of the first largest of `vocab` floats; an error if one is NaN. */
 DS_API int32_t ds_argmax(const float *row, int32_t vocab);
 

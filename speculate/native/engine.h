@@ -49,6 +49,7 @@ struct ds_engine {
    * depend on it. It may read rows into the n_scratch slots behind those, and returns how many it did, or an error. */
   int32_t (*adapt)(ds_engine *engine, const int32_t *tokens, int32_t n_tokens, int32_t n_decoded);
   int32_t n_scratch;
+  const float *peaks; /* of the logits that forward gave last (draftsmith.h), or NULL */
 };
 
 #endif

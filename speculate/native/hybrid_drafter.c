@@ -104,11 +104,11 @@ static int32_t append(ds_drafter *drafter, const int32_t *tokens, int32_t n_toke
 }
 
 static int32_t observe(ds_drafter *drafter, const int32_t *tokens, const int32_t *parents, int32_t n_rows,
-                       const float *logits, int32_t vocab) {
+                       const float *logits, const float *peaks, int32_t vocab) {
   hybrid_drafter *h = (hybrid_drafter *)drafter;
   for (member *m = h->members; m < h->members + h->n_members; ++m) {
     if (!m->drafter->observe) continue;
-    int32_t status = m->drafter->observe(m->drafter, tokens, parents, n_rows, logits, vocab);
+    int32_t status = m->drafter->observe(m->drafter, tokens, parents, n_rows, logits, peaks, vocab);
     if (status < 0) return status;
   }
   return DS_OK;

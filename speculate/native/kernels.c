@@ -113,16 +113,21 @@ static int32_t run_linear(ds_pool *pool, ds_linear_job *job, bool quantized) {
 }
 
 int32_t ds_linear_float(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const float *x,
-                        const float *residual, float *y, const ds_linear *next) {
+                        const float *residual, float *y, float *peaks, const ds_linear *next) {
   ds_linear_job job = {
-      .linear = linear, .next = next, .n_rows = n_rows, .x = x, .residual = residual, .y = y};
+      .linear = linear, .next = next, .n_rows = n_rows, .x = x, .residual = residual, .y = y, .peaks = peaks};
   return run_linear(pool, &job, false);
 }
 
 int32_t ds_linear_int8(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const void *rows,
-                       const float *residual, float *y, const ds_linear *next) {
-  ds_linear_job job = {
-      .linear = linear, .next = next, .n_rows = n_rows, .rows = rows, .residual = residual, .y = y};
+                       const float *residual, float *y, float *peaks, const ds_linear *next) {
+  ds_linear_job job = {.linear = linear,
+                       .next = next,
+                       .n_rows = n_rows,
+                       .rows = rows,
+                       .residual = residual,
+                       .y = y,
+                       .peaks = peaks};
   return run_linear(pool, &job, true);
 }
 
@@ -294,26 +299,12 @@ static void cut_work(ds_attend_job *job, int32_t n_threads, bool has_room) {
   *job = best;
 }
 
-int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
-                  const int32_t *slots, const int32_t *n_slots, const float *keys, const float *values,
-                  float *out) {
-  REQUIRE(pool, "the pool is NULL");
-  int32_t status = check_heads(heads);
-  if (status != DS_OK) return status;
-  REQUIRE(n_rows >= 0 && n_rows <= MAX_SIDE, "%d rows", (int)n_rows);
-  if (n_rows == 0) return DS_OK;
-  REQUIRE(qkv && slots && n_slots && keys && values && out, "an input or the output is NULL");
+int32_t ds_attend_listed(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
+                         const int32_t *slots, const int32_t *n_slots, const float *keys, const float *values,
+                         float *out) {
   int32_t most_slots = 1;
-  for (int64_t r = 0; r < n_rows; ++r) {
+  for (int32_t r = 0; r < n_rows; ++r)
     if (n_slots[r] > most_slots) most_slots = n_slots[r];
-    REQUIRE(n_slots[r] >= 0 && n_slots[r] <= heads->max_slots, "row %d sees %d of %d slots", (int)r,
-            (int)n_slots[r], (int)heads->max_slots);
-    bool within = true;
-    for (int32_t i = 0; i < n_slots[r]; ++i)
-      within &= (uint32_t)slots[r * heads->max_slots + i] < (uint32_t)heads->max_slots;
-    REQUIRE(within, "row %d sees a slot that is not one of the %d of the cache", (int)r,
-            (int)heads->max_slots);
-  }
   const ds_kernels *kernels = ds_pool_kernels(pool);
   ds_attend_job job = {.heads = heads,
                        .n_rows = n_rows,
@@ -331,6 +322,27 @@ int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const fl
   ds_pool_run(pool, kernels->attend, &job, count_attend_items(&job));
   if (job.kept) ds_pool_run(pool, kernels->fold_kept, &job, 1);
   return DS_OK;
+}
+
+int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
+                  const int32_t *slots, const int32_t *n_slots, const float *keys, const float *values,
+                  float *out) {
+  REQUIRE(pool, "the pool is NULL");
+  int32_t status = check_heads(heads);
+  if (status != DS_OK) return status;
+  REQUIRE(n_rows >= 0 && n_rows <= MAX_SIDE, "%d rows", (int)n_rows);
+  if (n_rows == 0) return DS_OK;
+  REQUIRE(qkv && slots && n_slots && keys && values && out, "an input or the output is NULL");
+  for (int64_t r = 0; r < n_rows; ++r) {
+    REQUIRE(n_slots[r] >= 0 && n_slots[r] <= heads->max_slots, "row %d sees %d of %d slots", (int)r,
+            (int)n_slots[r], (int)heads->max_slots);
+    bool within = true;
+    for (int32_t i = 0; i < n_slots[r]; ++i)
+      within &= (uint32_t)slots[r * heads->max_slots + i] < (uint32_t)heads->max_slots;
+    REQUIRE(within, "row %d sees a slot that is not one of the %d of the cache", (int)r,
+            (int)heads->max_slots);
+  }
+  return ds_attend_listed(pool, heads, n_rows, qkv, slots, n_slots, keys, values, out);
 }
 
 int32_t ds_keep_path(const ds_heads *heads, int32_t n_path, const int32_t *path, int32_t first_slot,

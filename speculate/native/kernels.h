@@ -86,16 +86,17 @@ typedef struct ds_linear {
 /* y [n_rows, n] = act(x W^T + bias) + residual, float32 arithmetic, x [n_rows, k]. Each output is one chain
  * of fused multiply-adds over 256 inputs after another, and the sum of those from first to last.
  * residual  [n_rows, n] or NULL
+ * peaks     NULL, or for those of y: [n_rows, ceil(n / DS_PEAK_WIDTH)]
  * next      the linear that will probably run next on this pool, or NULL: its first bytes are fetched early
  */
 DS_API int32_t ds_linear_float(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const float *x,
-                               const float *residual, float *y, const ds_linear *next);
+                               const float *residual, float *y, float *peaks, const ds_linear *next);
 
 /* The same over quantized rows. int8 weights: (float)(q W^T) * (scale[row] * scale[output]) + bias, each step
  * rounded. int4: scale[row] * y + bias, where over the groups from first to last y = fma(base, sum of q,
  * fma(step, sum of q u, y)), from 0. */
 DS_API int32_t ds_linear_int8(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const void *rows,
-                              const float *residual, float *y, const ds_linear *next);
+                              const float *residual, float *y, float *peaks, const ds_linear *next);
 
 /* x [n_rows, k] = multiplier * the weights of outputs ids[n_rows]: an output projection read as a table of
  * embeddings. DS_FLOAT32 and DS_BFLOAT16 only; uses linear->n, k, format and weight. */

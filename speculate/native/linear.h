@@ -6,6 +6,8 @@
 #include "dispatch.h"
 #include "vmath.h"
 
+#include <math.h>
+
 /* The blocks first .. end of an item. Those from .. end are computed: where an item is smaller than a tile, the
  * tile begins in the item before it. */
 typedef struct {
@@ -134,13 +136,22 @@ INLINE int64_t count_steps(const ds_linear_job *job, block_range range, int32_t 
       for (int32_t r = 0; r < n_rows; ++r) tile;                                                             \
   }
 
+/* The first n lanes, which the others are never above. */
+INLINE vf cut_off(vf y, int32_t n) {
+  float lanes[LANES];
+  f_store(lanes, y);
+  for (int32_t i = n; i < LANES; ++i) lanes[i] = -INFINITY;
+  return f_load(lanes);
+}
+
 /* From x W^T + bias of the blocks that were computed to the outputs of the item: activation, gate, residual. */
 INLINE void finish_chunk(const ds_linear_job *job, int32_t row, int32_t n_rows, block_range range,
                          output_chunk out, fetcher *ahead, const int n_parts) {
   const ds_linear *linear = job->linear;
   int32_t gated = is_gated(linear) != 0, activation = linear->activation & ~DS_GATED;
-  int32_t n_out = (range.end - range.first) >> gated;
+  int32_t n_out = (range.end - range.first) >> gated, peak = range.first / count_item_blocks(linear);
   for (int32_t r = 0; r < n_rows; ++r) {
+    vf most = f_set(-INFINITY);
     for (int32_t b = 0; b < n_out; ++b) {
       fetch(ahead, n_parts);
       int32_t column = ((range.first >> gated) + b) * LANES;
@@ -151,7 +162,9 @@ INLINE void finish_chunk(const ds_linear_job *job, int32_t row, int32_t n_rows, 
       if (gated) y = f_mul(y, f_load(from + LANES));
       if (job->residual) y = f_add(y, f_load_n(job->residual + at, n));
       f_store_n(job->y + at, y, n);
+      if (job->peaks) most = f_max(n < LANES ? cut_off(y, n) : y, most); /* NaN leaves it as it is */
     }
+    if (job->peaks) job->peaks[(int64_t)(row + r) * count_items(linear) + peak] = f_max_lanes(most);
   }
 }
 

@@ -118,8 +118,9 @@ static void step(lookahead_drafter *l, column *c, int32_t said) {
 
 /* What was not read, since the tree was cut or others had the room, waits for another round. */
 static int32_t observe(ds_drafter *drafter, const int32_t *tokens, const int32_t *parents, int32_t n_rows,
-                       const float *logits, int32_t vocab) {
+                       const float *logits, const float *peaks, int32_t vocab) {
   lookahead_drafter *l = (lookahead_drafter *)drafter;
+  (void)peaks;
   int32_t first = 0;
   for (column *c = l->columns; c < l->columns + l->n_columns; ++c) {
     int32_t row = first = find_row(tokens, parents, n_rows, first, c->guesses[0]);

@@ -33,6 +33,7 @@
  */
 #include "decoder.h"
 #include "error.h"
+#include "leaders.h"
 #include "tree_cache.h"
 
 #include <stddef.h>
@@ -217,7 +218,7 @@ static int32_t advance(ds_decoder *d, level *l, int32_t length, int32_t room, in
   double began = ds_now_ms();
   if (l->inner && l->inner->drafter && l->inner->drafter->observe) {
     status = l->inner->drafter->observe(l->inner->drafter, d->ids + length - 1, tree->parents,
-                                        tree->n_nodes + 1, logits, l->engine->vocab);
+                                        tree->n_nodes + 1, logits, l->engine->peaks, l->engine->vocab);
     if (status < 0) return status;
     double spent = ds_now_ms() - began;
     l->inner->stats.busy_ms += spent;
@@ -232,7 +233,8 @@ static int32_t advance(ds_decoder *d, level *l, int32_t length, int32_t room, in
     for (int32_t i = 0; i <= v.n_accepted; ++i) {
       int32_t before = i > 0 ? v.path[i - 1] + 1 : 0;
       l->buckets[row + i] =
-          ds_bucket_of_law(logits + (size_t)before * (size_t)l->engine->vocab, ds_shared_vocab(d, l));
+          ds_bucket_of_law(logits + (size_t)before * (size_t)l->engine->vocab,
+                           ds_find_peaks(l->engine->peaks, l->engine->vocab, before), ds_shared_vocab(d, l));
     }
   d->ids[length + v.n_accepted] = v.next;
   roll_back(l, length + v.n_accepted);

@@ -247,15 +247,21 @@ static const ds_linear *find_next(const ds_operators *owner, const step *s) {
   return next && next->linear.weight ? &next->linear : NULL;
 }
 
-/* y = the linear of x, plus the residual. */
-static OrtStatus *run_step(kernel *node, const step *s, int32_t n_rows, const float *x, const float *residual,
-                           float *y) {
+/* y = the linear of x, plus the residual, and its peaks, if not NULL. */
+static OrtStatus *run_step_for_peaks(kernel *node, const step *s, int32_t n_rows, const float *x,
+                                     const float *residual, float *y, float *peaks) {
   const void *rows = NULL;
   const ds_linear *next = find_next(node->owner, s);
   TRY(prepare_rows(node, s, n_rows, x, &rows));
-  return report(node, s->linear.format >= DS_INT8
-                          ? ds_linear_int8(node->owner->pool, &s->linear, n_rows, rows, residual, y, next)
-                          : ds_linear_float(node->owner->pool, &s->linear, n_rows, rows, residual, y, next));
+  return report(node,
+                s->linear.format >= DS_INT8
+                    ? ds_linear_int8(node->owner->pool, &s->linear, n_rows, rows, residual, y, peaks, next)
+                    : ds_linear_float(node->owner->pool, &s->linear, n_rows, rows, residual, y, peaks, next));
+}
+
+static OrtStatus *run_step(kernel *node, const step *s, int32_t n_rows, const float *x, const float *residual,
+                           float *y) {
+  return run_step_for_peaks(node, s, n_rows, x, residual, y, NULL);
 }
 
 /* What a skipped node gives: `from`, or zeros. */
@@ -451,7 +457,8 @@ typedef struct {
   int64_t batch, n_rows;                  /* of each sequence */
   const int64_t *positions, *write_index; /* [batch, n_rows], [batch] */
   const int32_t *slots, *counts;          /* [batch, n_rows, max_slots], [batch, n_rows] */
-  float *keys, *values;                   /* where the new ones are written */
+  bool is_listed;       /* whether these were listed here, so that nothing is wrong with them */
+  float *keys, *values; /* where the new ones are written */
 } context_of_rows;
 
 static void set_cache_size(ds_heads *heads, int64_t n_kv_heads, int64_t n_slots, int64_t head_dim) {
@@ -506,6 +513,7 @@ static OrtStatus *read_context(kernel *node, OrtKernelContext *context, const in
   c->n_rows = dims[1];
   c->positions = positions.data;
   c->slots = slots.data;
+  c->is_listed = false;
   return NULL;
 }
 
@@ -528,8 +536,9 @@ static OrtStatus *attend(kernel *node, const context_of_rows *c, float *qkv, flo
     int32_t status = ds_write_heads(pool, heads, (int32_t)n_rows, x, c->positions + b * n_rows,
                                     (int32_t)c->write_index[b], keys, values);
     if (status == DS_OK)
-      status = ds_attend(pool, heads, (int32_t)n_rows, x, c->slots + b * n_rows * heads->max_slots,
-                         c->counts + b * n_rows, keys, values, y + b * n_rows * count_attended(heads));
+      status = (c->is_listed ? ds_attend_listed : ds_attend)(
+          pool, heads, (int32_t)n_rows, x, c->slots + b * n_rows * heads->max_slots, c->counts + b * n_rows,
+          keys, values, y + b * n_rows * count_attended(heads));
     TRY(report(node, status));
   }
   return NULL;
@@ -614,7 +623,7 @@ bool ds_nodes_are_straight(const ds_operators *o) {
          embed->steps[0].linear.k == width && head->steps[0].linear.k == width;
 }
 
-OrtStatus *ds_run_straight(ds_operators *o, const ds_operators_call *call, float *logits) {
+OrtStatus *ds_run_straight(ds_operators *o, const ds_operators_call *call, float *logits, float *peaks) {
   kernel *embed = o->first[EMBED], *list = o->first[LIST_SLOTS], *head = o->last[LINEAR_NODE];
   const step *last = &head->steps[0];
   int32_t n_rows = call->n_rows, n_slots = o->lent->n_slots, width = last->linear.k;
@@ -630,12 +639,14 @@ OrtStatus *ds_run_straight(ds_operators *o, const ds_operators_call *call, float
                             .positions = call->positions,
                             .write_index = &call->write_index,
                             .slots = slots,
-                            .counts = counts};
+                            .counts = counts,
+                            .is_listed = true};
   for (kernel *layer = o->first[LAYER]; layer; layer = layer->next) {
     find_lent(layer, o->lent, &around);
     TRY(run_layer(layer, n_rows, x, &around, x));
   }
-  return run_step(head, last, call->n_logits, x + (int64_t)(n_rows - call->n_logits) * width, NULL, logits);
+  return run_step_for_peaks(head, last, call->n_logits, x + (int64_t)(n_rows - call->n_logits) * width, NULL,
+                            logits, peaks);
 }
 
 /* ---- Weights in huge pages --------------------------------------------------------------------------------- */

@@ -100,6 +100,7 @@ bool ds_nodes_are_straight(const ds_operators *operators);
 void ds_hold_weights(ds_operators *operators);
 
 /* What they compute then, over the cache that is lent; all constants are known. */
-OrtStatus *ds_run_straight(ds_operators *operators, const ds_operators_call *call, float *logits);
+OrtStatus *ds_run_straight(ds_operators *operators, const ds_operators_call *call, float *logits,
+                           float *peaks);
 
 #endif

@@ -2,8 +2,10 @@
  * of the cache into a write of the new slots alone. */
 #include "error.h"
 #include "kernels.h"
+#include "leaders.h"
 #include "onnx.h"
 #include "operators.h"
+#include "pages.h"
 
 #include <dlfcn.h>
 #include <stdbool.h>
@@ -25,7 +27,7 @@ struct ds_onnx {
 enum { INPUT_IDS, POSITION_IDS, WRITE_INDEX, ATTENTION_MASK, NUM_LOGITS, N_PLAIN };
 static const char *const PLAIN[N_PLAIN] = {"input_ids", "position_ids", "write_index", "attention_mask",
                                            "num_logits"};
-enum { MAX_NAME = 48, SLOT_STEP = 64, CACHE_LINE = 64, MAX_SLOTS = 1 << 28 };
+enum { MAX_NAME = 48, SLOT_STEP = 64, LOGITS_STEP = 32, CACHE_LINE = 64, MAX_SLOTS = 1 << 28 };
 
 typedef struct {
   ds_engine base;
@@ -52,7 +54,7 @@ typedef struct {
   int32_t max_rows, max_logits;
   int64_t *ids, *positions, write_index, num_logits;
   uint8_t *mask;
-  float *logits;
+  float *logits, *peaks;
 } onnx_engine;
 
 #define TRY(status)                                                                                          \
@@ -260,6 +262,7 @@ static int32_t open_graph(onnx_engine *engine, const char *graph, int32_t n_ort_
   int32_t status = create_session(engine, options, graph, n_ort_threads);
   api->ReleaseSessionOptions(options);
   TRY(status);
+  ds_forget_freed(); /* by the session, and by the tokenizer before it: 10 MB of the smallest models' 50 */
   TRY(read_inputs(engine));
   TRY(read_outputs(engine));
   return list_names(engine);
@@ -342,10 +345,16 @@ static int32_t make_room(onnx_engine *engine, int32_t n_rows, int32_t n_logits) 
     engine->max_rows = n_rows;
   }
   if (n_logits > engine->max_logits) {
+    /* As many as calls mostly have, at once: rows that are never written take no memory, one array after another that
+     * grows by a row leaves holes. */
+    n_logits = (n_logits + LOGITS_STEP - 1) / LOGITS_STEP * LOGITS_STEP;
     engine->max_logits = 0;
     free(engine->logits);
+    free(engine->peaks);
     engine->logits = malloc((size_t)n_logits * (size_t)engine->base.vocab * sizeof(float));
-    if (!engine->logits) return ds_fail(DS_ERROR_MEMORY, "no memory for logits of %d rows", (int)n_logits);
+    engine->peaks = malloc((size_t)n_logits * (size_t)ds_count_peaks(engine->base.vocab) * sizeof(float));
+    if (!engine->logits || !engine->peaks)
+      return ds_fail(DS_ERROR_MEMORY, "no memory for logits of %d rows", (int)n_logits);
     engine->max_logits = n_logits;
   }
   return DS_OK;
@@ -424,9 +433,11 @@ static int32_t forward_in(onnx_engine *engine, const onnx_engine *home, int32_t 
   engine->num_logits = n_logits;
   if (lends_cache(engine)) ds_operators_lend(engine->operators, &home->cache);
   ds_operators_call call = {n_rows, n_out, engine->ids, engine->positions, start, engine->mask};
-  if (!ds_operators_run(engine->operators, &call, engine->logits, &status))
-    status = run_session(engine, n_rows, n_out);
-  *logits = engine->logits + (int64_t)(n_out - n_logits) * engine->base.vocab;
+  bool has_run = ds_operators_run(engine->operators, &call, engine->logits, engine->peaks, &status);
+  if (!has_run) status = run_session(engine, n_rows, n_out);
+  int64_t first = n_out - n_logits;
+  *logits = engine->logits + first * engine->base.vocab;
+  engine->base.peaks = has_run ? engine->peaks + first * ds_count_peaks(engine->base.vocab) : NULL;
   return status;
 }
 
@@ -476,6 +487,7 @@ static void close_engine(ds_engine *base) {
   free(engine->positions);
   free(engine->mask);
   free(engine->logits);
+  free(engine->peaks);
   ds_onnx_free(engine->onnx);
   free(engine);
 }
@@ -525,6 +537,7 @@ static int32_t forward_of_guest(ds_engine *base, int32_t n_rows, const int32_t *
   int32_t status =
       forward_in(guest->runner, host_of(base), n_rows, token_ids, start, positions, mask, n_logits, logits);
   ds_operators_skip(operators, NULL);
+  base->peaks = guest->runner->base.peaks;
   return status;
 }
 

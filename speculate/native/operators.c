@@ -165,9 +165,10 @@ void ds_operators_lend(ds_operators *operators, const ds_cache *cache) { operato
 
 void ds_operators_skip(ds_operators *operators, const uint8_t *skipped) { operators->skips = skipped; }
 
-bool ds_operators_run(ds_operators *o, const ds_operators_call *call, float *logits, int32_t *status) {
+bool ds_operators_run(ds_operators *o, const ds_operators_call *call, float *logits, float *peaks,
+                      int32_t *status) {
   if (!o->knows_all || !o->lent) return false;
-  *status = ds_take_status(o->api, ds_run_straight(o, call, logits));
+  *status = ds_take_status(o->api, ds_run_straight(o, call, logits, peaks));
   return true;
 }
 

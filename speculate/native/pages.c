@@ -9,6 +9,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #if defined(MADV_HUGEPAGE)
 
@@ -124,3 +127,9 @@ void ds_return_pages(void *pages, size_t n_bytes) { (void)pages, (void)n_bytes; 
 void ds_forget_file_pages(const ds_span *spans, size_t n_spans) { (void)spans, (void)n_spans; }
 
 #endif
+
+void ds_forget_freed(void) {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}

@@ -1,4 +1,4 @@
-/* Memory in huge pages, and what becomes of the file's pages once they are copied. */
+/* Memory in huge pages, and memory that is no longer needed: a file's pages once they are copied, and what was freed. */
 #ifndef DRAFTSMITH_PAGES_H
 #define DRAFTSMITH_PAGES_H
 
@@ -18,5 +18,8 @@ typedef struct {
 /* The process lets go of the whole pages of these spans that mirror a file: whoever reads them gets them from it again,
  * or from the system's cache, and what was written to them is lost. Other memory is left alone. */
 void ds_forget_file_pages(const ds_span *spans, size_t n_spans);
+
+/* What was freed goes back to the system where the allocator would keep it. */
+void ds_forget_freed(void);
 
 #endif

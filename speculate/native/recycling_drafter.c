@@ -12,9 +12,8 @@
 #include "drafter.h"
 #include "error.h"
 #include "growth.h"
-#include "vector.h"
+#include "leaders.h"
 
-#include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -68,39 +67,6 @@ static int32_t append(ds_drafter *drafter, const int32_t *tokens, int32_t n_toke
   return DS_OK;
 }
 
-typedef struct {
-  float logit[WIDTH];
-  int32_t token[WIDTH];
-} leaders;
-
-static void enter(leaders *l, float logit, int32_t token) {
-  if (!(logit > l->logit[WIDTH - 1])) return;
-  int32_t place = WIDTH - 1;
-  for (; place > 0 && logit > l->logit[place - 1]; --place) {
-    l->logit[place] = l->logit[place - 1];
-    l->token[place] = l->token[place - 1];
-  }
-  l->logit[place] = logit;
-  l->token[place] = token;
-}
-
-/* The largest, of equals the first; NaN is none of them. Hardly any block holds a new one, and whether it
- * does vectorizes. */
-DS_WIDE static void find_leaders(const float *row, int32_t n, leaders *l) {
-  enum { BLOCK = 64 };
-  for (int k = 0; k < WIDTH; ++k) {
-    l->logit[k] = -INFINITY;
-    l->token[k] = NONE;
-  }
-  int32_t i = 0;
-  for (; i + BLOCK <= n; i += BLOCK) {
-    int news = 0;
-    for (int j = 0; j < BLOCK; ++j) news |= row[i + j] > l->logit[WIDTH - 1];
-    for (int j = 0; news && j < BLOCK; ++j) enter(l, row[i + j], i + j);
-  }
-  for (; i < n; ++i) enter(l, row[i], i);
-}
-
 /* `token` is what the candidates [WIDTH] were to guess. */
 static void learn_ranks(recycling_drafter *r, const int32_t *candidates, int32_t token) {
   if (candidates[0] == NONE || token == NONE) return;
@@ -113,16 +79,19 @@ static void learn_ranks(recycling_drafter *r, const int32_t *candidates, int32_t
 }
 
 static int32_t observe(ds_drafter *drafter, const int32_t *tokens, const int32_t *parents, int32_t n_rows,
-                       const float *logits, int32_t vocab) {
+                       const float *logits, const float *peaks, int32_t vocab) {
   recycling_drafter *r = (recycling_drafter *)drafter;
   (void)parents;
-  leaders l;
+  float likeliest[WIDTH];
+  int32_t found[WIDTH];
   for (int32_t i = 0; i < n_rows; ++i) {
     int32_t status = check_token(r, tokens[i]);
     if (status != DS_OK) return status;
-    find_leaders(logits + (size_t)i * (size_t)vocab, vocab < r->vocab ? vocab : r->vocab, &l);
-    learn_ranks(r, r->candidates[tokens[i]], l.token[0]);
-    memcpy(r->candidates[tokens[i]], l.token, sizeof l.token);
+    int32_t *candidates = r->candidates[tokens[i]];
+    ds_find_leaders(logits + (size_t)i * (size_t)vocab, ds_find_peaks(peaks, vocab, i),
+                    vocab < r->vocab ? vocab : r->vocab, WIDTH, likeliest, found);
+    learn_ranks(r, candidates, found[0]);
+    memcpy(candidates, found, sizeof found);
   }
   return DS_OK;
 }

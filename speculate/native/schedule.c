@@ -1,8 +1,7 @@
 /* Draft lengths from costs and frequencies; the rule is in schedule.h. */
 #include "schedule.h"
-#include "vector.h"
+#include "leaders.h"
 
-#include <math.h>
 #include <string.h>
 
 enum {
@@ -82,34 +81,12 @@ int32_t ds_match_of_chance(double chance) {
   return b ? (int32_t)MATCHES[b - 1] : 1;
 }
 
-typedef struct {
-  float first, second;
-} leaders;
-
-static inline void enter(leaders *l, float x) {
-  float low = x < l->first ? x : l->first;
-  l->first = x > l->first ? x : l->first;
-  l->second = low > l->second ? low : l->second;
-}
-
-/* The two largest. Hardly any block holds a new one, and that question vectorizes. */
-DS_WIDE static leaders find_leaders(const float *row, int32_t n) {
-  enum { BLOCK = 64 };
-  leaders l = {-INFINITY, -INFINITY};
-  int32_t i = 0;
-  for (; i + BLOCK <= n; i += BLOCK) {
-    int news = 0;
-    for (int j = 0; j < BLOCK; ++j) news |= row[i + j] > l.second;
-    for (int j = 0; news && j < BLOCK; ++j) enter(&l, row[i + j]);
-  }
-  for (; i < n; ++i) enter(&l, row[i]);
-  return l;
-}
-
-uint8_t ds_bucket_of_law(const float *logits, int32_t vocab) {
+uint8_t ds_bucket_of_law(const float *logits, const float *peaks, int32_t vocab) {
   static const double limits[DS_GRADES - 1] = {0.5, 1, 2, 4};
-  leaders l = find_leaders(logits, vocab);
-  return bucket_of((double)l.first - (double)l.second, limits);
+  float most[2];
+  int32_t tokens[2];
+  ds_find_leaders(logits, peaks, vocab, 2, most, tokens);
+  return bucket_of((double)most[0] - (double)most[1], limits);
 }
 
 uint8_t ds_bucket_of_chance(double chance) {

@@ -54,8 +54,9 @@ typedef struct {
 void ds_trust_reset(ds_trust *trust);
 
 /* The bucket of a draft by what is cheap to know: for an engine the lead of the first logit over the second,
- * for other drafters the number of tokens that a chain rests on, or the chance that they give a node. */
-uint8_t ds_bucket_of_law(const float *logits, int32_t vocab);
+ * for other drafters the number of tokens that a chain rests on, or the chance that they give a node. peaks: of the
+ * logits (draftsmith.h), or NULL. */
+uint8_t ds_bucket_of_law(const float *logits, const float *peaks, int32_t vocab);
 uint8_t ds_bucket_of_match(int32_t length);
 uint8_t ds_bucket_of_chance(double chance);
 

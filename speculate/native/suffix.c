@@ -55,7 +55,7 @@ struct ds_suffix {
   int32_t *tokens;
   state *states;
   edge *edges;
-  int32_t *buckets; /* hash of (state, token) -> first edge */
+  int32_t *buckets; /* hash of (state, token) -> first edge plus one; room not used takes no memory */
   int32_t n_tokens, n_states, n_edges;
   int32_t capacity; /* in tokens: room for 2 states and 3 edges each, so that an append cannot fail halfway */
   uint32_t bucket_mask;
@@ -75,15 +75,16 @@ static uint32_t bucket_of(const ds_suffix *s, int32_t from, int32_t token) {
 }
 
 static edge *find_edge(const ds_suffix *s, int32_t from, int32_t token) {
-  for (int32_t i = s->buckets[bucket_of(s, from, token)]; i != NONE; i = s->edges[i].next_in_bucket)
+  for (int32_t i = s->buckets[bucket_of(s, from, token)] - 1; i != NONE; i = s->edges[i].next_in_bucket)
     if (s->edges[i].from == from && s->edges[i].token == token) return &s->edges[i];
   return NULL;
 }
 
 static void add_edge(ds_suffix *s, int32_t from, int32_t token, int32_t to) {
   int32_t *bucket = &s->buckets[bucket_of(s, from, token)];
-  s->edges[s->n_edges] = (edge){from, token, to, s->states[from].first_edge, *bucket};
-  s->states[from].first_edge = *bucket = s->n_edges++;
+  s->edges[s->n_edges] = (edge){from, token, to, s->states[from].first_edge, *bucket - 1};
+  s->states[from].first_edge = s->n_edges++;
+  *bucket = s->n_edges;
 }
 
 /* ---- Memory -------------------------------------------------------------------------------------------- */
@@ -110,7 +111,7 @@ size_t ds_suffix_bytes(int32_t capacity) {
 /* Make room for `capacity` tokens. On failure the handle is as it was: grown arrays hold what they held. */
 static int32_t resize(ds_suffix *s, size_t capacity) {
   size_t n_buckets = buckets_for(capacity);
-  int32_t *buckets = malloc(n_buckets * sizeof *buckets);
+  int32_t *buckets = calloc(n_buckets, sizeof *buckets);
   if (!buckets) return ds_fail(DS_ERROR_MEMORY, "no memory for a suffix index of %zu tokens", capacity);
   int32_t status = grow_array((void **)&s->tokens, capacity, sizeof *s->tokens);
   if (status == DS_OK) status = grow_array((void **)&s->states, 2 * capacity, sizeof *s->states);
@@ -123,11 +124,10 @@ static int32_t resize(ds_suffix *s, size_t capacity) {
   s->buckets = buckets;
   s->bucket_mask = (uint32_t)(n_buckets - 1);
   s->capacity = (int32_t)capacity;
-  memset(buckets, 0xff, n_buckets * sizeof *buckets); /* all NONE */
   for (int32_t i = 0; i < s->n_edges; ++i) {
     int32_t *bucket = &buckets[bucket_of(s, s->edges[i].from, s->edges[i].token)];
-    s->edges[i].next_in_bucket = *bucket;
-    *bucket = i;
+    s->edges[i].next_in_bucket = *bucket - 1;
+    *bucket = i + 1;
   }
   return DS_OK;
 }
@@ -149,7 +149,7 @@ static int32_t grow(ds_suffix *s, int64_t wanted) {
 
 void ds_suffix_clear(ds_suffix *s) {
   s->n_tokens = s->n_edges = s->last = s->window = s->window_length = 0;
-  memset(s->buckets, 0xff, ((size_t)s->bucket_mask + 1) * sizeof *s->buckets); /* all NONE */
+  memset(s->buckets, 0, ((size_t)s->bucket_mask + 1) * sizeof *s->buckets);
   s->states[ROOT] = EMPTY_STATE;
   s->states[ROOT].link = NONE;
   s->n_states = 1;

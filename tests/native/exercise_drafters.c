@@ -40,7 +40,7 @@ static void generate(ds_drafter *drafter) {
     if (drafter->observe) {
       for (int32_t i = 0; i < 5 * VOCAB; ++i) logits[i] = below(9) ? (float)(9 * uniform()) : NAN;
       for (int32_t i = 0; i < 4; ++i) parents[i] = below(2) ? i - 1 : below(i + 1) - 1;
-      CHECK(drafter->observe(drafter, tokens, parents, n < 5 ? n : 5, logits, VOCAB) >= 0);
+      CHECK(drafter->observe(drafter, tokens, parents, n < 5 ? n : 5, logits, NULL, VOCAB) >= 0);
     }
     int32_t count = drafter->draft(drafter, tail, n_tail, wanted, draft, support);
     CHECK(count >= 0 && count <= wanted);
@@ -81,15 +81,15 @@ static void exercise_recycling(void) {
       int32_t n = ds_recycling_candidates(drafter, token, candidates);
       CHECK(n >= 0 && n <= VOCAB);
     }
-    CHECK(drafter->observe(drafter, tokens, NULL, 0, NULL, 1) == DS_OK);
-    REFUSED(drafter->observe(drafter, tokens, NULL, 1, logits, VOCAB), "token 7 is outside");
+    CHECK(drafter->observe(drafter, tokens, NULL, 0, NULL, NULL, 1) == DS_OK);
+    REFUSED(drafter->observe(drafter, tokens, NULL, 1, logits, NULL, VOCAB), "token 7 is outside");
     REFUSED(drafter->append(drafter, tokens, 1), "token 7 is outside");
     REFUSED(drafter->draft(drafter, tokens, 1, 2, draft, support), "token 7 is outside");
     REFUSED(ds_recycling_candidates(drafter, -1, candidates), "token -1");
     REFUSED(ds_recycling_candidates(drafter, 1, NULL), "room");
     tokens[0] = 2;
-    CHECK(drafter->observe(drafter, tokens, NULL, 1, logits, 2 * VOCAB) == DS_OK); /* a wider level above */
-    CHECK(drafter->observe(drafter, tokens, NULL, 1, logits, 2) == DS_OK);         /* and a narrower one */
+    CHECK(drafter->observe(drafter, tokens, NULL, 1, logits, NULL, 2 * VOCAB) == DS_OK); /* a wider level */
+    CHECK(drafter->observe(drafter, tokens, NULL, 1, logits, NULL, 2) == DS_OK); /* and a narrower one */
     CHECK(ds_recycling_candidates(drafter, 2, candidates) == 2);
     tokens[0] = VOCAB;
     ds_drafter_close(drafter);
@@ -103,7 +103,7 @@ static void exercise_lookahead(void) {
     ds_drafter *drafter = ds_lookahead_drafter_create(VOCAB);
     CHECK(drafter);
     for (int round = 0; round < 3; ++round) generate(drafter);
-    CHECK(drafter->observe(drafter, NULL, NULL, 0, NULL, 1) == DS_OK);
+    CHECK(drafter->observe(drafter, NULL, NULL, 0, NULL, NULL, 1) == DS_OK);
     ds_drafter_close(drafter);
   }
   CHECK(!ds_lookahead_drafter_create(0) && strstr(ds_error_message(), "vocab is 0"));

@@ -88,19 +88,22 @@ static void exercise_linears(ds_pool *pool) {
     float *x = floats((int64_t)n_rows * k), *y = floats((int64_t)n_rows * n),
           *residual = floats((int64_t)n_rows * n);
     const ds_linear *hint = below(2) ? &next.linear : NULL;
+    float *peaks = below(2) ? floats((int64_t)n_rows * ((n + DS_PEAK_WIDTH - 1) / DS_PEAK_WIDTH)) : NULL;
     if (w.linear.format >= DS_INT8) {
       char *rows = malloc((size_t)(n_rows * ds_int8_stride(k)));
       CHECK(ds_quantize_rows(pool, n_rows, k, x, below(2) ? 0 : 0.01f, rows) == DS_OK);
-      CHECK(ds_linear_int8(pool, &w.linear, n_rows, rows, below(2) ? residual : NULL, y, hint) == DS_OK);
-      CHECK(ds_linear_int8(pool, &w.linear, n_rows, rows, y, y, hint) == DS_OK);
+      CHECK(ds_linear_int8(pool, &w.linear, n_rows, rows, below(2) ? residual : NULL, y, peaks, hint) ==
+            DS_OK);
+      CHECK(ds_linear_int8(pool, &w.linear, n_rows, rows, y, y, NULL, hint) == DS_OK);
       free(rows);
     } else {
-      CHECK(ds_linear_float(pool, &w.linear, n_rows, x, below(2) ? residual : NULL, y, hint) == DS_OK);
+      CHECK(ds_linear_float(pool, &w.linear, n_rows, x, below(2) ? residual : NULL, y, peaks, hint) == DS_OK);
     }
     for (int64_t i = 0; i < (int64_t)n_rows * n; ++i) CHECK(isfinite(y[i]));
     free(x);
     free(y);
     free(residual);
+    free(peaks);
     free_weights(&w);
     free_weights(&next);
   }

@@ -54,7 +54,9 @@ class Drafter:
         if self.handle.observe != ffi.NULL:
             rows, ids = view("float[]", np.ascontiguousarray(logits)), ffi.new("int32_t[]", tokens)
             behind = ffi.new("int32_t[]", list(range(-1, len(tokens) - 2) if parents is None else parents))
-            known = ffi.NULL if peaks is None else view("float[]", np.ascontiguousarray(peaks))
+            num_peaks = -(-logits.shape[1] // lib.DS_PEAK_WIDTH)
+            assert peaks is None or peaks.shape == (len(tokens), num_peaks)
+            known = ffi.NULL if peaks is None else view("float[]", np.ascontiguousarray(peaks, np.float32))
             check(self.handle.observe(self.handle, ids, behind, len(tokens), rows, known, logits.shape[1]))
 
     def draft(self, tail: Sequence[int], max_draft: int) -> tuple[list[int], list[int]]:

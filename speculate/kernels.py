@@ -210,6 +210,8 @@ def linear(
     peaks: float32 [S, ceil(N / DS_PEAK_WIDTH)], to be filled."""
     if out is None:
         out = np.empty((len(rows), linear.n), np.float32)
+    num_peaks = -(-linear.n // lib.DS_PEAK_WIDTH)
+    assert peaks is None or (peaks.dtype, peaks.shape) == (np.float32, (len(rows), num_peaks))
     run = lib.ds_linear_int8 if linear.is_quantized else lib.ds_linear_float
     check(
         run(

@@ -189,6 +189,21 @@ def test_peaks_are_the_largest_of_their_outputs(pool, format, rng):
                 np.testing.assert_array_equal(peaks, find_peaks(y), err_msg=f"{n}x{k}, {num_rows} rows")
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_peaks_are_of_what_a_linear_gives_in_the_end(rng, num_threads):
+    """Behind gate and residual; in whichever thread."""
+    for pool in make_pools(num_threads):
+        for n, k in [(40, 16), (48, 64), (211, 96)]:
+            weight = rng.standard_normal((2 * n, k), dtype=np.float32)
+            packed = kernels.make_linear(
+                kernels.interleave(weight[:n], weight[n:]), "float32", activation="silu", gated_outputs=n
+            )
+            x, residual = (rng.standard_normal((9, size), dtype=np.float32) for size in (k, n))
+            peaks = np.empty((9, -(-n // lib.DS_PEAK_WIDTH)), np.float32)
+            y = kernels.linear(pool, packed, x, residual, peaks=peaks)
+            np.testing.assert_array_equal(peaks, find_peaks(y))
+
+
 # ---- int4 --------------------------------------------------------------------------------------------------
 
 

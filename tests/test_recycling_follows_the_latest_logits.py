@@ -24,14 +24,17 @@ def candidates(drafter: Drafter, token: int) -> list[int]:
 
 
 @pytest.mark.parametrize("has_peaks", [False, True])
+@pytest.mark.parametrize("padding", [0, 50, -40])
 @pytest.mark.parametrize("vocab", [1, 3, 8, 64, 65, 200, 1000])
-def test_candidates_are_the_largest_of_the_latest_logits(vocab, has_peaks):
-    """Of equals the first; whatever NaN and infinities are about, and whether or not peaks show the way."""
+def test_candidates_are_the_largest_of_the_latest_logits(vocab, padding, has_peaks):
+    """Of equals the first; whatever NaN and infinities are about, whether or not peaks show the way, and
+    where the level above has more logits than the drafter has tokens, or fewer."""
+    width = max(1, vocab + padding)
     rng, drafter, latest = np.random.default_rng(vocab), make(vocab), {}
     for trial in range(60):
         tokens = rng.integers(vocab, size=int(rng.integers(1, 6))).tolist()
         logits = (
-            rng.normal(size=(len(tokens), vocab)) if trial % 2 else rng.integers(-2, 3, (len(tokens), vocab))
+            rng.normal(size=(len(tokens), width)) if trial % 2 else rng.integers(-2, 3, (len(tokens), width))
         )
         logits = logits.astype(np.float32)
         if trial % 5 == 0:
@@ -39,7 +42,7 @@ def test_candidates_are_the_largest_of_the_latest_logits(vocab, has_peaks):
             logits[rng.random(logits.shape) < 0.2] = -np.inf
         drafter.observe(tokens, logits, peaks=find_peaks(logits) if has_peaks else None)
         for token, row in zip(tokens, logits, strict=True):
-            order = np.argsort(-np.nan_to_num(row, nan=-np.inf), kind="stable")
+            order = np.argsort(-np.nan_to_num(row[:vocab], nan=-np.inf), kind="stable")
             latest[token] = [int(x) for x in order[:WIDTH] if row[x] > -np.inf]
     for token in range(vocab):
         assert candidates(drafter, token) == latest.get(token, [])

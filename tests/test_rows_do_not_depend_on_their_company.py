@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import VARIANTS
-from decoding import draw_ids
+from decoding import decode, draw_ids
 from draftsmith.model.store import Checkpoint
 from draftsmith.speculate.binding import check, ffi, lib
 from draftsmith.speculate.ladder import Rung, build_ladder
@@ -132,6 +132,35 @@ def test_an_engine_gives_the_peaks_of_its_logits(folder):
         assert (engine.handle.peaks != ffi.NULL) == straight
         if straight:
             assert np.array_equal(read_peaks(engine, count), find_peaks(logits))
+
+
+class Silent:
+    """The same engine without its peaks."""
+
+    def __init__(self, engine: OnnxEngine) -> None:
+        self.engine = engine
+        self.vocab_size, self.max_seq_len = engine.vocab_size, engine.max_seq_len
+
+    def reserve(self, num_slots: int) -> None:
+        self.engine.reserve(num_slots)
+
+    def forward(self, *args, **kwargs) -> np.ndarray:
+        return self.engine.forward(*args, **kwargs)
+
+
+@every
+def test_peaks_change_nothing_that_is_drafted(folder):
+    """They show the way to the largest logits, of which drafters learn and by which drafts end."""
+    engines = {name: open_engine(folder, threads=2) for name in ("target", "int8")}
+    silent = {name: Silent(engine) for name, engine in engines.items()}
+    costs = {"target": [1 + 0.02 * n for n in range(40)], "int8": [0.3] * 40}
+    two = [Rung("recycling", 4), Rung("int8", 8)]
+    for rungs, prices in (([Rung("recycling-tree", 12)], None), (two[1:], costs), (two, costs)):
+        for seed in range(3):
+            prompt = draw_ids(engines["target"], 20, seed)
+            outs = [decode(each, rungs, prompt, 60, costs=prices) for each in (engines, silent)]
+            assert outs[0].blocks == outs[1].blocks
+            assert outs[0].drafter.drafted == outs[1].drafter.drafted > 0
 
 
 @every

@@ -103,7 +103,8 @@ enum { DS_MAX_QUERIES = 12, DS_MAX_HEAD_DIM = 256 };
 
 /* Packed blocks of 16 outputs that are one item, of a gated linear and of another. */
 enum { DS_ITEM_BLOCKS = 3, DS_GATED_ITEM_BLOCKS = 6 };
-_Static_assert(DS_PEAK_WIDTH == 16 * DS_ITEM_BLOCKS, "a peak is of an item");
+_Static_assert(DS_PEAK_WIDTH == 16 * DS_ITEM_BLOCKS && DS_GATED_ITEM_BLOCKS == 2 * DS_ITEM_BLOCKS,
+               "a peak is of an item");
 
 /* How many elements a linear's parts have: bytes of the weight, with those past its end that may be read. */
 typedef struct {

@@ -136,7 +136,7 @@ INLINE int64_t count_steps(const ds_linear_job *job, block_range range, int32_t 
       for (int32_t r = 0; r < n_rows; ++r) tile;                                                             \
   }
 
-/* The first n lanes, which the others are never above. */
+/* y with minus infinity in all but its first n lanes. */
 INLINE vf cut_off(vf y, int32_t n) {
   float lanes[LANES];
   f_store(lanes, y);

@@ -248,8 +248,8 @@ static const ds_linear *find_next(const ds_operators *owner, const step *s) {
 }
 
 /* y = the linear of x, plus the residual, and its peaks, if not NULL. */
-static OrtStatus *run_step_for_peaks(kernel *node, const step *s, int32_t n_rows, const float *x,
-                                     const float *residual, float *y, float *peaks) {
+static OrtStatus *run_step(kernel *node, const step *s, int32_t n_rows, const float *x, const float *residual,
+                           float *y, float *peaks) {
   const void *rows = NULL;
   const ds_linear *next = find_next(node->owner, s);
   TRY(prepare_rows(node, s, n_rows, x, &rows));
@@ -257,11 +257,6 @@ static OrtStatus *run_step_for_peaks(kernel *node, const step *s, int32_t n_rows
                 s->linear.format >= DS_INT8
                     ? ds_linear_int8(node->owner->pool, &s->linear, n_rows, rows, residual, y, peaks, next)
                     : ds_linear_float(node->owner->pool, &s->linear, n_rows, rows, residual, y, peaks, next));
-}
-
-static OrtStatus *run_step(kernel *node, const step *s, int32_t n_rows, const float *x, const float *residual,
-                           float *y) {
-  return run_step_for_peaks(node, s, n_rows, x, residual, y, NULL);
 }
 
 /* What a skipped node gives: `from`, or zeros. */
@@ -291,7 +286,7 @@ static OrtStatus *compute_linear(kernel *node, OrtKernelContext *context) {
   TRY(read_data(node, context, 1 + STEP_INPUTS, count_rows(&x) * (int64_t)s->linear.n, &residual));
   TRY(make_rows(node, context, &x, s->linear.n, &y));
   if (skips(node->owner, s->sublayer)) return pass_on(residual, count_rows(&x) * (int64_t)s->linear.n, y);
-  return run_step(node, s, count_rows(&x), x.data, residual, y);
+  return run_step(node, s, count_rows(&x), x.data, residual, y, NULL);
 }
 
 static OrtStatus *read_embed(kernel *node, const OrtKernelInfo *info) {
@@ -581,15 +576,15 @@ static OrtStatus *run_layer(kernel *node, int32_t n_rows, float *x, const contex
     TRY(reserve_rows(node, PROJECTED, n_rows, s[QKV].linear.n, &qkv));
     TRY(reserve_rows(node, ATTENDED, n_rows, s[O].linear.k, &attended));
     TRY(reserve_rows(node, MIDDLE, n_rows, width, &middle));
-    TRY(run_step(node, &s[QKV], n_rows, x, NULL, qkv));
+    TRY(run_step(node, &s[QKV], n_rows, x, NULL, qkv, NULL));
     TRY(attend(node, around, qkv, attended));
-    TRY(run_step(node, &s[O], n_rows, attended, x, middle));
+    TRY(run_step(node, &s[O], n_rows, attended, x, middle, NULL));
   }
   if (skips(node->owner, s[DOWN].sublayer))
     return middle == y ? NULL : pass_on(middle, (int64_t)n_rows * width, y);
   TRY(reserve_rows(node, WIDE, n_rows, s[UP].linear.n, &wide));
-  TRY(run_step(node, &s[UP], n_rows, middle, NULL, wide));
-  return run_step(node, &s[DOWN], n_rows, wide, middle, y);
+  TRY(run_step(node, &s[UP], n_rows, middle, NULL, wide, NULL));
+  return run_step(node, &s[DOWN], n_rows, wide, middle, y, NULL);
 }
 
 static OrtStatus *compute_layer(kernel *node, OrtKernelContext *context) {
@@ -645,8 +640,8 @@ OrtStatus *ds_run_straight(ds_operators *o, const ds_operators_call *call, float
     find_lent(layer, o->lent, &around);
     TRY(run_layer(layer, n_rows, x, &around, x));
   }
-  return run_step_for_peaks(head, last, call->n_logits, x + (int64_t)(n_rows - call->n_logits) * width, NULL,
-                            logits, peaks);
+  return run_step(head, last, call->n_logits, x + (int64_t)(n_rows - call->n_logits) * width, NULL, logits,
+                  peaks);
 }
 
 /* ---- Weights in huge pages --------------------------------------------------------------------------------- */

@@ -262,7 +262,7 @@ static int32_t open_graph(onnx_engine *engine, const char *graph, int32_t n_ort_
   int32_t status = create_session(engine, options, graph, n_ort_threads);
   api->ReleaseSessionOptions(options);
   TRY(status);
-  ds_forget_freed(); /* by the session, and by the tokenizer before it: 10 MB of the smallest models' 50 */
+  ds_forget_freed(); /* by the session, and by whoever read a tokenizer before: 10 MB, and the weights are to come */
   TRY(read_inputs(engine));
   TRY(read_outputs(engine));
   return list_names(engine);
@@ -424,6 +424,7 @@ static int32_t run_session(onnx_engine *engine, int32_t n_rows, int32_t n_out) {
 static int32_t forward_in(onnx_engine *engine, const onnx_engine *home, int32_t n_rows,
                           const int32_t *token_ids, int32_t start, const int64_t *positions,
                           const uint8_t *mask, int32_t n_logits, const float **logits) {
+  engine->base.peaks = NULL;
   TRY(check_call(engine, home, n_rows, token_ids, start, positions, n_logits, logits));
   int32_t n_out = engine->picks_logits ? n_logits : n_rows, status;
   TRY(bind_cache(engine, home));
@@ -437,7 +438,8 @@ static int32_t forward_in(onnx_engine *engine, const onnx_engine *home, int32_t 
   if (!has_run) status = run_session(engine, n_rows, n_out);
   int64_t first = n_out - n_logits;
   *logits = engine->logits + first * engine->base.vocab;
-  engine->base.peaks = has_run ? engine->peaks + first * ds_count_peaks(engine->base.vocab) : NULL;
+  if (has_run && status == DS_OK)
+    engine->base.peaks = engine->peaks + first * ds_count_peaks(engine->base.vocab);
   return status;
 }
 

@@ -48,11 +48,11 @@ typedef struct {
   const uint8_t *mask;
 } ds_operators_call;
 
-/* Do such a call over the cache that is lent by the nodes alone, one after another: true, and its status; the logits and
- * their peaks (draftsmith.h) are written. False: the
- * graph is not straight (nodes.c), or not all its constants are known yet, so ONNX Runtime has to run it; tell
- * ds_operators_ran when it has. What it does around each node costs a call of a small model 5 to 15 %: after the weights
- * have passed through the caches, none of what it looks up is left there. */
+/* Do such a call over the cache that is lent by the nodes alone, one after another: true, and its status; the logits
+ * and their peaks (draftsmith.h) are written. False: the graph is not straight (nodes.c), or not all its constants are
+ * known yet, so ONNX Runtime has to run it; tell ds_operators_ran when it has. What it does around each node costs a
+ * call of a small model 5 to 15 %: after the weights have passed through the caches, none of what it looks up is left
+ * there. */
 bool ds_operators_run(ds_operators *operators, const ds_operators_call *call, float *logits, float *peaks,
                       int32_t *status);
 void ds_operators_ran(ds_operators *operators);

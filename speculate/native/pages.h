@@ -1,4 +1,4 @@
-/* Memory in huge pages, and memory that is no longer needed: a file's pages once they are copied, and what was freed. */
+/* Memory in huge pages, and memory that nobody needs any more: a file's pages that were copied, and what was freed. */
 #ifndef DRAFTSMITH_PAGES_H
 #define DRAFTSMITH_PAGES_H
 
@@ -19,7 +19,7 @@ typedef struct {
  * or from the system's cache, and what was written to them is lost. Other memory is left alone. */
 void ds_forget_file_pages(const ds_span *spans, size_t n_spans);
 
-/* What was freed goes back to the system where the allocator would keep it. */
+/* What the process has freed goes back to the system where its allocator would keep it. */
 void ds_forget_freed(void);
 
 #endif

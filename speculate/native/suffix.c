@@ -32,7 +32,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ROOT = 0, NONE = -1 };
+enum { ROOT = 0, NONE = -1, LEAST_BUCKETS = 256 };
 
 typedef struct {
   int32_t length; /* of the longest substring */
@@ -55,10 +55,11 @@ struct ds_suffix {
   int32_t *tokens;
   state *states;
   edge *edges;
-  int32_t *buckets; /* hash of (state, token) -> first edge plus one; room not used takes no memory */
+  int32_t *buckets; /* hash of (state, token) -> first edge plus one */
   int32_t n_tokens, n_states, n_edges;
   int32_t capacity; /* in tokens: room for 2 states and 3 edges each, so that an append cannot fail halfway */
-  uint32_t bucket_mask;
+  uint32_t
+      bucket_mask; /* of the buckets in use, no more than twice the edges: the others' room takes no memory yet */
   int32_t last;   /* the state of the whole text */
   int32_t window; /* the state of its last window_length tokens */
   int32_t window_length;
@@ -80,11 +81,25 @@ static edge *find_edge(const ds_suffix *s, int32_t from, int32_t token) {
   return NULL;
 }
 
+static void enter_bucket(ds_suffix *s, int32_t i) {
+  int32_t *bucket = &s->buckets[bucket_of(s, s->edges[i].from, s->edges[i].token)];
+  s->edges[i].next_in_bucket = *bucket - 1;
+  *bucket = i + 1;
+}
+
+/* Use `n_buckets`, a power of two within the room. */
+static void spread(ds_suffix *s, uint32_t n_buckets) {
+  s->bucket_mask = n_buckets - 1;
+  memset(s->buckets, 0, n_buckets * sizeof *s->buckets);
+  for (int32_t i = 0; i < s->n_edges; ++i) enter_bucket(s, i);
+}
+
 static void add_edge(ds_suffix *s, int32_t from, int32_t token, int32_t to) {
-  int32_t *bucket = &s->buckets[bucket_of(s, from, token)];
-  s->edges[s->n_edges] = (edge){from, token, to, s->states[from].first_edge, *bucket - 1};
-  s->states[from].first_edge = s->n_edges++;
-  *bucket = s->n_edges;
+  if ((uint32_t)s->n_edges > s->bucket_mask) spread(s, 2 * (s->bucket_mask + 1));
+  int32_t i = s->n_edges++;
+  s->edges[i] = (edge){from, token, to, s->states[from].first_edge, NONE};
+  s->states[from].first_edge = i;
+  enter_bucket(s, i);
 }
 
 /* ---- Memory -------------------------------------------------------------------------------------------- */
@@ -97,7 +112,7 @@ static int32_t grow_array(void **array, size_t count, size_t size) {
 }
 
 static size_t buckets_for(size_t capacity) {
-  size_t n = 256;
+  size_t n = LEAST_BUCKETS;
   while (n < 3 * capacity) n *= 2;
   return n;
 }
@@ -122,13 +137,10 @@ static int32_t resize(ds_suffix *s, size_t capacity) {
   }
   free(s->buckets);
   s->buckets = buckets;
-  s->bucket_mask = (uint32_t)(n_buckets - 1);
   s->capacity = (int32_t)capacity;
-  for (int32_t i = 0; i < s->n_edges; ++i) {
-    int32_t *bucket = &buckets[bucket_of(s, s->edges[i].from, s->edges[i].token)];
-    s->edges[i].next_in_bucket = *bucket - 1;
-    *bucket = i + 1;
-  }
+  uint32_t in_use = LEAST_BUCKETS;
+  while (in_use < (uint32_t)s->n_edges) in_use *= 2;
+  spread(s, in_use);
   return DS_OK;
 }
 
@@ -149,7 +161,7 @@ static int32_t grow(ds_suffix *s, int64_t wanted) {
 
 void ds_suffix_clear(ds_suffix *s) {
   s->n_tokens = s->n_edges = s->last = s->window = s->window_length = 0;
-  memset(s->buckets, 0, ((size_t)s->bucket_mask + 1) * sizeof *s->buckets);
+  spread(s, LEAST_BUCKETS);
   s->states[ROOT] = EMPTY_STATE;
   s->states[ROOT].link = NONE;
   s->n_states = 1;

@@ -111,7 +111,9 @@ static int32_t forward(ds_engine *base, int32_t n_rows, const int32_t *token_ids
                        const int64_t *positions, const uint8_t *mask, int32_t n_logits,
                        const float **logits) {
   ds_engine *drafter = ((swift_engine *)base)->drafter;
-  return drafter->forward(drafter, n_rows, token_ids, start, positions, mask, n_logits, logits);
+  int32_t status = drafter->forward(drafter, n_rows, token_ids, start, positions, mask, n_logits, logits);
+  base->peaks = drafter->peaks;
+  return status;
 }
 
 static int32_t keep(ds_engine *base, int32_t start, const int32_t *slots, int32_t n_slots) {

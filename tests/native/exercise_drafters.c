@@ -28,8 +28,9 @@ static void check_tree(ds_drafter *drafter, const int32_t *tail, int32_t n_tail)
 
 /* One generation: tokens come in bunches, drafts are asked for behind tails, logits are shown. */
 static void generate(ds_drafter *drafter) {
+  enum { PEAKS = (VOCAB + DS_PEAK_WIDTH - 1) / DS_PEAK_WIDTH };
   int32_t tokens[64], tail[16], draft[20], support[20], parents[4], total = 400;
-  float logits[5 * VOCAB];
+  float logits[5 * VOCAB], peaks[5 * PEAKS];
   CHECK(drafter->begin(drafter, total) >= 0);
   while (total > 0) {
     int32_t n = 1 + below(total < 60 ? total : 60), n_tail = below(16), wanted = below(21);
@@ -40,7 +41,13 @@ static void generate(ds_drafter *drafter) {
     if (drafter->observe) {
       for (int32_t i = 0; i < 5 * VOCAB; ++i) logits[i] = below(9) ? (float)(9 * uniform()) : NAN;
       for (int32_t i = 0; i < 4; ++i) parents[i] = below(2) ? i - 1 : below(i + 1) - 1;
-      CHECK(drafter->observe(drafter, tokens, parents, n < 5 ? n : 5, logits, NULL, VOCAB) >= 0);
+      for (int32_t i = 0; i < 5 * PEAKS; ++i) peaks[i] = -INFINITY;
+      for (int32_t i = 0; i < 5 * VOCAB; ++i) {
+        float *peak = &peaks[i / VOCAB * PEAKS + i % VOCAB / DS_PEAK_WIDTH];
+        if (logits[i] > *peak) *peak = logits[i];
+      }
+      CHECK(drafter->observe(drafter, tokens, parents, n < 5 ? n : 5, logits, below(2) ? peaks : NULL,
+                             VOCAB) >= 0);
     }
     int32_t count = drafter->draft(drafter, tail, n_tail, wanted, draft, support);
     CHECK(count >= 0 && count <= wanted);

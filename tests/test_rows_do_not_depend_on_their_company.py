@@ -47,6 +47,12 @@ class Reader:
         return np.concatenate(parts)
 
 
+def read_straight(folder: Path) -> list[int]:
+    """What a node says of its graph's layers, if one does."""
+    nodes = onnx.load(folder / "cpu.onnx", load_external_data=False).graph.node
+    return [a.i for node in nodes for a in node.attribute if a.name == "straight"]
+
+
 def read_peaks(engine: OnnxEngine, num_rows: int) -> np.ndarray:
     count = num_rows * -(-engine.vocab_size // lib.DS_PEAK_WIDTH)
     return np.frombuffer(ffi.buffer(engine.handle.peaks, 4 * count), np.float32).reshape(num_rows, -1)
@@ -109,7 +115,7 @@ def test_weights_in_huge_pages_give_the_bits_of_the_file(folder, monkeypatch):
 def test_a_graph_says_whether_it_is_straight(folder):
     """Where something else than layers stands between tokens and logits, ONNX Runtime has to run it."""
     nodes = onnx.load(folder / "cpu.onnx", load_external_data=False).graph.node
-    said = [a.i for node in nodes for a in node.attribute if a.name == "straight"]
+    said = read_straight(folder)
     layers = [node for node in nodes if node.op_type == "Layer"]
     ours = [node.op_type for node in nodes if node.domain == "draftsmith"]
     others = [node.op_type for node in nodes if node.domain != "draftsmith"]
@@ -125,8 +131,7 @@ def test_an_engine_gives_the_peaks_of_its_logits(folder):
     reader, ids = Reader(engine), draw_ids(engine, 24)
     reader.read_in_chunks(ids, [24])
     assert engine.handle.peaks == ffi.NULL
-    nodes = onnx.load(folder / "cpu.onnx", load_external_data=False).graph.node
-    straight = any(a.name == "straight" for node in nodes for a in node.attribute)
+    straight = bool(read_straight(folder))
     for start, end, count in ((0, 17, 17), (17, 24, 1)):
         logits = engine.forward(ids[start:end], start, num_logits=count)
         assert (engine.handle.peaks != ffi.NULL) == straight

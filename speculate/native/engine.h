@@ -32,8 +32,9 @@ struct ds_engine {
   /* Make room for a sequence of n_slots tokens, 1 .. max_seq_len; what the cache held before may be lost. */
   int32_t (*reserve)(ds_engine *engine, int32_t n_slots);
   /* Read token_ids[n_rows] into cache slots start ..; *logits: float [n_logits, vocab] of the last n_logits
-   * rows, valid until the next call of the engine, its host or a guest. positions: int64 [n_rows] or NULL (the slots). mask: uint8
-   * [n_rows, start + n_rows] of 0/1, or NULL (every slot up to a row's own). Any number of rows that fit. */
+   * rows, valid until the next call of the engine, its host or a guest. positions: int64 [n_rows] or NULL (the
+   * slots). mask: uint8 [n_rows, start + n_rows] of 0/1, or NULL (every slot up to a row's own). Any number of
+   * rows that fit. */
   int32_t (*forward)(ds_engine *engine, int32_t n_rows, const int32_t *token_ids, int32_t start,
                      const int64_t *positions, const uint8_t *mask, int32_t n_logits, const float **logits);
   void (*close)(ds_engine *engine);
@@ -49,7 +50,7 @@ struct ds_engine {
    * depend on it. It may read rows into the n_scratch slots behind those, and returns how many it did, or an error. */
   int32_t (*adapt)(ds_engine *engine, const int32_t *tokens, int32_t n_tokens, int32_t n_decoded);
   int32_t n_scratch;
-  /* NULL, or the peaks (draftsmith.h) of the logits that forward gave last, valid as long as these. Who ever sets it
+  /* NULL, or the peaks (draftsmith.h) of the logits that forward gave last, valid as long as these. Whoever sets it
    * sets or clears it in each forward. */
   const float *peaks;
 };

@@ -13,6 +13,7 @@ enum {
   MAX_INT8_INPUTS = 65536,
   MAX_SIDE = 1 << 24,
   KEPT_FLOATS = 24 << 10, /* of the stack */
+  BITMASK_SLACK = 64,     /* bytes behind such a weight that reads may reach */
 };
 
 #define REQUIRE(condition, ...)                                                                              \
@@ -74,7 +75,7 @@ static bool has_whole_blocks(const ds_linear *linear, int64_t n_bytes) {
 }
 
 int64_t ds_weight_bytes(const ds_linear *linear) {
-  int64_t slack = linear->format == DS_INT8_BITMASK ? 64 : 0;
+  int64_t slack = linear->format == DS_INT8_BITMASK ? BITMASK_SLACK : 0;
   return block_start(linear, count_blocks(linear)) + slack;
 }
 
@@ -84,9 +85,9 @@ int32_t ds_check_parts(const ds_linear *linear, const ds_part_sizes *sizes) {
   int64_t n_outputs = (int64_t)count_blocks(linear) * LANES;
   REQUIRE((!linear->scale || sizes->scale == n_outputs) && (!linear->bias || sizes->bias == n_outputs),
           "scale or bias do not fit %lld packed outputs", (long long)n_outputs);
-  bool fits = linear->format == DS_INT8_BITMASK
-                  ? sizes->starts == count_blocks(linear) + 1 && has_whole_blocks(linear, sizes->weight - 64)
-                  : sizes->weight == ds_weight_bytes(linear);
+  bool fits = linear->format == DS_INT8_BITMASK ? sizes->starts == count_blocks(linear) + 1 &&
+                                                      has_whole_blocks(linear, sizes->weight - BITMASK_SLACK)
+                                                : sizes->weight == ds_weight_bytes(linear);
   REQUIRE(fits, "a weight of %lld bytes is not one of %d outputs and %d inputs in format %d",
           (long long)sizes->weight, (int)linear->n, (int)linear->k, (int)linear->format);
   return DS_OK;

@@ -1,7 +1,6 @@
 /* The kernels as custom operators of ONNX Runtime: what it asks about them, and the nodes that it makes. */
-#include "nodes.h"
-
 #include "error.h"
+#include "nodes.h"
 #include "pages.h"
 
 #include <stdlib.h>

@@ -58,10 +58,9 @@ struct ds_suffix {
   int32_t *buckets; /* hash of (state, token) -> first edge plus one */
   int32_t n_tokens, n_states, n_edges;
   int32_t capacity; /* in tokens: room for 2 states and 3 edges each, so that an append cannot fail halfway */
-  uint32_t
-      bucket_mask; /* of the buckets in use, no more than twice the edges: the others' room takes no memory yet */
-  int32_t last;   /* the state of the whole text */
-  int32_t window; /* the state of its last window_length tokens */
+  uint32_t bucket_mask; /* of those in use, which double with the edges: room for more takes no memory yet */
+  int32_t last;         /* the state of the whole text */
+  int32_t window;       /* the state of its last window_length tokens */
   int32_t window_length;
 };
 
@@ -125,23 +124,12 @@ size_t ds_suffix_bytes(int32_t capacity) {
 
 /* Make room for `capacity` tokens. On failure the handle is as it was: grown arrays hold what they held. */
 static int32_t resize(ds_suffix *s, size_t capacity) {
-  size_t n_buckets = buckets_for(capacity);
-  int32_t *buckets = calloc(n_buckets, sizeof *buckets);
-  if (!buckets) return ds_fail(DS_ERROR_MEMORY, "no memory for a suffix index of %zu tokens", capacity);
   int32_t status = grow_array((void **)&s->tokens, capacity, sizeof *s->tokens);
   if (status == DS_OK) status = grow_array((void **)&s->states, 2 * capacity, sizeof *s->states);
   if (status == DS_OK) status = grow_array((void **)&s->edges, 3 * capacity, sizeof *s->edges);
-  if (status != DS_OK) {
-    free(buckets);
-    return status;
-  }
-  free(s->buckets);
-  s->buckets = buckets;
-  s->capacity = (int32_t)capacity;
-  uint32_t in_use = LEAST_BUCKETS;
-  while (in_use < (uint32_t)s->n_edges) in_use *= 2;
-  spread(s, in_use);
-  return DS_OK;
+  if (status == DS_OK) status = grow_array((void **)&s->buckets, buckets_for(capacity), sizeof *s->buckets);
+  if (status == DS_OK) s->capacity = (int32_t)capacity;
+  return status;
 }
 
 static int32_t check_room(int64_t wanted) {

@@ -71,8 +71,8 @@ def weight_bytes(graph: Path) -> int:
 
 
 def cache_bytes(entry: EngineEntry, slots: int) -> int:
-    """float32 keys and values."""
-    return 4 * 2 * entry.num_layers * entry.num_kv_heads * entry.head_dim * slots
+    element = {"float32": 4, "bfloat16": 2}[entry.kv_cache_dtype]
+    return element * 2 * entry.num_layers * entry.num_kv_heads * entry.head_dim * slots
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from draftsmith.export.cpu import build_cpu_graph
+from draftsmith.export.cpu import build_cpu_graph, choose_cache_dtype
 from draftsmith.export.onnx_files import WeightFile, write_model
 from draftsmith.export.packed import PackedLinear, add_packed
 from draftsmith.export.weights import StoredLayer, StoredLinear, StoredModel
@@ -59,7 +59,7 @@ def write_engines(
         for name in names:
             with WeightFile(out / f"{name}.data") as packed:
                 model = _Drawer(config, packed, layout).draw(SPARSITIES[name])
-            models[name] = build_cpu_graph(model, shared, packed).model()
+            models[name] = build_cpu_graph(model, shared, packed, choose_cache_dtype(model, "auto")).model()
     graphs = {name: out / f"{name}.onnx" for name in names}
     for name, graph in graphs.items():
         write_model(models[name], graph)

@@ -5,12 +5,15 @@
     num_logits  int64 [1]  logits are wanted of the last `num_logits` tokens only
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from onnx import TensorProto
 
+from ..model.config import DecoderConfig
+from ..model.errors import ModelError
 from ..model.layout import EMBED_TOKENS, HEAD_IDS
 from ..speculate.binding import lib
+from ..speculate.kernels import CacheDtype
 from .builder import Graph
 from .decoder import BATCH, SLOTS, TOKENS, add_positions, embed_tokens, soften
 from .onnx_files import WeightFile
@@ -20,9 +23,11 @@ from .weights import StoredLayer, StoredModel
 LOGITS = "num_logits"
 
 
-def build_cpu_graph(model: StoredModel, weights: WeightFile, packed: WeightFile) -> Graph:
+def build_cpu_graph(
+    model: StoredModel, weights: WeightFile, packed: WeightFile, cache_dtype: CacheDtype
+) -> Graph:
     """`weights` holds what is not a linear: embeddings, norms, rotary tables. `packed` holds the linears."""
-    builder = _CpuBuilder(model, Graph(model.config.family, weights, packed))
+    builder = _CpuBuilder(model, Graph(model.config.family, weights, packed), cache_dtype)
     hidden = builder.embed()
     for layer, stored in enumerate(model.layers):
         hidden = builder.layer(hidden, layer, stored)
@@ -30,9 +35,31 @@ def build_cpu_graph(model: StoredModel, weights: WeightFile, packed: WeightFile)
     return builder.graph
 
 
+def check_cache_dtype(config: DecoderConfig, wanted: CacheDtype | Literal["auto"]) -> None:
+    """Raises ModelError where a model's heads do not fit into a cache of this type."""
+    if wanted == "bfloat16" and config.head_dim % lib.DS_PANEL_SLOTS:
+        raise ModelError(
+            f"kv_cache_dtype: bfloat16 wants heads of a multiple of {lib.DS_PANEL_SLOTS} channels, and this "
+            f"model's have {config.head_dim}: take float32"
+        )
+
+
+def choose_cache_dtype(model: StoredModel, wanted: CacheDtype | Literal["auto"]) -> CacheDtype:
+    """What the operators' cache holds. `auto`: bfloat16 where keys and values come out of quantized linears,
+    whose own rounding is the coarser one, and heads fit; else float32.
+    """
+    if wanted != "auto":
+        return wanted
+    linears = [linear.packed for layer in model.layers for linear in layer.qkv]
+    is_quantized = all(linear.format.startswith("int") for linear in linears)
+    fits = model.config.head_dim % lib.DS_PANEL_SLOTS == 0
+    return "bfloat16" if fits and is_quantized else "float32"
+
+
 class _CpuBuilder:
-    def __init__(self, model: StoredModel, graph: Graph) -> None:
+    def __init__(self, model: StoredModel, graph: Graph, cache_dtype: CacheDtype) -> None:
         self.model, self.config, self.graph = model, model.config, graph
+        self.cache_type = getattr(lib, f"DS_CACHE_{cache_dtype.upper()}")
         self.tokens = graph.input("input_ids", TensorProto.INT64, [BATCH, TOKENS])
         self.positions = graph.input("position_ids", TensorProto.INT64, [BATCH, TOKENS])
         self.write_index = graph.input("write_index", TensorProto.INT64, [BATCH])
@@ -143,6 +170,7 @@ class _CpuBuilder:
             names=["", *present],
             num_heads=config.num_heads,
             scale=config.attention_scale,
+            cache_type=self.cache_type,
             **attributes,
         )
         return made

@@ -14,10 +14,12 @@ more input, `num_logits` int64 [1]: logits come for the last `num_logits` tokens
 """
 
 from pathlib import Path
+from typing import Literal
 
 from ..model.progress import Progress, no_progress
 from ..model.store import Checkpoint
-from .cpu import build_cpu_graph
+from ..speculate.kernels import CacheDtype
+from .cpu import build_cpu_graph, check_cache_dtype, choose_cache_dtype
 from .decoder import build_graph
 from .onnx_files import WeightFile, write_model
 from .weights import store_model
@@ -31,24 +33,33 @@ def export_onnx(
     out: Path,
     *,
     max_seq_len: int | None = None,
+    kv_cache_dtype: CacheDtype | Literal["auto"] = "auto",
     progress: Progress = no_progress,
 ) -> dict[str, object]:
     """Write the graphs of `checkpoint` and their weights into the folder `out`.
 
     In `model.onnx` int8 linears are static Q/DQ, the form that TensorRT takes: int8 activations where the
     checkpoint has a scale for them, float elsewhere. `cpu.onnx` scales the activations of every token by
-    themselves. A sequence may get as long as the model allows, or `max_seq_len` if that is less.
+    themselves, and keeps keys and values as `kv_cache_dtype` says (`choose_cache_dtype`); `model.onnx` keeps
+    float32. A sequence may get as long as the model allows, or `max_seq_len` if that is less.
 
-    Returns `graph` (for the CPU) and `portable`, both file names in `out`, `max_seq_len` and, of a head that
-    knows only some tokens, `draft_vocab_size`.
-    Raises ModelError where the checkpoint is not complete.
+    Returns `graph` (for the CPU) and `portable`, both file names in `out`, `max_seq_len`, `kv_cache_dtype`
+    and, of a head that knows only some tokens, `draft_vocab_size`.
+    Raises ModelError where the checkpoint is not complete, or does not fit such a cache.
     """
     source = Checkpoint(checkpoint)
     longest = source.config.max_position_embeddings
     num_positions = min(max_seq_len or longest, longest)
+    check_cache_dtype(source.config, kv_cache_dtype)
     with WeightFile(out / WEIGHTS) as weights, WeightFile(out / PACKED) as packed:
         model = store_model(source, weights, packed, num_positions, progress)
     write_model(build_graph(model, weights).model(), out / PORTABLE)
-    write_model(build_cpu_graph(model, weights, packed).model(), out / CPU)
-    written: dict[str, object] = {"graph": CPU, "portable": PORTABLE, "max_seq_len": num_positions}
+    cache_dtype = choose_cache_dtype(model, kv_cache_dtype)
+    write_model(build_cpu_graph(model, weights, packed, cache_dtype).model(), out / CPU)
+    written: dict[str, object] = {
+        "graph": CPU,
+        "portable": PORTABLE,
+        "max_seq_len": num_positions,
+        "kv_cache_dtype": cache_dtype,
+    }
     return written | ({"draft_vocab_size": model.packed_head.n} if model.has_cut_head else {})

@@ -97,12 +97,15 @@ def _find_model(loaded: LoadedRecipe, cache: Cache) -> Path:
 def _lay_out_bundle(
     recipe: Recipe, plan: Plan, done: dict[Task, Entry], out: Path, tables: Mapping[str, Path]
 ) -> Layout:
+    exported = {name: done[task].report for name, task in plan.exports.items()}
     skipped = {
-        name: done[plan.exports[name]].report["skip_layers"]
+        name: exported[name]["skip_layers"]
         for name, drafter in recipe.drafters.items()
         if drafter.skip_layers
     }
-    resolved = resolve_recipe(recipe, done[plan.tune].report, skipped)
+    keeping = exported.keys() - list_sharing(recipe)  # a cache of their own
+    caches = {name: exported[name]["kv_cache_dtype"] for name in exported if name in keeping}
+    resolved = resolve_recipe(recipe, done[plan.tune].report, caches, skipped)
     weights = {name: str(done[task].record["params"]["weights"]) for name, task in plan.exports.items()}
     weights = {name: text or recipe.model.dtype for name, text in weights.items()}
     provenance = describe_provenance(resolved, weights, plan, done)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..speculate.levels import TARGET
 from ..speculate.manifest import RECIPE, REPORTS
 from .cache import Entry
 from .hashing import hash_json
@@ -18,10 +19,13 @@ BENCH_FIGURES = ("settings", "prompts", "identical", "divergences", "plain", "sp
 
 
 def resolve_recipe(
-    recipe: Recipe, chosen: Mapping[str, Any], skipped: Mapping[str, Mapping[str, Any]] | None = None
+    recipe: Recipe,
+    chosen: Mapping[str, Any],
+    caches: Mapping[str, str],
+    skipped: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Recipe:
     """The recipe with the ladder and the draft lengths that tuning chose, and with the layers `skipped` by
-    drafters that were searched, where it left them open.
+    drafters that were searched, where it left them open; and with what the `caches` of engines hold.
 
     An `auto` smoothing strength stays: it is a choice for every fold of the model, and the report lists them.
     """
@@ -30,6 +34,9 @@ def resolve_recipe(
         data["speculate"]["ladder"] = chosen["ladder"] or "none"
     if recipe.speculate.num_speculative_tokens == "auto":
         data["speculate"]["num_speculative_tokens"] = chosen["num_speculative_tokens"]
+    for name, dtype in caches.items():
+        engine = data["target"] if name == TARGET else data["drafters"][name]
+        engine["kv_cache_dtype"] = dtype
     for name, layers in (skipped or {}).items():
         data["drafters"][name]["skip_layers"] = layers
     return Recipe.model_validate(data)

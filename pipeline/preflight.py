@@ -90,13 +90,16 @@ def check_datastore(path: Path, config: DecoderConfig, tokenizer: Path) -> None:
 def check_model(recipe: Recipe, config: DecoderConfig, cache: Path, out: Path) -> list[str]:
     """Hold a recipe against the loaded model; returns warnings.
 
-    Raises RecipeError for a pattern that matches nothing, a mask structure that does not divide a linear, and
-    a model that this machine's memory cannot hold.
+    Raises RecipeError for a pattern that matches nothing, a mask structure that does not divide a linear, a
+    cache that heads do not fit into, and a model that this machine's memory cannot hold.
     """
+    from ..export.cpu import check_cache_dtype
+
     for name, engine in {TARGET: recipe.target, **recipe.drafters}.items():
         where = TARGET if name == TARGET else f"drafters.{name}"
         try:
             _check_engine(engine, config)
+            check_cache_dtype(config, engine.kv_cache_dtype)
             if isinstance(engine, Drafter):
                 _check_skips(engine, config)
                 _check_vocabulary(engine, config)

@@ -187,6 +187,11 @@ class Engine(Section):
 
     prune: Annotated[Prune | None, BeforeValidator(_none_if_none)] = None
     quantize: Annotated[Quantize | None, BeforeValidator(_none_if_none)] = None
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="of the keys and values that it keeps on the CPU; auto: bfloat16 where the linears that "
+        "make them are quantized, else float32. Drafters in the target's cache keep them as that does",
+    )
 
     @model_validator(mode="after")
     def _check_scheme(self) -> "Engine":
@@ -255,6 +260,10 @@ class Drafter(Engine):
             raise ValueError(
                 "skip_layers shares the target's weights, so it takes neither prune nor quantize nor "
                 "draft_vocab_size: give those to another drafter"
+            )
+        if self.cache == "target" and self.kv_cache_dtype != "auto":
+            raise ValueError(
+                "it drafts in the target's cache: give kv_cache_dtype to the target, or say cache: own"
             )
         if self.skip_layers and self.cache == "own":
             raise ValueError("skip_layers drafts in the target's cache: leave out cache, or skip_layers")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..speculate.bundle import Bundle, load
+from ..speculate.levels import TARGET
 from ..speculate.manifest import PLAN, RECIPE, REPORTS, read_json
 from ..speculate.plan import Plan
 from .bench import bench
@@ -53,12 +54,18 @@ def _tell_anew(bundle: Bundle, plan: dict, measured: dict) -> tuple[dict[str, st
     """The bundle's documents, and what changes in its manifest, with another plan and measurement."""
     reports: Mapping[str, dict] = read_json(bundle.path / REPORTS) | {"tune": plan, "bench": measured}
     recipe = load_recipe(str(bundle.path / RECIPE)).recipe
-    opened = recipe.speculate.model_copy(update={"ladder": "auto", "num_speculative_tokens": "auto"})
+    speculate = recipe.speculate.model_copy(update={"ladder": "auto", "num_speculative_tokens": "auto"})
     drafters = {
         name: drafter.model_copy(update={"cache": _cache_of(bundle, name)})
         for name, drafter in recipe.drafters.items()
     }
-    resolved = resolve_recipe(recipe.model_copy(update={"speculate": opened, "drafters": drafters}), plan)
+    caches = {
+        name: bundle.manifest.engines[name].kv_cache_dtype
+        for name in (TARGET, *recipe.drafters)
+        if name == TARGET or _cache_of(bundle, name) == "own"
+    }
+    opened = recipe.model_copy(update={"speculate": speculate, "drafters": drafters})
+    resolved = resolve_recipe(opened, plan, caches)
     facts = {
         "recipe_sha256": hash_json(resolved.model_dump()),
         "measurements": describe_measurements(reports),

@@ -147,7 +147,9 @@ def show_bundle(result: Result) -> str:
     engines = [["engine", "weights", "size", "graph"]]
     for name, engine in result["engines"].items():
         shares = not engine["skips"] and engine["shares_cache"]
-        weights = engine["weights"] + (", in the target's cache" if shares else "")
+        has_rounded = engine["kv_cache_dtype"] == "bfloat16" and not (shares or engine["skips"])
+        cache = ", in the target's cache" if shares else ", cache in bfloat16" if has_rounded else ""
+        weights = engine["weights"] + cache
         engines.append([name, weights, format_size(engine["bytes"]), engine["graph"]])
         engines += [["", *_describe_engine(built)] for built in engine["tensorrt"]]
     plan = result["plan"]

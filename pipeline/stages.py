@@ -92,7 +92,13 @@ def _export(call: Call) -> dict:
     from ..export.portable import export_onnx
 
     checkpoint = call.inputs["model"]
-    report = export_onnx(checkpoint, call.out, max_seq_len=call.params["max_seq_len"], progress=call.progress)
+    report = export_onnx(
+        checkpoint,
+        call.out,
+        max_seq_len=call.params["max_seq_len"],
+        kv_cache_dtype=call.params["kv_cache_dtype"],
+        progress=call.progress,
+    )
     config = DecoderConfig.model_validate_json((checkpoint / "config.json").read_bytes())
     files = sorted(path for path in call.out.rglob("*") if path.is_file())
     write_json(
@@ -284,7 +290,11 @@ def plan_tasks(
             params = engine.model_dump(include={"draft_vocab_size"})
             model = task(VOCABULARY, name, params, model=model, tokens=tokens)
         plan.checkpoints[name] = model
-        params = {"max_seq_len": limit, "weights": describe_weights(engine)}
+        params = {
+            "max_seq_len": limit,
+            "kv_cache_dtype": engine.kv_cache_dtype,
+            "weights": describe_weights(engine),
+        }
         plan.exports[name] = task(EXPORT, name, params, model=model)
         plan.engines[name] = [
             task(COMPILE, name, describe_engine(export, recipe.speculate), graph=plan.exports[name])

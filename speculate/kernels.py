@@ -14,9 +14,11 @@ from .binding import check, ffi, lib, view
 LANES = 16
 INT4_GROUP = 32  # inputs that share a grid
 PANEL_SLOTS: int = lib.DS_PANEL_SLOTS
-ISAS = ("amx_int8", "avx512_vbmi2", "avx512_vnni", "avx2_vnni", "avx2", "portable")  # the best first
+# The best first.
+ISAS = ("amx_int8", "avx512_bf16", "avx512_vbmi2", "avx512_vnni", "avx2_vnni", "avx2", "portable")
 Activation = Literal["identity", "relu", "silu", "gelu", "gelu_tanh"]
 Format = Literal["float32", "bfloat16", "int8", "int8_bitmask", "int8_2_4", "int4"]
+CacheDtype = Literal["float32", "bfloat16"]
 
 
 class Pool:
@@ -294,10 +296,12 @@ class Heads:
         q_norm: np.ndarray | None = None,
         k_norm: np.ndarray | None = None,
         norm_eps: float = 1e-6,
+        cache_dtype: CacheDtype = "float32",
     ):
         handle = self.handle = ffi.new("ds_heads *")
         handle.n_heads, handle.n_kv_heads, handle.head_dim = num_heads, num_kv_heads, head_dim
         handle.max_slots, handle.scale, handle.norm_eps = max_slots, scale, norm_eps
+        handle.cache_type = getattr(lib, f"DS_CACHE_{cache_dtype.upper()}")
         self._keep = [cos, sin, q_norm, k_norm]
         if cos is not None:
             handle.n_positions, handle.n_rotary = len(cos), 2 * cos.shape[1]
@@ -306,12 +310,19 @@ class Heads:
         self.num_heads, self.head_dim, self.max_slots = num_heads, head_dim, max_slots
 
 
-def to_panels(keys: np.ndarray) -> np.ndarray:
-    """Keys [kv heads, slots, channels] in the order in which their cache has them, in the same shape."""
-    heads, slots, _ = keys.shape
+def lay_out(
+    keys: np.ndarray, values: np.ndarray, dtype: CacheDtype = "float32"
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 keys and values [kv heads, slots, channels] as a cache of `dtype` has them, in the same shape:
+    float32, or the bits of bfloat16 as uint16."""
+    heads, slots, channels = keys.shape
+    if dtype == "bfloat16":
+        panels = to_bfloat16(keys).reshape(heads, -1, PANEL_SLOTS, channels // 2, 2).swapaxes(2, 3)
+        pairs = to_bfloat16(values).reshape(heads, -1, 2, channels).swapaxes(2, 3)
+        return panels.reshape(keys.shape), pairs.reshape(values.shape)
     starts = range(0, slots, PANEL_SLOTS)
     panels = [keys[:, i : i + PANEL_SLOTS].swapaxes(1, 2).reshape(heads, -1) for i in starts]
-    return np.ascontiguousarray(np.concatenate(panels, axis=1).reshape(keys.shape))
+    return np.ascontiguousarray(np.concatenate(panels, axis=1).reshape(keys.shape)), values.copy()
 
 
 def write_heads(
@@ -323,7 +334,7 @@ def write_heads(
     keys: np.ndarray,
     values: np.ndarray,
 ) -> None:
-    """Changes `qkv` and the caches [kv heads, slots, channels] in place; of keys it is in panels."""
+    """Changes `qkv` and the caches, as `lay_out` has them, in place."""
     check(
         lib.ds_write_heads(
             pool.handle,
@@ -332,8 +343,8 @@ def write_heads(
             view("float[]", qkv),
             view("int64_t[]", positions),
             first_slot,
-            view("float[]", keys),
-            view("float[]", values),
+            view("char[]", keys),
+            view("char[]", values),
         )
     )
 
@@ -373,8 +384,8 @@ def attend(
             view("float[]", qkv),
             view("int32_t[]", slots),
             view("int32_t[]", counts),
-            view("float[]", keys),
-            view("float[]", values),
+            view("char[]", keys),
+            view("char[]", values),
             view("float[]", out),
         )
     )
@@ -389,7 +400,7 @@ def keep_path(heads: Heads, path: np.ndarray, first_slot: int, keys: np.ndarray,
             len(path),
             view("int32_t[]", path),
             first_slot,
-            view("float[]", keys),
-            view("float[]", values),
+            view("char[]", keys),
+            view("char[]", values),
         )
     )

@@ -83,7 +83,7 @@ def round_to_4_bits(tensors: dict[str, torch.Tensor], name: str) -> None:
 KINDS = ["float32", "bfloat16", "int8", "half", "2:4", "int4"]  # of weights
 
 
-def export_kind(source: Path, kind: str, folder: Path) -> None:
+def export_kind(source: Path, kind: str, folder: Path, kv_cache_dtype: str = "auto") -> None:
     """The graphs of a model with weights of one of `KINDS`; the zeros of "half" and "2:4" are int8's."""
     checkpoint = folder / "checkpoint"
     if kind in ("float32", "bfloat16"):
@@ -92,4 +92,4 @@ def export_kind(source: Path, kind: str, folder: Path) -> None:
         quantize_checkpoint(source, checkpoint, bits=4)
     else:
         quantize_checkpoint(source, checkpoint, zeros="" if kind == "int8" else kind)
-    export_onnx(checkpoint, folder)
+    export_onnx(checkpoint, folder, kv_cache_dtype=kv_cache_dtype)

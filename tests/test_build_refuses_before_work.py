@@ -49,6 +49,10 @@ def recipe(drafter=None, **calibration) -> Recipe:
         ({"prune": {"ignore": ["Linear"]}}, r"drafters\.x\.prune: ignore leaves none"),
         ({"prune": {"mask_structure": "4:8"}}, r"model\.layers\.0\.self_attn\.q_proj has 36 inputs.* of 8"),
         ({"prune": {"mask_structure": "2:4"}}, r"model\.layers\.0\.mlp\.down_proj has 50 inputs.* of 4"),
+        (
+            {"quantize": {}, "cache": "own", "kv_cache_dtype": "bfloat16"},
+            r"drafters\.x\.kv_cache_dtype: .* multiple of 16 channels, .* take float32",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model(drafter, expected, tmp_path):

@@ -24,7 +24,8 @@ FLAGS = {
     "avx2_vnni": [*AVX2, "-mavxvnni"],
     "avx512_vnni": AVX512,
     "avx512_vbmi2": VBMI2,
-    "amx_int8": [*VBMI2, "-mamx-tile", "-mamx-int8"],
+    "avx512_bf16": [*VBMI2, "-mavx512bf16"],
+    "amx_int8": [*VBMI2, "-mavx512bf16", "-mamx-tile", "-mamx-int8"],
 }
 RACE = """
 #include "pool.h"

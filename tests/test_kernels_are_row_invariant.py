@@ -84,24 +84,45 @@ def test_norms_and_quantization(rng):
                     np.testing.assert_array_equal(part, whole[chosen])
 
 
-def lay_out(cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values [2, kv heads, slots, channels] as attention reads them."""
-    return kernels.to_panels(cache[0]), cache[1]
+def make_heads(shape: tuple[int, int, int], slots: int, dtype: str) -> kernels.Heads:
+    """For a cache of at least so many slots."""
+    slots += -slots % kernels.PANEL_SLOTS if dtype == "bfloat16" else 0
+    return kernels.Heads(*shape, slots, 0.125, cache_dtype=dtype)
 
 
-@pytest.mark.parametrize("shape", [(9, 3, 64), (4, 1, 80), (2, 2, 7), (16, 2, 128)], ids=str)
-def test_attention_sees_a_path_and_not_its_slots(shape, rng):
+def lay_out(heads: kernels.Heads, cache: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values [2, kv heads, slots, channels] as attention reads them, with others behind them."""
+    more = np.full((*cache.shape[:2], heads.max_slots - cache.shape[2], cache.shape[3]), 3.0, np.float32)
+    return kernels.lay_out(*np.concatenate([cache, more], axis=2), dtype)
+
+
+def pad(heads: kernels.Heads, mask: np.ndarray) -> np.ndarray:
+    """Of which nobody sees anything."""
+    return np.pad(mask, ((0, 0), (0, heads.max_slots - mask.shape[1])))
+
+
+def each_cache(*shapes: tuple[int, int, int]) -> pytest.MarkDecorator:
+    """By shape and dtype; a bfloat16 cache wants heads of a multiple of 16 channels."""
+    fit = [shape for shape in shapes if shape[2] % kernels.PANEL_SLOTS == 0]
+    cases = [*((shape, "float32") for shape in shapes), *((shape, "bfloat16") for shape in fit)]
+    return pytest.mark.parametrize(("shape", "dtype"), cases, ids=str)
+
+
+@each_cache((9, 3, 64), (4, 1, 80), (2, 2, 7), (16, 2, 128))
+def test_attention_sees_a_path_and_not_its_slots(shape, dtype, rng):
     """The same path, laid out over other slots of a larger cache, beside rows that see something else."""
     num_heads, num_kv_heads, size = shape
     for length in (1, 2, 63, 64, 65, 150):
         path = rng.standard_normal((2, num_kv_heads, length, size), dtype=np.float32)
         row = rng.standard_normal((1, (num_heads + 2 * num_kv_heads) * size), dtype=np.float32)
-        exact = kernels.Heads(num_heads, num_kv_heads, size, length, 0.125)
-        mask = np.ones((1, length), bool)
-        expected = kernels.attend(POOLS[0], exact, row, *kernels.list_slots(mask), *lay_out(path))
+        exact = make_heads(shape, length, dtype)
+        mask = pad(exact, np.ones((1, length), bool))
+        expected = kernels.attend(
+            POOLS[0], exact, row, *kernels.list_slots(mask), *lay_out(exact, path, dtype)
+        )
         for pool in POOLS:
             num_rows, max_slots = int(rng.integers(1, 33)), length + int(rng.integers(0, 90))
-            heads = kernels.Heads(num_heads, num_kv_heads, size, max_slots, 0.125)
+            heads = make_heads(shape, max_slots, dtype)
             cache = rng.standard_normal((2, num_kv_heads, max_slots, size), dtype=np.float32)
             slots = np.sort(rng.permutation(max_slots)[:length])
             cache[:, :, slots] = path
@@ -111,23 +132,25 @@ def test_attention_sees_a_path_and_not_its_slots(shape, rng):
             mine[rng.integers(num_rows)] = True
             rows[mine], mask[mine] = row, False
             mask[np.ix_(mine, slots)] = True
-            out = kernels.attend(pool, heads, rows, *kernels.list_slots(mask), *lay_out(cache))
+            seen = kernels.list_slots(pad(heads, mask))
+            out = kernels.attend(pool, heads, rows, *seen, *lay_out(heads, cache, dtype))
             np.testing.assert_array_equal(out[mine], np.broadcast_to(expected, out[mine].shape))
 
 
-@pytest.mark.parametrize("shape", [(9, 3, 64), (2, 1, 40), (8, 4, 32)], ids=str)
-def test_long_attention_parted_over_threads(shape, rng):
+@each_cache((9, 3, 64), (2, 1, 40), (8, 4, 32))
+def test_long_attention_parted_over_threads(shape, dtype, rng):
     """More threads than key heads share out the blocks of a row; one thread does all of them in order."""
     num_heads, num_kv_heads, size = shape
     for length in (65, 300, 1500):
-        heads = kernels.Heads(num_heads, num_kv_heads, size, length, 0.125)
-        cache = lay_out(rng.standard_normal((2, num_kv_heads, length, size), dtype=np.float32))
+        heads = make_heads(shape, length, dtype)
+        cache = lay_out(heads, rng.standard_normal((2, num_kv_heads, length, size), dtype=np.float32), dtype)
         for num_rows in (1, 2, 3):
             rows = rng.standard_normal((num_rows, (num_heads + 2 * num_kv_heads) * size), dtype=np.float32)
             mask = np.arange(length) < length - rng.integers(0, min(length, 200), (num_rows, 1))
-            expected = kernels.attend(POOLS[0], heads, rows, *kernels.list_slots(mask), *cache)
+            seen = kernels.list_slots(pad(heads, mask))
+            expected = kernels.attend(POOLS[0], heads, rows, *seen, *cache)
             for pool in (*POOLS, kernels.Pool(8)):
-                out = kernels.attend(pool, heads, rows, *kernels.list_slots(mask), *cache)
+                out = kernels.attend(pool, heads, rows, *seen, *cache)
                 np.testing.assert_array_equal(out, expected)
 
 
@@ -137,15 +160,16 @@ def test_long_attention_parted_over_threads(shape, rng):
 class TinyDecoder:
     """Two Llama layers made of the kernels, with their caches."""
 
-    hidden, num_heads, num_kv_heads, size, inner, vocab, slots = 72, 6, 2, 12, 100, 61, 96
+    hidden, num_heads, num_kv_heads, size, inner, vocab, slots = 72, 6, 2, 16, 100, 61, 96
 
-    def __init__(self, format: str, pool: kernels.Pool, seed: int = 5):
-        rng = np.random.default_rng(seed)
+    def __init__(self, format: str, pool: kernels.Pool, cache_dtype: kernels.CacheDtype):
+        rng = np.random.default_rng(5)
         self.pool = pool
+        unwritten = np.full((2, self.num_kv_heads, self.slots, self.size), np.nan, np.float32)
         angles = np.arange(self.slots)[:, None] * 0.3 ** np.arange(self.size // 2)
         self.heads = kernels.Heads(
             self.num_heads, self.num_kv_heads, self.size, self.slots, 1 / math.sqrt(self.size),
-            np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32),
+            np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), cache_dtype=cache_dtype,
         )  # fmt: skip
         self.embed = rng.standard_normal((self.vocab, self.hidden), dtype=np.float32)
         wide = (self.num_heads + 2 * self.num_kv_heads) * self.size
@@ -161,7 +185,7 @@ class TinyDecoder:
                         rng, 2 * inner, self.hidden, format, activation="silu", gated_outputs=self.inner
                     ),
                     "down": make_weight(rng, self.hidden, self.inner, format),
-                    "cache": np.full((2, self.num_kv_heads, self.slots, self.size), np.nan, np.float32),
+                    "cache": kernels.lay_out(*unwritten, cache_dtype),
                 }
             )
         self.head = make_weight(rng, self.vocab, self.hidden, format)
@@ -210,10 +234,11 @@ def trace_path(parents: np.ndarray, node: int) -> list[int]:
     return path[::-1]
 
 
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_logits_are_those_of_one_token_at_a_time(format, rng):
+def test_logits_are_those_of_one_token_at_a_time(format, cache_dtype, rng):
     def decode_singly(tokens) -> np.ndarray:
-        decoder = TinyDecoder(format, POOLS[0])
+        decoder = TinyDecoder(format, POOLS[0], cache_dtype)
         return np.concatenate([decoder.forward_chain(tokens[i : i + 1], i) for i in range(len(tokens))])
 
     tokens = rng.integers(0, TinyDecoder.vocab, 70)
@@ -221,7 +246,7 @@ def test_logits_are_those_of_one_token_at_a_time(format, rng):
     assert np.isfinite(expected).all()
     for pool in POOLS:
         # A prefill in chunks of any size.
-        decoder, done = TinyDecoder(format, pool), 0
+        decoder, done = TinyDecoder(format, pool, cache_dtype), 0
         while done < len(tokens):
             size = int(rng.integers(1, 40))
             logits = decoder.forward_chain(tokens[done : done + size], done)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from draftsmith.speculate import kernels
 from draftsmith.speculate.binding import ffi, lib
 from draftsmith.speculate.errors import BundleError
@@ -76,8 +77,10 @@ def test_the_machine_runs_more_than_the_portable_kernels_or_is_not_x86():
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     assert len(POOLS) > 1 or " avx2 " not in flags
-    if "amx_int8" in flags and "avx512_vbmi2" in flags:  # the best of them, where the kernel lets us
-        assert kernels.Pool().isa in ("amx_int8", "avx512_vbmi2")
+    if "amx_int8" in flags and "avx512_bf16" in flags:  # the best of them, where the kernel lets us
+        assert kernels.Pool().isa in ("amx_int8", "avx512_bf16")
+    elif "avx512_bf16" in flags and "avx512_vbmi2" in flags:
+        assert kernels.Pool().isa == "avx512_bf16"
     elif "avx512_vbmi2" in flags and "avx512_vnni" in flags:
         assert kernels.Pool().isa == "avx512_vbmi2"
     elif "avx512_vnni" in flags:
@@ -402,12 +405,26 @@ def test_norms_match_and_are_quantized_as_the_law_says(pool, norm, rng):
 HEADS = [(1, 1, 1), (2, 1, 5), (9, 3, 64), (4, 4, 16), (8, 1, 80), (6, 2, 128), (20, 2, 24), (2, 2, 256)]
 
 
+CACHES = [("float32", shape) for shape in HEADS] + [
+    ("bfloat16", shape) for shape in HEADS if shape[2] % 16 == 0
+]
+
+
+def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """float32, to the nearest of bfloat16."""
+    return torch.from_numpy(x).bfloat16().float().numpy()
+
+
 @each_pool
-@pytest.mark.parametrize("shape", HEADS, ids=str)
-def test_attention_matches_float64_over_any_mask(pool, shape, rng):
+@pytest.mark.parametrize(("dtype", "shape"), CACHES, ids=str)
+def test_attention_matches_float64_over_any_mask(pool, dtype, shape, rng):
     num_heads, num_kv_heads, size = shape
     for num_rows, max_slots in ((1, 1), (1, 67), (5, 64), (17, 200)):
-        heads = kernels.Heads(num_heads, num_kv_heads, size, max_slots, 1 / math.sqrt(size))
+        if dtype == "bfloat16":
+            max_slots += -max_slots % kernels.PANEL_SLOTS
+        heads = kernels.Heads(
+            num_heads, num_kv_heads, size, max_slots, 1 / math.sqrt(size), cache_dtype=dtype
+        )
         qkv = rng.standard_normal((num_rows, (num_heads + 2 * num_kv_heads) * size), dtype=np.float32)
         keys, values = rng.standard_normal((2, num_kv_heads, max_slots, size), dtype=np.float32)
         keys[:, ::7] *= 30  # sharp maxima, so that the running maximum moves
@@ -415,10 +432,13 @@ def test_attention_matches_float64_over_any_mask(pool, shape, rng):
         mask[0] = True
         if num_rows > 3:
             mask[3] = False
-        cache = kernels.to_panels(keys), values
+        cache = kernels.lay_out(keys, values, dtype)
+        if dtype == "bfloat16":
+            keys, values = round_to_bfloat16(keys), round_to_bfloat16(values)
         out = kernels.attend(pool, heads, qkv, *kernels.list_slots(mask), *cache)
 
-        query = qkv[:, : num_heads * size].reshape(num_rows, num_heads, size).astype(np.float64)
+        query = qkv[:, : num_heads * size].reshape(num_rows, num_heads, size)
+        query = (query if dtype == "float32" else round_to_bfloat16(query)).astype(np.float64)
         group = num_heads // num_kv_heads
         scores = np.einsum("rhd,hsd->rhs", query, np.repeat(keys, group, axis=0)) / math.sqrt(size)
         scores = np.where(mask[:, None], scores, -np.inf)
@@ -428,7 +448,9 @@ def test_attention_matches_float64_over_any_mask(pool, shape, rng):
         exact = np.einsum("rhs,hsd->rhd", np.nan_to_num(weights), np.repeat(values, group, axis=0))
         # A score is a sum of `size` rounded products, and its error shows as a factor of the weight.
         error = 2.0**-22 * (size + 8) * max(1, np.abs(np.where(mask[:, None], scores, 0)).max())
-        np.testing.assert_allclose(out.reshape(exact.shape), exact, atol=min(error, 1e-3) + 2e-6)
+        # Rounded weights: half a unit of the eight bits of each, of values that go up to about 4.
+        rounded = 0 if dtype == "float32" else 2.0**-9 * np.abs(values).max()
+        np.testing.assert_allclose(out.reshape(exact.shape), exact, atol=min(error, 1e-3) + 2e-6 + rounded)
 
 
 @each_pool
@@ -453,7 +475,7 @@ def test_heads_are_normed_turned_and_written_in_place(pool, rng):
             )
             qkv = rng.standard_normal((num_rows, num_heads + 2 * num_kv_heads, size), dtype=np.float32)
             keys, values = rng.standard_normal((2, num_kv_heads, max_slots, size), dtype=np.float32)
-            panels, before_values = kernels.to_panels(keys), values.copy()
+            panels, pairs = kernels.lay_out(keys, values)
 
             exact = qkv.astype(np.float64)
             turning = num_heads + num_kv_heads
@@ -468,26 +490,58 @@ def test_heads_are_normed_turned_and_written_in_place(pool, rng):
                 exact[:, :turning, :half], exact[:, :turning, half:num_rotary] = a * c - b * s, b * c + a * s
 
             flat = qkv.reshape(num_rows, -1)
-            kernels.write_heads(pool, heads, flat, positions, first_slot, panels, values)
+            kernels.write_heads(pool, heads, flat, positions, first_slot, panels, pairs)
             np.testing.assert_allclose(qkv, exact, rtol=2e-6, atol=2e-6)
             new = slice(first_slot, first_slot + num_rows)
             keys[:, new] = qkv[:, num_heads:turning].transpose(1, 0, 2)
-            np.testing.assert_array_equal(panels, kernels.to_panels(keys))
-            np.testing.assert_array_equal(values[:, new], qkv[:, turning:].transpose(1, 0, 2))
-            old = np.r_[0:first_slot, first_slot + num_rows : max_slots]
-            np.testing.assert_array_equal(values[:, old], before_values[:, old])
+            values[:, new] = qkv[:, turning:].transpose(1, 0, 2)
+            for found, expected in zip((panels, pairs), kernels.lay_out(keys, values), strict=True):
+                np.testing.assert_array_equal(found, expected)
 
 
-def test_keeping_a_path_moves_its_slots_together(rng):
-    for slots, path, first in ((20, [7, 8, 11, 15], 7), (35, [14, 15, 17, 33, 34], 13)):
-        heads = kernels.Heads(4, 2, 5, slots, 1.0)
-        before = rng.standard_normal((2, 2, slots, 5), dtype=np.float32)
-        expected = before.copy()
-        expected[:, :, first : first + len(path)] = before[:, :, path]
-        keys, values = kernels.to_panels(before[0]), before[1]
-        kernels.keep_path(heads, np.array(path, np.int32), first, keys, values)
-        np.testing.assert_array_equal(keys, kernels.to_panels(expected[0]))
-        np.testing.assert_array_equal(values, expected[1])
+@each_pool
+def test_a_bfloat16_cache_holds_what_is_nearest(pool, rng):
+    num_heads, num_kv_heads, size, num_rows, max_slots, first_slot = 4, 2, 32, 5, 48, 13
+    heads = kernels.Heads(num_heads, num_kv_heads, size, max_slots, 1.0, cache_dtype="bfloat16")
+    qkv = rng.standard_normal((num_rows, num_heads + 2 * num_kv_heads, size), dtype=np.float32)
+    qkv[0] *= 1e30
+    qkv[1, :, ::2] = 1 + 2.0**-8  # halfway between two
+    qkv[1, :, 1::2] = 1 + 3 * 2.0**-8
+    qkv[2, :, :3] = np.nan, np.inf, -np.inf
+    before = rng.standard_normal((2, num_kv_heads, max_slots, size), dtype=np.float32)
+    keys, values = kernels.lay_out(*before, "bfloat16")
+    kernels.write_heads(pool, heads, qkv.reshape(num_rows, -1), np.arange(num_rows), first_slot, keys, values)
+    after = round_to_bfloat16(before)
+    turning = num_heads + num_kv_heads
+    for part, written in enumerate((qkv[:, num_heads:turning], qkv[:, turning:])):
+        after[part, :, first_slot : first_slot + num_rows] = round_to_bfloat16(written.transpose(1, 0, 2))
+    after[:, :, first_slot + 2, 0] = 0  # of NaN the bits are its own
+    expected = kernels.lay_out(*after, "bfloat16")
+    for found, exact in zip((keys, values), expected, strict=True):
+        bits = found.astype(np.uint32) << 16
+        is_nan = np.isnan(bits.view(np.float32))
+        assert is_nan.sum() == num_kv_heads
+        np.testing.assert_array_equal(found[~is_nan], exact[~is_nan])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "slots", "path", "first"),
+    [
+        ("float32", 5, 20, [7, 8, 11, 15], 7),
+        ("float32", 5, 35, [14, 15, 17, 33, 34], 13),
+        ("bfloat16", 16, 32, [7, 8, 11, 15], 7),
+        ("bfloat16", 48, 48, [14, 15, 17, 33, 46], 13),
+    ],
+)
+def test_keeping_a_path_moves_its_slots_together(dtype, size, slots, path, first, rng):
+    heads = kernels.Heads(4, 2, size, slots, 1.0, cache_dtype=dtype)
+    before = rng.standard_normal((2, 2, slots, size), dtype=np.float32)
+    expected = before.copy()
+    expected[:, :, first : first + len(path)] = before[:, :, path]
+    cache = kernels.lay_out(*before, dtype)
+    kernels.keep_path(heads, np.array(path, np.int32), first, *cache)
+    for found, exact in zip(cache, kernels.lay_out(*expected, dtype), strict=True):
+        np.testing.assert_array_equal(found, exact)
 
 
 # ---- Bad input ---------------------------------------------------------------------------------------------
@@ -534,9 +588,18 @@ def test_bad_input_is_an_error_with_words(rng):
     slots[1, 2] = 6
     with pytest.raises(BundleError, match="row 1 sees a slot"):
         kernels.attend(pool, heads, qkv, slots, counts, cache, cache)
+    slots[1, 2] = 1
+    with pytest.raises(BundleError, match="row 1 sees slots that do not rise"):
+        kernels.attend(pool, heads, qkv, slots, counts, cache, cache)
     counts[0] = 7
     with pytest.raises(BundleError, match="row 0 sees 7 of 6"):
         kernels.attend(pool, heads, qkv, slots, counts, cache, cache)
+    for channels, room in ((4, 16), (16, 6)):
+        odd = kernels.Heads(2, 1, channels, room, 1.0, cache_dtype="bfloat16")
+        with pytest.raises(
+            BundleError, match=f"bfloat16 cache of {room} slots of {channels} channels; multiples of 16"
+        ):
+            kernels.keep_path(odd, np.array([1], np.int32), 0, cache, cache)
     with pytest.raises(BundleError, match="heads over"):
         kernels.attend(pool, kernels.Heads(3, 2, 4, 6, 1.0), qkv, slots, counts, cache, cache)
     with pytest.raises(BundleError, match="257 channels"):

@@ -79,7 +79,7 @@ def export(folder, config) -> dict:
     write_tiny_checkpoint(folder / "model", quantized=False, config=config)
     byte_tokenizer().save(str(folder / "model" / "tokenizer.json"))
     (folder / "target").mkdir()
-    params = {"max_seq_len": None, "weights": ""}
+    params = {"max_seq_len": None, "kv_cache_dtype": "auto", "weights": ""}
     EXPORT.run(Call({"model": folder / "model"}, {}, params, folder / "target", folder, no_progress))
     return {"model": folder / "model", "engine target": folder / "target"}
 

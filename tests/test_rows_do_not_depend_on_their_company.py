@@ -22,9 +22,9 @@ MAX_ROWS = 32
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def open_engine(folder: Path, threads: int) -> OnnxEngine:
+def open_engine(folder: Path, threads: int, graph: str = "cpu.onnx") -> OnnxEngine:
     config = Checkpoint(folder / "checkpoint").config
-    return OnnxEngine(folder.name, folder / "cpu.onnx", entry_of(config), OnnxRuntime(threads))
+    return OnnxEngine(folder.name, folder / graph, entry_of(config), OnnxRuntime(threads))
 
 
 class Reader:
@@ -67,7 +67,9 @@ def folder(request, tiny_checkpoint, tmp_path_factory):
     return folder
 
 
+# The int8 and int4 ones of qwen3 and gemma3-pattern keep their keys and values in bfloat16.
 EVERY = [(variant, "int8") for variant in VARIANTS] + [("llama-bias", kind) for kind in KINDS]
+EVERY += [("qwen3", "half"), ("qwen3", "int4")]
 EVERY += [pytest.param(("smollm2", kind), marks=pytest.mark.slow) for kind in KINDS]
 every = pytest.mark.parametrize("folder", EVERY, indirect=True, ids="-".join)
 
@@ -90,8 +92,13 @@ def test_two_threads_give_the_bits_of_one(folder):
 
 @every
 def test_caches_that_pass_through_the_graph_give_the_bits_of_the_engines_own(folder):
-    """An engine lends its operators one cache; any other session hands two tensors a layer in and out."""
-    engine = open_engine(folder, threads=1)
+    """An engine lends its operators one cache; any other session hands two tensors a layer in and out. Those
+    are float32, as the engine's is where the graph says so."""
+    model = onnx.load(folder / "cpu.onnx", load_external_data=False)
+    for attribute in (a for node in model.graph.node for a in node.attribute if a.name == "cache_type"):
+        attribute.i = lib.DS_CACHE_FLOAT32
+    onnx.save(model, folder / "float32.onnx")
+    engine = open_engine(folder, threads=1, graph="float32.onnx")
     reader, ids = Reader(engine), draw_ids(engine, 48)
     session = GraphSession(folder / "cpu.onnx", slots=reader.room)
     passed = [session.run(ids[None, start:end], [start])[0] for start, end in ((0, 33), (33, 34), (34, 48))]

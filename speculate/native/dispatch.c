@@ -17,10 +17,10 @@
 extern const ds_kernels ds_kernels_portable;
 #ifdef DS_HAVE_X86
 extern const ds_kernels ds_kernels_avx2, ds_kernels_avx2_vnni, ds_kernels_avx512_vnni,
-    ds_kernels_avx512_vbmi2, ds_kernels_amx_int8;
+    ds_kernels_avx512_vbmi2, ds_kernels_avx512_bf16, ds_kernels_amx_int8;
 #endif
 
-enum { MAX_SETS = 6 };
+enum { MAX_SETS = 7 };
 
 #ifdef DS_HAVE_X86
 /* Compilers differ in what they can say of these features, hence cpuid. */
@@ -58,7 +58,9 @@ static const ds_kernels **list_kernels(const ds_kernels *list[MAX_SETS + 1]) {
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512vnni");
   int vbmi2 = avx512 && __builtin_cpu_supports("avx512vbmi2");
-  if (avx2 && vbmi2 && has_amx()) list[n++] = &ds_kernels_amx_int8;
+  int bf16 = vbmi2 && __builtin_cpu_supports("avx512bf16");
+  if (avx2 && bf16 && has_amx()) list[n++] = &ds_kernels_amx_int8;
+  if (avx2 && bf16) list[n++] = &ds_kernels_avx512_bf16;
   if (avx2 && vbmi2) list[n++] = &ds_kernels_avx512_vbmi2;
   if (avx2 && avx512) list[n++] = &ds_kernels_avx512_vnni;
   if (avx2 && __builtin_cpu_supports("avxvnni")) list[n++] = &ds_kernels_avx2_vnni;

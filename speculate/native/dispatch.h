@@ -4,6 +4,9 @@
 
 #include "pool.h"
 
+#include <stdbool.h>
+#include <string.h>
+
 typedef struct {
   const char *next; /* where the next bytes to be read from memory start, and how many there are */
   int64_t n_bytes;
@@ -35,7 +38,7 @@ typedef struct {
   float *qkv;
   const int64_t *positions;
   int32_t first_slot;
-  float *keys, *values;
+  char *keys, *values;
 } ds_heads_job;
 
 /* A row's slots are taken in blocks of this many. */
@@ -48,7 +51,7 @@ typedef struct {
   int32_t n_rows, n_queries, n_blocks, item_blocks;
   const float *qkv;
   const int32_t *slots, *n_slots;
-  const float *keys, *values;
+  const char *keys, *values;
   float *out;
   /* [queries, n_blocks] summaries, for fold_kept to make `out` of; NULL where an item has all blocks. */
   float *kept;
@@ -57,14 +60,41 @@ typedef struct {
 /* Floats of a summary (attention.c). */
 static inline int64_t ds_summary_size(int32_t head_dim) { return 16 + ((int64_t)head_dim + 15) / 16 * 16; }
 
-/* Where the channels of a key lie in its head's part of the cache: channel c at first + c * stride. */
+static inline int64_t ds_element_bytes(int32_t cache_type) {
+  return cache_type == DS_CACHE_BFLOAT16 ? sizeof(uint16_t) : sizeof(float);
+}
+
+/* Where the channels of a key, or of a value, lie in its head's part of the cache, in elements: channel c at first + c *
+ * stride; or, where two channels lie side by side, at first + c / 2 * stride + c % 2. */
 typedef struct {
   int64_t first, stride;
-} ds_key;
+  bool in_pairs;
+} ds_place;
 
-static inline ds_key ds_find_key(const ds_heads *heads, int64_t slot) {
+static inline int64_t ds_find_channel(ds_place place, int64_t c) {
+  return place.in_pairs ? place.first + c / 2 * place.stride + c % 2 : place.first + c * place.stride;
+}
+
+static inline ds_place ds_find_key(const ds_heads *heads, int64_t slot) {
   int64_t panel = slot / DS_PANEL_SLOTS * DS_PANEL_SLOTS, left = heads->max_slots - panel;
-  return (ds_key){panel * heads->head_dim + slot - panel, left < DS_PANEL_SLOTS ? left : DS_PANEL_SLOTS};
+  if (heads->cache_type == DS_CACHE_BFLOAT16)
+    return (ds_place){panel * heads->head_dim + 2 * (slot - panel), 2 * DS_PANEL_SLOTS, true};
+  return (ds_place){panel * heads->head_dim + slot - panel, left < DS_PANEL_SLOTS ? left : DS_PANEL_SLOTS,
+                    false};
+}
+
+static inline ds_place ds_find_value(const ds_heads *heads, int64_t slot) {
+  if (heads->cache_type == DS_CACHE_BFLOAT16)
+    return (ds_place){slot / 2 * 2 * heads->head_dim + slot % 2, 2, false};
+  return (ds_place){slot * heads->head_dim, 1, false};
+}
+
+/* To the nearest bfloat16, ties to even. */
+static inline uint16_t ds_round_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if (x != x) return (uint16_t)(bits >> 16 | 0x40); /* still none: rounding could carry into the sign */
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 /* An item is DS_PROBE_BYTES to read, or DS_PROBE_STEPS of multiply-adds. */
@@ -95,7 +125,7 @@ enum { DS_INT4_GROUP_BYTES = 16 * (4 + DS_INT4_GROUP / 2) };
 /* ds_attend over what was checked: slots as ds_list_slots gives them for the cache, at least one row. To look through
  * the slots of all rows takes a hundredth of a long call, and a call attends once a layer. */
 int32_t ds_attend_listed(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
-                         const int32_t *slots, const int32_t *n_slots, const float *keys, const float *values,
+                         const int32_t *slots, const int32_t *n_slots, const void *keys, const void *values,
                          float *out);
 
 /* The largest number of queries that an item of ds_attend_job may have. */

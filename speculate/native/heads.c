@@ -35,6 +35,18 @@ static void prepare_head(const ds_heads *heads, const float *norm, int64_t posit
   if (half) rotate_head(head, heads->cos + position * half, heads->sin + position * half, half);
 }
 
+static void store_head(const ds_heads *heads, const float *head, char *cache, ds_place at) {
+  int64_t size = heads->head_dim;
+  if (heads->cache_type == DS_CACHE_BFLOAT16) {
+    uint16_t *place = (uint16_t *)cache;
+    for (int64_t c = 0; c < size; ++c) place[ds_find_channel(at, c)] = ds_round_bfloat16(head[c]);
+  } else if (at.stride == 1) {
+    memcpy((float *)cache + at.first, head, (size_t)size * sizeof *head);
+  } else {
+    for (int64_t c = 0; c < size; ++c) ((float *)cache)[at.first + c * at.stride] = head[c];
+  }
+}
+
 void ISA(write_heads)(const void *argument, int32_t item, int32_t next, int32_t thread) {
   (void)next, (void)thread;
   const ds_heads_job *job = argument;
@@ -43,16 +55,15 @@ void ISA(write_heads)(const void *argument, int32_t item, int32_t next, int32_t 
   int32_t group = heads->n_heads / heads->n_kv_heads, h = item % heads->n_kv_heads;
   int32_t panel = job->first_slot / DS_PANEL_SLOTS + item / heads->n_kv_heads;
   int32_t first = panel * DS_PANEL_SLOTS - job->first_slot, end = first + DS_PANEL_SLOTS;
-  int64_t cache = (int64_t)h * heads->max_slots * size;
-  float *keys = job->keys + cache, *values = job->values + cache;
+  int64_t cache = (int64_t)h * heads->max_slots * size * ds_element_bytes(heads->cache_type);
+  char *keys = job->keys + cache, *values = job->values + cache;
   for (int32_t r = first > 0 ? first : 0; r < end && r < job->n_rows; ++r) {
     float *row = job->qkv + r * n_all * size, *key = row + (heads->n_heads + h) * size;
     int64_t position = heads->n_rotary ? job->positions[r] : 0, slot = job->first_slot + r;
     for (int32_t i = h * group; i < (h + 1) * group; ++i)
       prepare_head(heads, heads->q_norm, position, row + i * size);
     prepare_head(heads, heads->k_norm, position, key);
-    ds_key at = ds_find_key(heads, slot);
-    for (int64_t c = 0; c < size; ++c) keys[at.first + c * at.stride] = key[c];
-    memcpy(values + slot * size, key + heads->n_kv_heads * size, (size_t)size * sizeof *key);
+    store_head(heads, key, keys, ds_find_key(heads, slot));
+    store_head(heads, key + heads->n_kv_heads * size, values, ds_find_value(heads, slot));
   }
 }

@@ -211,11 +211,16 @@ static int32_t check_heads(const ds_heads *heads) {
   REQUIRE(heads->head_dim >= 1 && heads->head_dim <= DS_MAX_HEAD_DIM,
           "heads of %d channels; 1 to %d are supported", (int)heads->head_dim, DS_MAX_HEAD_DIM);
   REQUIRE(heads->max_slots >= 1, "a cache of %d slots", (int)heads->max_slots);
+  REQUIRE(heads->cache_type == DS_CACHE_FLOAT32 || heads->cache_type == DS_CACHE_BFLOAT16,
+          "a cache of type %d", (int)heads->cache_type);
+  REQUIRE(heads->cache_type == DS_CACHE_FLOAT32 || (heads->head_dim % 16 == 0 && heads->max_slots % 16 == 0),
+          "a bfloat16 cache of %d slots of %d channels; multiples of 16 are wanted", (int)heads->max_slots,
+          (int)heads->head_dim);
   return DS_OK;
 }
 
 int32_t ds_write_heads(ds_pool *pool, const ds_heads *heads, int32_t n_rows, float *qkv,
-                       const int64_t *positions, int32_t first_slot, float *keys, float *values) {
+                       const int64_t *positions, int32_t first_slot, void *keys, void *values) {
   REQUIRE(pool, "the pool is NULL");
   int32_t status = check_heads(heads);
   if (status != DS_OK) return status;
@@ -301,7 +306,7 @@ static void cut_work(ds_attend_job *job, int32_t n_threads, bool has_room) {
 }
 
 int32_t ds_attend_listed(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
-                         const int32_t *slots, const int32_t *n_slots, const float *keys, const float *values,
+                         const int32_t *slots, const int32_t *n_slots, const void *keys, const void *values,
                          float *out) {
   int32_t most_slots = 1;
   for (int32_t r = 0; r < n_rows; ++r)
@@ -326,7 +331,7 @@ int32_t ds_attend_listed(ds_pool *pool, const ds_heads *heads, int32_t n_rows, c
 }
 
 int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
-                  const int32_t *slots, const int32_t *n_slots, const float *keys, const float *values,
+                  const int32_t *slots, const int32_t *n_slots, const void *keys, const void *values,
                   float *out) {
   REQUIRE(pool, "the pool is NULL");
   int32_t status = check_heads(heads);
@@ -337,17 +342,29 @@ int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const fl
   for (int64_t r = 0; r < n_rows; ++r) {
     REQUIRE(n_slots[r] >= 0 && n_slots[r] <= heads->max_slots, "row %d sees %d of %d slots", (int)r,
             (int)n_slots[r], (int)heads->max_slots);
-    bool within = true;
-    for (int32_t i = 0; i < n_slots[r]; ++i)
-      within &= (uint32_t)slots[r * heads->max_slots + i] < (uint32_t)heads->max_slots;
+    const int32_t *seen = slots + r * heads->max_slots;
+    bool within = true, rise = true;
+    for (int32_t i = 0; i < n_slots[r]; ++i) {
+      within &= (uint32_t)seen[i] < (uint32_t)heads->max_slots;
+      rise &= i == 0 || seen[i - 1] < seen[i];
+    }
     REQUIRE(within, "row %d sees a slot that is not one of the %d of the cache", (int)r,
             (int)heads->max_slots);
+    REQUIRE(rise, "row %d sees slots that do not rise from one to the next", (int)r);
   }
   return ds_attend_listed(pool, heads, n_rows, qkv, slots, n_slots, keys, values, out);
 }
 
+static void copy_head(const ds_heads *heads, char *cache, ds_place from, ds_place to) {
+  for (int64_t c = 0; c < heads->head_dim; ++c)
+    if (heads->cache_type == DS_CACHE_BFLOAT16)
+      ((uint16_t *)cache)[ds_find_channel(to, c)] = ((uint16_t *)cache)[ds_find_channel(from, c)];
+    else
+      ((float *)cache)[ds_find_channel(to, c)] = ((float *)cache)[ds_find_channel(from, c)];
+}
+
 int32_t ds_keep_path(const ds_heads *heads, int32_t n_path, const int32_t *path, int32_t first_slot,
-                     float *keys, float *values) {
+                     void *keys, void *values) {
   int32_t status = check_heads(heads);
   if (status != DS_OK) return status;
   REQUIRE(n_path >= 0 && first_slot >= 0, "a path of %d slots to slot %d", (int)n_path, (int)first_slot);
@@ -357,16 +374,14 @@ int32_t ds_keep_path(const ds_heads *heads, int32_t n_path, const int32_t *path,
     REQUIRE(path[i] >= first_slot + i && path[i] < heads->max_slots && (i == 0 || path[i] > path[i - 1]),
             "slot %d at place %d of a path: they must rise, from at least %d, below %d", (int)path[i], (int)i,
             (int)(first_slot + i), (int)heads->max_slots);
-  int64_t size = heads->head_dim, n = heads->max_slots * size;
+  int64_t n_bytes = heads->max_slots * (int64_t)heads->head_dim * ds_element_bytes(heads->cache_type);
   for (int64_t h = 0; h < heads->n_kv_heads; ++h) {
-    for (int32_t i = 0; keys && i < n_path; ++i) {
-      ds_key from = ds_find_key(heads, path[i]), to = ds_find_key(heads, first_slot + i);
-      for (int64_t c = 0; c < size; ++c)
-        keys[h * n + to.first + c * to.stride] = keys[h * n + from.first + c * from.stride];
-    }
+    for (int32_t i = 0; keys && i < n_path; ++i)
+      copy_head(heads, (char *)keys + h * n_bytes, ds_find_key(heads, path[i]),
+                ds_find_key(heads, first_slot + i));
     for (int32_t i = 0; values && i < n_path; ++i)
-      memmove(values + h * n + (first_slot + i) * size, values + h * n + path[i] * size,
-              (size_t)size * sizeof *values);
+      copy_head(heads, (char *)values + h * n_bytes, ds_find_value(heads, path[i]),
+                ds_find_value(heads, first_slot + i));
   }
   return DS_OK;
 }

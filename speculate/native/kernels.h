@@ -32,7 +32,8 @@ enum { DS_MAX_THREADS = 64 };
 DS_API ds_pool *ds_pool_create(int32_t n_threads);
 DS_API void ds_pool_free(ds_pool *pool);
 
-/* "amx_int8", "avx512_vbmi2", "avx512_vnni", "avx2_vnni", "avx2" or "portable". An error if this machine or this build lacks it. */
+/* "amx_int8", "avx512_bf16", "avx512_vbmi2", "avx512_vnni", "avx2_vnni", "avx2" or "portable". An error if this machine or this
+ * build lacks it. */
 DS_API int32_t ds_pool_use_isa(ds_pool *pool, const char *isa);
 DS_API const char *ds_pool_isa(const ds_pool *pool);
 
@@ -136,17 +137,22 @@ typedef struct ds_heads {
   const float *cos, *sin;                /* [n_positions, n_rotary / 2] */
   const float *q_norm, *k_norm; /* [head_dim], RMSNorm over each head before it turns, or both NULL */
   float norm_eps;
+  int32_t cache_type; /* enum ds_cache_type */
 } ds_heads;
 
-/* A cache of values is [n_kv_heads, max_slots, head_dim]. One of keys has, for each key head, panels of 16 slots,
- * [head_dim, 16]; the last is as wide as there are slots left. */
+/* What a cache holds. In float32, values are [n_kv_heads, max_slots, head_dim]; keys are, for each key head, panels of
+ * 16 slots, [head_dim, 16], the last as wide as there are slots left. In bfloat16 what is multiplied together lies in
+ * pairs: of slots, so values are [n_kv_heads, max_slots / 2, head_dim, 2], and of channels, so a panel of keys is
+ * [head_dim / 2, 16, 2]; max_slots and head_dim are multiples of 16. Queries and the weights of values are rounded to
+ * bfloat16 as well, to the nearest, ties to even; products are summed in float32. */
+enum ds_cache_type { DS_CACHE_FLOAT32 = 0, DS_CACHE_BFLOAT16 = 1 };
 enum { DS_PANEL_SLOTS = 16 };
 
 /* Take the rows of a fused projection, [n_rows, (n_heads + 2 n_kv_heads) head_dim] as queries, keys, values:
  * norm and turn queries in place, norm and turn keys into the cache, copy values into the cache, at slots
  * first_slot + row. */
 DS_API int32_t ds_write_heads(ds_pool *pool, const ds_heads *heads, int32_t n_rows, float *qkv,
-                              const int64_t *positions, int32_t first_slot, float *keys, float *values);
+                              const int64_t *positions, int32_t first_slot, void *keys, void *values);
 
 /* The slots that each row may see, ascending, from a mask [n_rows, max_slots] of 0 and 1: slots [n_rows,
  * max_slots] and their count a row. A parent's slot is below its child's, so this is the order of
@@ -156,15 +162,15 @@ DS_API int32_t ds_list_slots(int32_t n_rows, int32_t max_slots, const uint8_t *m
 
 /* out [n_rows, n_heads head_dim] = softmax(scale q . k) v over each row's slots, in their order, by blocks of
  * 64, each with its own maximum, folded from first to last (Milakov & Gimelshein, arXiv 1805.02867; Dao et al.,
- * "Flash-Decoding"). A row that sees nothing gives zeros. `qkv` is what ds_write_heads left. */
+ * "Flash-Decoding"). The slots of a row rise. A row that sees nothing gives zeros. `qkv` is what ds_write_heads left. */
 DS_API int32_t ds_attend(ds_pool *pool, const ds_heads *heads, int32_t n_rows, const float *qkv,
-                         const int32_t *slots, const int32_t *n_slots, const float *keys, const float *values,
+                         const int32_t *slots, const int32_t *n_slots, const void *keys, const void *values,
                          float *out);
 
 /* Keep one path of a tree: copy cache slots path[0] < path[1] < ... to first_slot, first_slot + 1, ...
  * (path[i] >= first_slot + i), in both caches. NULL: there is none. */
 DS_API int32_t ds_keep_path(const ds_heads *heads, int32_t n_path, const int32_t *path, int32_t first_slot,
-                            float *keys, float *values);
+                            void *keys, void *values);
 
 /* ---- Yardsticks ---------------------------------------------------------------------------------------- */
 

@@ -25,7 +25,8 @@
  *                window: of the slots that a row sees, only its last `window`; 0 for all
  *   Attend     qkv, position_ids, write_index, slots, counts, past_key, past_value [, cos, sin, q_norm, k_norm]
  *                -> y, present_key, present_value
- *                num_heads, scale, epsilon (of the norms)
+ *                num_heads, scale, epsilon (of the norms); cache_type, or missing: of a cache that is lent, which is
+ *                one for all nodes (enum ds_cache_type). The graph's own caches are float32.
  *              Keys lie in panels (kernels.h).
  *              Overwrites qkv, which nobody else may read. Writes the cache in place where past and present are
  *              the same memory, or where one is lent (ds_operators_lend): that two tensors a layer go into a run and
@@ -139,7 +140,7 @@ static OrtStatus *read_int(kernel *node, const OrtKernelInfo *info, const char *
   int64_t found;
   snprintf(full, sizeof full, "%s%s", prefix, name);
   TRY(node->api->KernelInfoGetAttribute_int64(info, full, &found));
-  *value = (int32_t)found;
+  *value = found == (int32_t)found ? (int32_t)found : INT32_MIN; /* which no attribute may be */
   return NULL;
 }
 
@@ -419,6 +420,15 @@ static OrtStatus *read_heads(kernel *node, const OrtKernelInfo *info) {
   TRY(node->api->KernelInfoGetAttribute_float(info, "scale", &node->heads.scale));
   TRY(node->api->KernelInfoGetAttribute_float(info, "epsilon", &node->heads.norm_eps));
   node->heads.n_heads = (int32_t)n_heads;
+  int32_t cache_type;
+  read_newer(node, info, "cache_type", DS_CACHE_FLOAT32, &cache_type);
+  if (cache_type != DS_CACHE_FLOAT32 && cache_type != DS_CACHE_BFLOAT16)
+    return refuse(
+        node, "its cache_type is neither 0 nor 1 (float32, bfloat16): the graph is damaged, or of a newer "
+              "version of draftsmith");
+  if (node->owner->attends && node->owner->cache_type != cache_type)
+    return refuse(node, "its cache_type is not that of the nodes before it: export the graph again");
+  node->owner->cache_type = cache_type;
   node->owner->attends = true;
   return NULL;
 }
@@ -452,11 +462,12 @@ typedef struct {
   int64_t batch, n_rows;                  /* of each sequence */
   const int64_t *positions, *write_index; /* [batch, n_rows], [batch] */
   const int32_t *slots, *counts;          /* [batch, n_rows, max_slots], [batch, n_rows] */
-  bool is_listed;       /* whether these were listed here, so that nothing is wrong with them */
-  float *keys, *values; /* where the new ones are written */
+  bool is_listed;      /* whether these were listed here, so that nothing is wrong with them */
+  char *keys, *values; /* where the new ones are written */
 } context_of_rows;
 
-static void set_cache_size(ds_heads *heads, int64_t n_kv_heads, int64_t n_slots, int64_t head_dim) {
+static void set_cache(ds_heads *heads, int32_t type, int64_t n_kv_heads, int64_t n_slots, int64_t head_dim) {
+  heads->cache_type = type;
   heads->n_kv_heads = (int32_t)n_kv_heads;
   heads->max_slots = (int32_t)n_slots;
   heads->head_dim = (int32_t)head_dim;
@@ -469,13 +480,13 @@ static OrtStatus *pass_caches(kernel *node, OrtKernelContext *context, int64_t b
   TRY(read_tensor(node, context, 6, 4, &values));
   if (memcmp(keys.dims, values.dims, sizeof keys.dims)) return refuse(node, "keys and values are not alike");
   if (keys.dims[0] != batch) return refuse(node, "the inputs do not fit each other");
-  size_t n_bytes = sizeof *c->keys;
+  size_t n_bytes = sizeof(float);
   for (int i = 0; i < 4; ++i) n_bytes *= (size_t)keys.dims[i];
   TRY(make_output(node, context, 1, 4, keys.dims, &c->keys));
   TRY(make_output(node, context, 2, 4, keys.dims, &c->values));
   if (c->keys != keys.data) memcpy(c->keys, keys.data, n_bytes);
   if (c->values != values.data) memcpy(c->values, values.data, n_bytes);
-  set_cache_size(&node->heads, keys.dims[1], keys.dims[2], keys.dims[3]);
+  set_cache(&node->heads, DS_CACHE_FLOAT32, keys.dims[1], keys.dims[2], keys.dims[3]);
   return NULL;
 }
 
@@ -483,7 +494,7 @@ static void find_lent(kernel *node, const ds_cache *lent, context_of_rows *c) {
   int32_t layer = node->sublayer / 2;
   c->keys = ds_find_part(lent, 2 * layer);
   c->values = ds_find_part(lent, 2 * layer + 1);
-  set_cache_size(&node->heads, lent->n_kv_heads, lent->n_slots, lent->head_dim);
+  set_cache(&node->heads, lent->type, lent->n_kv_heads, lent->n_slots, lent->head_dim);
 }
 
 static OrtStatus *read_context(kernel *node, OrtKernelContext *context, const int64_t *dims,
@@ -522,9 +533,10 @@ static OrtStatus *attend(kernel *node, const context_of_rows *c, float *qkv, flo
   const ds_heads *heads = &node->heads;
   ds_pool *pool = node->owner->pool;
   int64_t n_rows = c->n_rows;
-  int64_t cache_size = (int64_t)heads->n_kv_heads * heads->max_slots * heads->head_dim;
-  float *keys = c->keys, *values = c->values;
-  for (int64_t b = 0; b < c->batch; ++b, keys += cache_size, values += cache_size) {
+  int64_t n_bytes = (int64_t)heads->n_kv_heads * heads->max_slots * heads->head_dim;
+  n_bytes *= ds_element_bytes(heads->cache_type);
+  char *keys = c->keys, *values = c->values;
+  for (int64_t b = 0; b < c->batch; ++b, keys += n_bytes, values += n_bytes) {
     float *x = qkv + b * n_rows * count_projected(heads);
     if (c->write_index[b] < 0 || c->write_index[b] > heads->max_slots)
       return refuse(node, "write_index is not a slot of the cache");

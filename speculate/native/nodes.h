@@ -77,6 +77,7 @@ struct ds_operators {
   int32_t n_nodes, n_straight; /* what its last Linear says of the graph: layers of a straight one, or 0 */
   bool knows_all;              /* whether a run of ONNX Runtime has found every constant */
   bool attends;                /* some node is attention */
+  int32_t cache_type;          /* what all of those want */
   const uint8_t *skips;        /* [n_sublayers], or NULL: none */
   const ds_cache *lent;        /* or NULL */
   char *held;                  /* a copy of all packed weights in huge pages, or NULL */

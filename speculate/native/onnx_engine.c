@@ -48,7 +48,7 @@ typedef struct {
   ds_cache cache;     /* as kernels.h or the graph's own operators have it */
   /* The cache that its values are: its own, or that of an engine whose guest it is. Only compared: where one was freed
    * and another of the same size lies at its place, the values fit that too. */
-  const float *bound;
+  const char *bound;
   int32_t bound_slots; /* of that, and of a row of the mask */
 
   int32_t max_rows, max_logits;
@@ -265,6 +265,7 @@ static int32_t open_graph(onnx_engine *engine, const char *graph, int32_t n_ort_
   ds_forget_freed(); /* by the session, and by whoever read a tokenizer before: 10 MB, and the weights are to come */
   TRY(read_inputs(engine));
   TRY(read_outputs(engine));
+  if (lends_cache(engine)) engine->cache.type = ds_operators_cache_type(engine->operators);
   return list_names(engine);
 }
 
@@ -286,7 +287,7 @@ static int32_t resize_cache(onnx_engine *engine, int32_t n_slots) {
   free(engine->cache.data);
   engine->n_reserved = 0;
   engine->cache.n_slots = n_slots;
-  size_t n_bytes = 2 * (size_t)engine->n_layers * ds_part_size(&engine->cache) * sizeof(float);
+  size_t n_bytes = 2 * (size_t)engine->n_layers * ds_part_bytes(&engine->cache);
   n_bytes = (n_bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
   engine->cache.data = aligned_alloc(CACHE_LINE, n_bytes);
   if (!engine->cache.data) {
@@ -305,10 +306,12 @@ static int32_t bind_cache(onnx_engine *engine, const onnx_engine *home) {
   engine->mask = NULL;
   engine->max_rows = 0;
   engine->bound = NULL;
-  int64_t dims[4] = {1, home->cache.n_kv_heads, home->cache.n_slots, home->cache.head_dim};
+  /* The graph's own caches are float32. Those that its operators do not look at may be empty. */
+  int32_t n_slots = home->cache.type == DS_CACHE_FLOAT32 ? home->cache.n_slots : 0;
+  int64_t dims[4] = {1, home->cache.n_kv_heads, n_slots, home->cache.head_dim};
   size_t n_parts = 2 * (size_t)home->n_layers;
   for (size_t i = 0; i < n_parts; ++i) {
-    float *part = ds_find_part(&home->cache, (int32_t)i);
+    void *part = ds_find_part(&home->cache, (int32_t)i);
     TRY(set_value(engine, &engine->inputs[engine->n_inputs - n_parts + i], part, ORT_FLOAT, sizeof(float),
                   dims, 4));
     if (engine->n_outputs > 1)
@@ -454,14 +457,15 @@ static int32_t forward(ds_engine *base, int32_t n_rows, const int32_t *token_ids
 static int32_t keep(ds_engine *base, int32_t start, const int32_t *slots, int32_t n_slots) {
   onnx_engine *engine = (onnx_engine *)base;
   if (!engine) return ds_fail(DS_ERROR_ARGUMENT, "the engine is NULL");
-  ds_heads heads = {.n_heads = engine->cache.n_kv_heads,
+  ds_heads heads = {.cache_type = engine->cache.type,
+                    .n_heads = engine->cache.n_kv_heads,
                     .n_kv_heads = engine->cache.n_kv_heads,
                     .head_dim = engine->cache.head_dim,
                     .max_slots = engine->cache.n_slots};
   bool ours = ds_operators_attend(engine->operators); /* stock operators keep keys as they keep values */
   int32_t status = DS_OK;
   for (int32_t part = 0; part < 2 * engine->n_layers && status == DS_OK; ++part) {
-    float *cache = ds_find_part(&engine->cache, part);
+    void *cache = ds_find_part(&engine->cache, part);
     bool panels = ours && part % 2 == 0;
     status = ds_keep_path(&heads, n_slots, slots, start, panels ? cache : NULL, panels ? NULL : cache);
   }
@@ -608,6 +612,12 @@ ds_engine *ds_onnx_share(ds_engine *host, ds_engine *engine) {
   if (ds_operators_attend(theirs->operators) != ds_operators_attend(own->operators)) {
     ds_fail(DS_ERROR_ARGUMENT,
             "one of the engines runs on stock operators, which keep keys in another order");
+    return NULL;
+  }
+  if (theirs->cache.type != DS_CACHE_FLOAT32 && !lends_cache(own)) {
+    ds_fail(DS_ERROR_ARGUMENT, "the drafter's graph does not number its layers, so it cannot read a cache in "
+                               "bfloat16: export it again, "
+                               "or let it keep a cache of its own (cache: own)");
     return NULL;
   }
   guest_engine *guest = create_guest(host, engine, 0);

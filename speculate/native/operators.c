@@ -160,6 +160,8 @@ int32_t ds_operators_count(const ds_operators *operators) { return operators->n_
 
 bool ds_operators_attend(const ds_operators *operators) { return operators->attends; }
 
+int32_t ds_operators_cache_type(const ds_operators *operators) { return operators->cache_type; }
+
 void ds_operators_lend(ds_operators *operators, const ds_cache *cache) { operators->lent = cache; }
 
 void ds_operators_skip(ds_operators *operators, const uint8_t *skipped) { operators->skips = skipped; }

@@ -2,6 +2,7 @@
 #ifndef DRAFTSMITH_OPERATORS_H
 #define DRAFTSMITH_OPERATORS_H
 
+#include "dispatch.h"
 #include "kernels.h"
 #include "ort.h"
 
@@ -19,17 +20,22 @@ int32_t ds_operators_count(const ds_operators *operators);
 /* Whether they do the session's attention. Then its caches of keys lie as kernels.h says. */
 bool ds_operators_attend(const ds_operators *operators);
 
+/* enum ds_cache_type: what the graph wants of a cache that is lent. */
+int32_t ds_operators_cache_type(const ds_operators *operators);
+
 /* A cache of [n_layers][2] parts, keys and values, each [n_kv_heads, n_slots, head_dim]. */
 typedef struct {
-  float *data;
+  char *data;
+  int32_t type; /* enum ds_cache_type */
   int32_t n_kv_heads, n_slots, head_dim;
 } ds_cache;
 
-static inline size_t ds_part_size(const ds_cache *cache) {
-  return (size_t)cache->n_kv_heads * (size_t)cache->n_slots * (size_t)cache->head_dim;
+static inline size_t ds_part_bytes(const ds_cache *cache) {
+  size_t n = (size_t)cache->n_kv_heads * (size_t)cache->n_slots * (size_t)cache->head_dim;
+  return n * (size_t)ds_element_bytes(cache->type);
 }
-static inline float *ds_find_part(const ds_cache *cache, int32_t part) {
-  return cache->data + (size_t)part * ds_part_size(cache);
+static inline void *ds_find_part(const ds_cache *cache, int32_t part) {
+  return cache->data + (size_t)part * ds_part_bytes(cache);
 }
 
 /* Attend in the runs to come over `cache`, borrowed, in place: the graph's own caches are not looked at, and those

@@ -1,6 +1,7 @@
 /* Sixteen lanes. A kernel is written once over these few operations and compiled once per instruction set,
  * against one of three files that give them. Each operation is exact or rounded once, as IEEE 754 says, and
- * each reduction has one order, so the results are the same bits everywhere. Where one is not obvious:
+ * each reduction has one order, so the results are the same bits everywhere (f_dot_pairs may take what is less than
+ * 1.2e-38 for 0). Where one is not obvious:
  *
  *   f_max, f_min    a > b ? a : b, resp. a < b ? a : b; so b if either is NaN
  *   f_round         to the nearest int32, ties to even; the value must fit
@@ -11,7 +12,10 @@
  *   f_keep_n        zeroes the others
  *   f_pick_less     a < b ? x : y
  *   f_any_less      whether a < b in any lane
+ *   i_shift_right   zeros come in
+ *   i_store_halves  each of them, as 16 bits; they must fit
  *   bf16_even, _odd the even, resp. odd bfloat16 of sixteen pairs, as floats
+ *   f_dot_pairs     (sum, a, b): plus odd a times odd b, then plus even a times even b, of pairs of bfloat16
  *
  * w_expand(bytes, mask)       the bytes of the weights whose bit is set, zero for the others; may read 64
  * w_expand_2_4(pairs, codes)  as DS_INT8_2_4 says
@@ -62,6 +66,12 @@ static const int32_t PLACES[LANES]
 #include "simd_avx2.h"
 #else
 #include "simd_portable.h"
+#endif
+
+#if !defined(__AVX512BF16__)
+INLINE vf f_dot_pairs(vf sum, vi a, vi b) {
+  return f_fma(bf16_even(a), bf16_even(b), f_fma(bf16_odd(a), bf16_odd(b), sum));
+}
 #endif
 
 #endif

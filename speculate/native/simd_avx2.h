@@ -88,6 +88,8 @@ INLINE vi i_or(vi x, vi y) { return (vi){x.a | y.a, x.b | y.b}; }
 INLINE vi i_xor(vi x, vi y) { return (vi){x.a ^ y.a, x.b ^ y.b}; }
 #define i_shift_left(x, n)                                                                                   \
   ((vi){INTS(_mm256_slli_epi32(WIDE((x).a), n)), INTS(_mm256_slli_epi32(WIDE((x).b), n))})
+#define i_shift_right(x, n)                                                                                  \
+  ((vi){INTS(_mm256_srli_epi32(WIDE((x).a), n)), INTS(_mm256_srli_epi32(WIDE((x).b), n))})
 INLINE int32_t i_sum_lanes(vi x) {
   __m256i eight = _mm256_add_epi32(WIDE(x.a), WIDE(x.b));
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
@@ -104,6 +106,11 @@ INLINE void i_store_bytes(int8_t *p, vi x) {
   __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(WIDE(x.a), WIDE(x.b)), 0xd8);
   _mm_storeu_si128((__m128i *)p,
                    _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+INLINE void i_store_halves(uint16_t *p, vi x) {
+  _mm256_storeu_si256((__m256i *)p,
+                      _mm256_permute4x64_epi64(_mm256_packus_epi32(WIDE(x.a), WIDE(x.b)), 0xd8));
 }
 
 INLINE vi f_round(vf x) { return (vi){INTS(_mm256_cvtps_epi32(x.a)), INTS(_mm256_cvtps_epi32(x.b))}; }

@@ -1,4 +1,4 @@
-/* simd.h for AVX-512 with VNNI, and with VBMI2 where the compiler is told of it. */
+/* simd.h for AVX-512 with VNNI, and with VBMI2 and BF16 where the compiler is told of them. */
 #include <immintrin.h>
 
 #define TILE_ROWS 8
@@ -52,8 +52,13 @@ INLINE int32_t i_sum_lanes(vi a) {
 }
 INLINE int32_t i_max_lanes(vi a) { return _mm512_reduce_max_epi32((__m512i)a); }
 #define i_shift_left(a, n) ((vi)_mm512_slli_epi32((__m512i)(a), n))
+#define i_shift_right(a, n) ((vi)_mm512_srli_epi32((__m512i)(a), n))
 INLINE void i_store_bytes(int8_t *p, vi a) {
   _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)a));
+}
+
+INLINE void i_store_halves(uint16_t *p, vi a) {
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)a));
 }
 
 INLINE vi f_round(vf a) { return (vi)_mm512_cvtps_epi32(a); }
@@ -62,6 +67,10 @@ INLINE vi f_bits(vf a) { return (vi)a; }
 INLINE vf f_from_bits(vi a) { return (vf)a; }
 INLINE vf bf16_even(vi pairs) { return f_from_bits(i_shift_left(pairs, 16)); }
 INLINE vf bf16_odd(vi pairs) { return f_from_bits(i_and(pairs, i_set((int32_t)0xffff0000))); }
+
+#if defined(__AVX512BF16__)
+INLINE vf f_dot_pairs(vf sum, vi a, vi b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
 
 INLINE float f_sum(vf a) {
   __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));

@@ -62,6 +62,7 @@ INLINE vi i_or(vi a, vi b) { EACH_LANE(vi, a.at[i] | b.at[i]); }
 INLINE vi i_xor(vi a, vi b) { EACH_LANE(vi, a.at[i] ^ b.at[i]); }
 INLINE vi i_max(vi a, vi b) { EACH_LANE(vi, a.at[i] > b.at[i] ? a.at[i] : b.at[i]); }
 INLINE vi i_shift_left(vi a, int n) { EACH_LANE(vi, (int32_t)((uint32_t)a.at[i] << n)); }
+INLINE vi i_shift_right(vi a, int n) { EACH_LANE(vi, (int32_t)((uint32_t)a.at[i] >> n)); }
 INLINE int32_t i_sum_lanes(vi a) {
   uint32_t sum = 0;
   for (int i = 0; i < LANES; ++i) sum += (uint32_t)a.at[i];
@@ -74,6 +75,10 @@ INLINE int32_t i_max_lanes(vi a) {
 }
 INLINE void i_store_bytes(int8_t *p, vi a) {
   for (int i = 0; i < LANES; ++i) p[i] = (int8_t)a.at[i];
+}
+
+INLINE void i_store_halves(uint16_t *p, vi a) {
+  for (int i = 0; i < LANES; ++i) p[i] = (uint16_t)a.at[i];
 }
 
 /* Adding and taking away 1.5 * 2^23 rounds to an integer, ties to even, what is below 2^22 in magnitude: all

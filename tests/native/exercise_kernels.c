@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #include <math.h>
+#include <stdbool.h>
 
 static float *floats(int64_t n) {
   float *x = malloc((size_t)n * sizeof *x);
@@ -126,10 +127,24 @@ static void exercise_norms(ds_pool *pool) {
   }
 }
 
+/* As many bfloat16 in place of floats, in memory that ends behind them. */
+static void *halve(float *x, int64_t n) {
+  uint16_t *halves = malloc((size_t)n * sizeof *halves);
+  CHECK(halves);
+  for (int64_t i = 0; i < n; ++i) halves[i] = x[i] < 0 ? 0x3f80 : 0x4000;
+  free(x);
+  return halves;
+}
+
 static void exercise_attention(ds_pool *pool) {
   for (int round = 0; round < 20; ++round) {
     int32_t n_kv = 1 + below(3), group = 1 + below(5), size = 2 + below(round % 4 ? 70 : 255);
     int32_t n_rows = 1 + below(20), max_slots = n_rows + below(150), half = 1 + below(size / 2);
+    bool in_pairs = round / 2 % 2;
+    if (in_pairs) {
+      size = (size + 15) / 16 * 16;
+      max_slots = (max_slots + 15) / 16 * 16;
+    }
     int64_t wide = (int64_t)(group + 2) * n_kv * size, cache = (int64_t)n_kv * max_slots * size;
     float *cos_table = floats(7 * half), *sin_table = floats(7 * half), *norm = floats(size);
     ds_heads heads = {.n_heads = group * n_kv,
@@ -144,6 +159,11 @@ static void exercise_attention(ds_pool *pool) {
                       .norm_eps = 1e-6f};
     if (below(2)) heads.q_norm = heads.k_norm = norm;
     float *qkv = floats(n_rows * wide), *keys = floats(cache), *values = floats(cache);
+    if (in_pairs) {
+      heads.cache_type = DS_CACHE_BFLOAT16;
+      keys = halve(keys, cache);
+      values = halve(values, cache);
+    }
     float *out = floats((int64_t)n_rows * group * n_kv * size);
     int64_t *positions = malloc((size_t)n_rows * sizeof *positions);
     for (int32_t r = 0; r < n_rows; ++r) positions[r] = below(7);
@@ -175,7 +195,8 @@ static void exercise_probes(ds_pool *pool) {
 }
 
 int main(void) {
-  static const char *isas[] = {"portable", "avx2", "avx2_vnni", "avx512_vnni", "avx512_vbmi2", "amx_int8"};
+  static const char *isas[] = {"portable",     "avx2",        "avx2_vnni", "avx512_vnni",
+                               "avx512_vbmi2", "avx512_bf16", "amx_int8"};
   for (int32_t n_threads = 1; n_threads <= 3; n_threads += 2) {
     for (size_t i = 0; i < sizeof isas / sizeof *isas; ++i) {
       ds_pool *pool = ds_pool_create(n_threads);

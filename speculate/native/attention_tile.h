@@ -1,0 +1,293 @@
+/* What attention.c computes for a few queries and one block of slots: scores, weights, and the sum of the values weighted
+ * so. Products are of float32 or of pairs of bfloat16, as the cache has them. */
+#ifndef DRAFTSMITH_ATTENTION_TILE_H
+#define DRAFTSMITH_ATTENTION_TILE_H
+
+#include "dispatch.h"
+#include "vmath.h"
+
+enum { RANKS = DS_ATTEND_RANKS, MAX_PARTS = DS_MAX_HEAD_DIM / LANES, FLOATS = DS_CACHE_FLOAT32 };
+
+/* What some slots of a query amount to: their largest score, the sum of e^(score - largest), zeros up to LANES; then the
+ * sum of the values weighted so, in whole parts of LANES. */
+typedef float summary[LANES + MAX_PARTS * LANES];
+
+typedef struct {
+  const float *vector;  /* [head_dim] */
+  const int32_t *slots; /* those that its row may see */
+  int32_t n_slots;
+  float weights[RANKS]; /* of the present block */
+  float *block;         /* its summary: `own`, or its place in the job */
+  /* Over a cache in bfloat16, the vector, and the weights with a zero behind an odd number of them. */
+  uint16_t vector_pairs[DS_MAX_HEAD_DIM], weight_pairs[RANKS];
+  summary own, all;
+} query;
+
+/* What is asked for early, a little at each step of what is computed meanwhile: the keys and values of the next block,
+ * as both lie from its first slot on, each in two streams. Without it memory and arithmetic wait for each other. */
+typedef struct {
+  const char *keys, *values;
+  int64_t part, due, done; /* bytes of a stream, those to ask for by now, and those asked for */
+} fetcher;
+
+INLINE void fetch(fetcher *f) {
+  if (f->done >= f->due) return;
+  __builtin_prefetch(f->keys + f->done, 0, 2);
+  __builtin_prefetch(f->keys + f->part + f->done, 0, 2);
+  __builtin_prefetch(f->values + f->done, 0, 2);
+  __builtin_prefetch(f->values + f->part + f->done, 0, 2);
+  f->done += 64;
+}
+
+/* Pair `i` of some bfloat16, sixteen times. */
+INLINE vi set_pair(const uint16_t *pairs, int32_t i) {
+  int32_t pair;
+  memcpy(&pair, pairs + 2 * i, sizeof pair);
+  return i_set(pair);
+}
+
+/* ---- Scores -------------------------------------------------------------------------------------------- */
+
+typedef vf tile[TILE_QUERIES][TILE_QUERIES]; /* by query and panel */
+
+/* One step of each product: a channel, or a pair of them. Counts are constants, so that the sums stay in registers. */
+INLINE void add_channel(const int queries, const int panels, const int32_t width, int32_t size,
+                        const float *keys, const query *q, int32_t channel, tile sums) {
+  vf key[TILE_QUERIES];
+  UNROLL for (int p = 0; p < panels; ++p) {
+    const float *sixteen = keys + (p * LANES * size + channel * width);
+    key[p] = width == LANES ? f_load(sixteen) : f_load_n(sixteen, width);
+  }
+  UNROLL for (int u = 0; u < queries; ++u) {
+    vf x = f_set(q[u].vector[channel]);
+    UNROLL for (int p = 0; p < panels; ++p) sums[u][p] = f_fma(x, key[p], sums[u][p]);
+  }
+}
+
+INLINE void add_pair(const int queries, const int panels, int32_t size, const uint16_t *keys, const query *q,
+                     int32_t pair, tile sums) {
+  vi key[TILE_QUERIES];
+  UNROLL for (int p = 0; p < panels; ++p) key[p] = i_load(keys + (p * LANES * size + pair * 2 * LANES));
+  UNROLL for (int u = 0; u < queries; ++u) {
+    vi x = set_pair(q[u].vector_pairs, pair);
+    UNROLL for (int p = 0; p < panels; ++p) sums[u][p] = f_dot_pairs(sums[u][p], x, key[p]);
+  }
+}
+
+INLINE void add_step(const int type, const int queries, const int panels, const int32_t width, int32_t size,
+                     const char *keys, const query *q, int32_t i, tile sums) {
+  if (type == FLOATS)
+    add_channel(queries, panels, width, size, (const float *)keys, q, i, sums);
+  else
+    add_pair(queries, panels, size, (const uint16_t *)keys, q, i, sums);
+}
+
+/* The scores of `panels` panels of `width` keys for some queries. A product is two chains, over the even steps and
+ * over the odd ones, since one alone would wait for itself. */
+INLINE void score_panels(const int type, const int queries, const int panels, const int32_t width,
+                         int32_t size, const char *keys, const query *q, fetcher *ahead, tile scores) {
+  tile even, odd;
+  int32_t n = type == FLOATS ? size : size / 2;
+  UNROLL for (int u = 0; u < queries; ++u) {
+    UNROLL for (int p = 0; p < panels; ++p) even[u][p] = odd[u][p] = f_zero();
+  }
+  for (int32_t i = 0; i < n; i += 2) {
+    fetch(ahead);
+    add_step(type, queries, panels, width, size, keys, q, i, even);
+    if (i + 1 < n) add_step(type, queries, panels, width, size, keys, q, i + 1, odd);
+  }
+  UNROLL for (int u = 0; u < queries; ++u) {
+    UNROLL for (int p = 0; p < panels; ++p) scores[u][p] = f_add(even[u][p], odd[u][p]);
+  }
+}
+
+/* How many of `n` slots, which rise, lie in the panel of the first. */
+INLINE int32_t count_in_panel(const int32_t *slots, int32_t n) {
+  int32_t end = slots[0] / LANES * LANES + LANES, count = 1;
+  while (count < n && slots[count] < end) ++count;
+  return count;
+}
+
+/* weights = scale q . k for `n` slots of some queries; what follows in the last vector repeats the last. */
+INLINE void score_tile(const int type, const int queries, const ds_heads *heads, const char *keys, query *q,
+                       const int32_t *slots, int32_t n, fetcher *ahead) {
+  /* Products in flight: the more, the fewer keys and channels are read again, as long as registers last. */
+  const int panels = TILE_CHAINS / queries < TILE_QUERIES ? TILE_CHAINS / queries : TILE_QUERIES;
+  int32_t size = heads->head_dim;
+  vf scale = f_set(heads->scale);
+  tile scores;
+  for (int32_t i = 0, count; i < n; i += count) {
+    const char *panel = keys + (int64_t)(slots[i] / LANES * LANES) * size * ds_element_bytes(type);
+    count = panels * LANES;
+    if (n - i >= count && slots[i] % LANES == 0 && slots[i + count - 1] - slots[i] == count - 1) {
+      score_panels(type, queries, panels, LANES, size, panel, q, ahead, scores);
+      UNROLL for (int u = 0; u < queries; ++u) {
+        UNROLL for (int p = 0; p < panels; ++p)
+            f_store(q[u].weights + i + p * LANES, f_mul(scores[u][p], scale));
+      }
+      continue;
+    }
+    count = count_in_panel(slots + i, n - i);
+    int32_t width = heads->max_slots - slots[i] / LANES * LANES;
+    if (type != FLOATS || width >= LANES)
+      score_panels(type, queries, 1, LANES, size, panel, q, ahead, scores);
+    else
+      score_panels(type, queries, 1, width, size, panel, q, ahead, scores);
+    for (int u = 0; u < queries; ++u) {
+      float sixteen[LANES];
+      f_store(sixteen, f_mul(scores[u][0], scale));
+      for (int32_t j = 0; j < count; ++j) q[u].weights[i + j] = sixteen[slots[i + j] % LANES];
+    }
+  }
+  for (int u = 0; u < queries; ++u)
+    for (int32_t i = n; i % LANES; ++i) q[u].weights[i] = q[u].weights[n - 1];
+}
+
+/* ---- Weights ------------------------------------------------------------------------------------------- */
+
+/* To bfloat16 as ds_round_bfloat16 does, which are stored; the same as floats. */
+INLINE vf round_to_pairs(vf x, uint16_t *pairs) {
+  vi bits = f_bits(x), is_odd = i_and(i_shift_right(bits, 16), i_set(1));
+  vi halves = i_shift_right(i_add(bits, i_add(is_odd, i_set(0x7fff))), 16);
+  i_store_halves(pairs, halves);
+  return f_from_bits(i_shift_left(halves, 16));
+}
+
+/* weights = e^(weight - largest), which begin the block's summary; zeros follow in the last vector. Queries take turns, since
+ * one alone would wait for its own results. */
+INLINE void weigh_tile(const int type, const int queries, query *q, int32_t n) {
+  vf shift[TILE_QUERIES], sum[TILE_QUERIES];
+  UNROLL for (int u = 0; u < queries; ++u) shift[u] = f_load(q[u].weights);
+  for (int32_t i = LANES; i < n; i += LANES) {
+    UNROLL for (int u = 0; u < queries; ++u) shift[u] = f_max(f_load(q[u].weights + i), shift[u]);
+  }
+  UNROLL for (int u = 0; u < queries; ++u) {
+    float largest = f_max_lanes(shift[u]);
+    f_store(q[u].block, f_zero());
+    q[u].block[0] = largest;
+    shift[u] = f_set(largest);
+    sum[u] = f_zero();
+  }
+  for (int32_t i = 0; i < n; i += LANES) {
+    int kept = n - i < LANES ? n - i : LANES;
+    UNROLL for (int u = 0; u < queries; ++u) {
+      vf weight = f_keep_n(f_exp(f_sub(f_load(q[u].weights + i), shift[u])), kept);
+      if (type == FLOATS)
+        f_store(q[u].weights + i, weight);
+      else
+        weight = round_to_pairs(weight, q[u].weight_pairs + i);
+      sum[u] = f_add(sum[u], weight);
+    }
+  }
+  UNROLL for (int u = 0; u < queries; ++u) q[u].block[1] = f_sum(sum[u]);
+}
+
+/* ---- Values -------------------------------------------------------------------------------------------- */
+
+INLINE vf load_part(const float *head, int part, int32_t size) {
+  return size - part * LANES >= LANES ? f_load(head + part * LANES)
+                                      : f_load_n(head + part * LANES, size - part * LANES);
+}
+
+typedef vf part_sums[TILE_QUERIES][TILE_PARTS];
+
+/* Slot `j`: of each query its weight times `parts` parts of the value from `at` on. */
+INLINE void add_value(const int queries, const int parts, int32_t size, const float *value, int32_t at,
+                      const query *q, int32_t j, part_sums sums) {
+  vf part[TILE_PARTS];
+  UNROLL for (int i = 0; i < parts; ++i) /* only what is computed by itself may be a short part */
+      part[i] = parts > 1 ? f_load(value + at + i * LANES) : load_part(value, at / LANES + i, size);
+  UNROLL for (int u = 0; u < queries; ++u) {
+    vf weight = f_set(q[u].weights[j]);
+    UNROLL for (int i = 0; i < parts; ++i) sums[u][i] = f_fma(weight, part[i], sums[u][i]);
+  }
+}
+
+/* The same of slots `j` and j + 1, whose values are given as pairs. */
+INLINE void add_value_pair(const int queries, const int parts, const vi part[TILE_PARTS], const query *q,
+                           int32_t j, part_sums sums) {
+  UNROLL for (int u = 0; u < queries; ++u) {
+    vi weight = set_pair(q[u].weight_pairs, j / 2);
+    UNROLL for (int i = 0; i < parts; ++i) sums[u][i] = f_dot_pairs(sums[u][i], weight, part[i]);
+  }
+}
+
+/* Sixteen channels, from `at` on, of the values in the pair of slots that a slot is of; and of the value in the slot
+ * alone: in the lower halves of pairs, zeros in the upper ones. */
+INLINE vi load_pair(const uint16_t *values, int32_t size, int32_t at, int32_t slot) {
+  return i_load(values + ((int64_t)(slot / 2) * size + at) * 2);
+}
+INLINE vi load_half(const uint16_t *values, int32_t size, int32_t at, int32_t slot) {
+  vi pair = load_pair(values, size, at, slot);
+  return slot % 2 ? i_shift_right(pair, 16) : i_and(pair, i_set(0xffff));
+}
+
+/* How many of the first slots follow each other in the cache, in whole pairs: of a path without a gap all but an odd last
+ * one. */
+INLINE int32_t count_in_pairs(const int32_t *slots, int32_t n) {
+  int32_t count = 0;
+  if (slots[n - 1] - slots[0] == n - 1) return n / 2 * 2; /* they rise */
+  while (count + 1 < n && slots[count + 1] - slots[0] == count + 1) count += 2;
+  return count;
+}
+
+/* The weighted values of `n` slots, summed one after another, or pair after pair: `parts` parts of the summaries of
+ * `queries` queries. */
+INLINE void add_parts(const int type, const int queries, const int parts, int32_t size, const char *values,
+                      const int32_t *slots, int32_t n, int32_t n_in_pairs, int32_t first_part, query *q,
+                      fetcher *ahead) {
+  part_sums sums;
+  const uint16_t *pairs = (const uint16_t *)values;
+  int32_t at = first_part * LANES;
+  UNROLL for (int u = 0; u < queries; ++u) { UNROLL for (int i = 0; i < parts; ++i) sums[u][i] = f_zero(); }
+  for (int32_t j = 0; type == FLOATS && j < n; ++j) {
+    fetch(ahead);
+    add_value(queries, parts, size, (const float *)values + (int64_t)slots[j] * size, at, q, j, sums);
+  }
+  /* From an even slot on they lie as they are multiplied, from an odd one on across two pairs. */
+  for (int32_t j = 0; type != FLOATS && slots[0] % 2 == 0 && j < n_in_pairs; j += 2) {
+    fetch(ahead);
+    vi part[TILE_PARTS];
+    UNROLL for (int i = 0; i < parts; ++i) part[i] = load_pair(pairs, size, at + i * LANES, slots[j]);
+    add_value_pair(queries, parts, part, q, j, sums);
+  }
+  for (int32_t j = 0; type != FLOATS && slots[0] % 2 && j < n_in_pairs; j += 2) {
+    fetch(ahead);
+    vi part[TILE_PARTS];
+    UNROLL for (int i = 0; i < parts; ++i) part[i] =
+        i_or(i_shift_right(load_pair(pairs, size, at + i * LANES, slots[j]), 16),
+             i_shift_left(load_pair(pairs, size, at + i * LANES, slots[j + 1]), 16));
+    add_value_pair(queries, parts, part, q, j, sums);
+  }
+  for (int32_t j = n_in_pairs; type != FLOATS && j < n; j += 2) {
+    vi part[TILE_PARTS];
+    UNROLL for (int i = 0; i < parts; ++i) {
+      part[i] = load_half(pairs, size, at + i * LANES, slots[j]);
+      if (j + 1 < n)
+        part[i] = i_or(part[i], i_shift_left(load_half(pairs, size, at + i * LANES, slots[j + 1]), 16));
+    }
+    add_value_pair(queries, parts, part, q, j, sums);
+  }
+  UNROLL for (int u = 0; u < queries; ++u) {
+    UNROLL for (int i = 0; i < parts; ++i) f_store(q[u].block + LANES + at + i * LANES, sums[u][i]);
+  }
+}
+
+INLINE void add_tile(const int type, const int queries, int32_t size, const char *values,
+                     const int32_t *slots, int32_t n, query *q, fetcher *ahead) {
+  int32_t part = 0, n_in_pairs = type == FLOATS ? 0 : count_in_pairs(slots, n);
+  for (; size - part * LANES >= TILE_PARTS * LANES; part += TILE_PARTS)
+    add_parts(type, queries, TILE_PARTS, size, values, slots, n, n_in_pairs, part, q, ahead);
+  for (; part * LANES < size; ++part)
+    add_parts(type, queries, 1, size, values, slots, n, n_in_pairs, part, q, ahead);
+}
+
+/* The summaries of one block of `queries` queries that see the same slots in it. */
+INLINE void attend_tile(const int type, const int queries, const ds_heads *heads, const char *keys,
+                        const char *values, query *q, const int32_t *slots, int32_t n, fetcher *ahead) {
+  score_tile(type, queries, heads, keys, q, slots, n, ahead);
+  weigh_tile(type, queries, q, n);
+  add_tile(type, queries, heads->head_dim, values, slots, n, q, ahead);
+}
+
+#endif

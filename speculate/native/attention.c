@@ -89,6 +89,19 @@ INLINE float *find_kept(const ds_attend_job *job, int64_t q, int32_t block) {
   return job->kept + (q * job->n_blocks + block) * ds_summary_size(job->heads->head_dim);
 }
 
+/* Functions of their own: in one, the compiler runs out of registers for both. */
+static __attribute__((noinline)) void attend_floats(const ds_heads *heads, const char *keys,
+                                                    const char *values, query *q, int32_t n_queries,
+                                                    int32_t first) {
+  attend_block(FLOATS, heads, keys, values, q, n_queries, first);
+}
+
+static __attribute__((noinline)) void attend_pairs(const ds_heads *heads, const char *keys,
+                                                   const char *values, query *q, int32_t n_queries,
+                                                   int32_t first) {
+  attend_block(DS_CACHE_BFLOAT16, heads, keys, values, q, n_queries, first);
+}
+
 void ISA(attend)(const void *argument, int32_t item, int32_t next, int32_t thread) {
   (void)next, (void)thread;
   const ds_attend_job *job = argument;
@@ -103,6 +116,8 @@ void ISA(attend)(const void *argument, int32_t item, int32_t next, int32_t threa
   int64_t cache = (int64_t)kv_head * heads->max_slots * size * ds_element_bytes(heads->cache_type);
   const char *keys = job->keys + cache, *values = job->values + cache;
 
+  void (*attend)(const ds_heads *, const char *, const char *, query *, int32_t, int32_t) =
+      heads->cache_type == FLOATS ? attend_floats : attend_pairs;
   query queries[DS_MAX_QUERIES];
   int64_t index[DS_MAX_QUERIES];
   int32_t most_slots = 0;
@@ -121,10 +136,7 @@ void ISA(attend)(const void *argument, int32_t item, int32_t next, int32_t threa
   }
   for (int32_t block = first_block; block < end_block && block * RANKS < most_slots; ++block) {
     for (int32_t u = 0; job->kept && u < n_queries; ++u) queries[u].block = find_kept(job, index[u], block);
-    if (heads->cache_type == FLOATS)
-      attend_block(FLOATS, heads, keys, values, queries, n_queries, block * RANKS);
-    else
-      attend_block(DS_CACHE_BFLOAT16, heads, keys, values, queries, n_queries, block * RANKS);
+    attend(heads, keys, values, queries, n_queries, block * RANKS);
     for (int32_t u = 0; !job->kept && u < n_queries; ++u)
       if (count_ranks(&queries[u], block * RANKS) > 0) fold(queries[u].all, queries[u].block, size);
   }

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from onnx import TensorProto
 
-from ..model.config import DecoderConfig
-from ..model.errors import ModelError
 from ..model.layout import EMBED_TOKENS, HEAD_IDS
 from ..speculate.binding import lib
 from ..speculate.kernels import CacheDtype
@@ -33,15 +31,6 @@ def build_cpu_graph(
         hidden = builder.layer(hidden, layer, stored)
     builder.head(hidden)
     return builder.graph
-
-
-def check_cache_dtype(config: DecoderConfig, wanted: CacheDtype | Literal["auto"]) -> None:
-    """Raises ModelError where a model's heads do not fit into a cache of this type."""
-    if wanted == "bfloat16" and config.head_dim % lib.DS_PANEL_SLOTS:
-        raise ModelError(
-            f"kv_cache_dtype: bfloat16 wants heads of a multiple of {lib.DS_PANEL_SLOTS} channels, and this "
-            f"model's have {config.head_dim}: take float32"
-        )
 
 
 def choose_cache_dtype(model: StoredModel, wanted: CacheDtype | Literal["auto"]) -> CacheDtype:

@@ -19,7 +19,8 @@ from typing import Literal
 from ..model.progress import Progress, no_progress
 from ..model.store import Checkpoint
 from ..speculate.kernels import CacheDtype
-from .cpu import build_cpu_graph, check_cache_dtype, choose_cache_dtype
+from .cache_dtype import check_cache_dtype
+from .cpu import build_cpu_graph, choose_cache_dtype
 from .decoder import build_graph
 from .onnx_files import WeightFile, write_model
 from .weights import store_model

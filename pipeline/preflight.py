@@ -93,7 +93,7 @@ def check_model(recipe: Recipe, config: DecoderConfig, cache: Path, out: Path) -
     Raises RecipeError for a pattern that matches nothing, a mask structure that does not divide a linear, a
     cache that heads do not fit into, and a model that this machine's memory cannot hold.
     """
-    from ..export.cpu import check_cache_dtype
+    from ..export.cache_dtype import check_cache_dtype
 
     for name, engine in {TARGET: recipe.target, **recipe.drafters}.items():
         where = TARGET if name == TARGET else f"drafters.{name}"

@@ -4,14 +4,19 @@ from typing import Literal
 
 from ..model.config import DecoderConfig
 from ..model.errors import ModelError
-from ..speculate.binding import lib
-from ..speculate.kernels import CacheDtype
+from ..speculate.kernels import PANEL_SLOTS, CacheDtype
+
+WantedDtype = CacheDtype | Literal["auto"]
 
 
-def check_cache_dtype(config: DecoderConfig, wanted: CacheDtype | Literal["auto"]) -> None:
+def fits_bfloat16(config: DecoderConfig) -> bool:
+    return config.head_dim % PANEL_SLOTS == 0
+
+
+def check_cache_dtype(config: DecoderConfig, wanted: WantedDtype) -> None:
     """Raises ModelError where a model's heads do not fit into a cache of this type."""
-    if wanted == "bfloat16" and config.head_dim % lib.DS_PANEL_SLOTS:
+    if wanted == "bfloat16" and not fits_bfloat16(config):
         raise ModelError(
-            f"kv_cache_dtype: bfloat16 wants heads of a multiple of {lib.DS_PANEL_SLOTS} channels, and this "
+            f"kv_cache_dtype: bfloat16 wants heads of a multiple of {PANEL_SLOTS} channels, and this "
             f"model's have {config.head_dim}: take float32"
         )

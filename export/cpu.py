@@ -5,14 +5,15 @@
     num_logits  int64 [1]  logits are wanted of the last `num_logits` tokens only
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from onnx import TensorProto
 
 from ..model.layout import EMBED_TOKENS, HEAD_IDS
 from ..speculate.binding import lib
-from ..speculate.kernels import CacheDtype
+from ..speculate.kernels import CACHE_TYPES, CacheDtype
 from .builder import Graph
+from .cache_dtype import WantedDtype, fits_bfloat16
 from .decoder import BATCH, SLOTS, TOKENS, add_positions, embed_tokens, soften
 from .onnx_files import WeightFile
 from .packed import PackedLinear
@@ -33,22 +34,20 @@ def build_cpu_graph(
     return builder.graph
 
 
-def choose_cache_dtype(model: StoredModel, wanted: CacheDtype | Literal["auto"]) -> CacheDtype:
+def choose_cache_dtype(model: StoredModel, wanted: WantedDtype) -> CacheDtype:
     """What the operators' cache holds. `auto`: bfloat16 where keys and values come out of quantized linears,
-    whose own rounding is the coarser one, and heads fit; else float32.
-    """
+    whose own rounding is the coarser one, and heads fit; else float32."""
     if wanted != "auto":
         return wanted
     linears = [linear.packed for layer in model.layers for linear in layer.qkv]
     is_quantized = all(linear.format.startswith("int") for linear in linears)
-    fits = model.config.head_dim % lib.DS_PANEL_SLOTS == 0
-    return "bfloat16" if fits and is_quantized else "float32"
+    return "bfloat16" if is_quantized and fits_bfloat16(model.config) else "float32"
 
 
 class _CpuBuilder:
     def __init__(self, model: StoredModel, graph: Graph, cache_dtype: CacheDtype) -> None:
         self.model, self.config, self.graph = model, model.config, graph
-        self.cache_type = getattr(lib, f"DS_CACHE_{cache_dtype.upper()}")
+        self.cache_type = CACHE_TYPES[cache_dtype]
         self.tokens = graph.input("input_ids", TensorProto.INT64, [BATCH, TOKENS])
         self.positions = graph.input("position_ids", TensorProto.INT64, [BATCH, TOKENS])
         self.write_index = graph.input("write_index", TensorProto.INT64, [BATCH])

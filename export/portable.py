@@ -14,12 +14,10 @@ more input, `num_logits` int64 [1]: logits come for the last `num_logits` tokens
 """
 
 from pathlib import Path
-from typing import Literal
 
 from ..model.progress import Progress, no_progress
 from ..model.store import Checkpoint
-from ..speculate.kernels import CacheDtype
-from .cache_dtype import check_cache_dtype
+from .cache_dtype import WantedDtype, check_cache_dtype
 from .cpu import build_cpu_graph, choose_cache_dtype
 from .decoder import build_graph
 from .onnx_files import WeightFile, write_model
@@ -34,7 +32,7 @@ def export_onnx(
     out: Path,
     *,
     max_seq_len: int | None = None,
-    kv_cache_dtype: CacheDtype | Literal["auto"] = "auto",
+    kv_cache_dtype: WantedDtype = "auto",
     progress: Progress = no_progress,
 ) -> dict[str, object]:
     """Write the graphs of `checkpoint` and their weights into the folder `out`.

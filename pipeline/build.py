@@ -103,8 +103,8 @@ def _lay_out_bundle(
         for name, drafter in recipe.drafters.items()
         if drafter.skip_layers
     }
-    keeping = exported.keys() - list_sharing(recipe)  # a cache of their own
-    caches = {name: exported[name]["kv_cache_dtype"] for name in exported if name in keeping}
+    sharing = list_sharing(recipe)
+    caches = {name: report["kv_cache_dtype"] for name, report in exported.items() if name not in sharing}
     resolved = resolve_recipe(recipe, done[plan.tune].report, caches, skipped)
     weights = {name: str(done[task].record["params"]["weights"]) for name, task in plan.exports.items()}
     weights = {name: text or recipe.model.dtype for name, text in weights.items()}
@@ -114,4 +114,4 @@ def _lay_out_bundle(
     texts[PLAN] = (done[plan.tune].output / PLAN).read_text(encoding="utf-8")
     engines = {name: done[task].output for name, task in plan.exports.items()}
     compiled = {name: [done[task].output for task in tasks] for name, tasks in plan.engines.items()}
-    return lay_out(engines, done[plan.load].output, texts, provenance, compiled, tables, list_sharing(recipe))
+    return lay_out(engines, done[plan.load].output, texts, provenance, compiled, tables, sharing)

@@ -19,6 +19,7 @@ ISAS = ("amx_int8", "avx512_bf16", "avx512_vbmi2", "avx512_vnni", "avx2_vnni", "
 Activation = Literal["identity", "relu", "silu", "gelu", "gelu_tanh"]
 Format = Literal["float32", "bfloat16", "int8", "int8_bitmask", "int8_2_4", "int4"]
 CacheDtype = Literal["float32", "bfloat16"]
+CACHE_TYPES: dict[CacheDtype, int] = {"float32": lib.DS_CACHE_FLOAT32, "bfloat16": lib.DS_CACHE_BFLOAT16}
 
 
 class Pool:
@@ -301,7 +302,7 @@ class Heads:
         handle = self.handle = ffi.new("ds_heads *")
         handle.n_heads, handle.n_kv_heads, handle.head_dim = num_heads, num_kv_heads, head_dim
         handle.max_slots, handle.scale, handle.norm_eps = max_slots, scale, norm_eps
-        handle.cache_type = getattr(lib, f"DS_CACHE_{cache_dtype.upper()}")
+        handle.cache_type = CACHE_TYPES[cache_dtype]
         self._keep = [cos, sin, q_norm, k_norm]
         if cos is not None:
             handle.n_positions, handle.n_rotary = len(cos), 2 * cos.shape[1]

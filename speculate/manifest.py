@@ -84,9 +84,7 @@ class EngineEntry(BaseModel):
     num_kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     weights: str = ""
-    kv_cache_dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of its own cache on the CPU, by our operators
-    )
+    kv_cache_dtype: Literal["float32", "bfloat16"] = "float32"  # of a cache of its own, by our operators
     eos_token_ids: tuple[int, ...] = Field(default=(), strict=False)
     bos_token_id: int | None = None
     tensorrt: tuple[TensorrtEntry, ...] = Field(default=(), strict=False)

@@ -4,8 +4,9 @@
  * which block.
  *
  * An item is a few queries of one key head, over all blocks or over some. Keys lie in panels of sixteen slots, channel by
- * channel (kernels.h), so that one register holds a channel of sixteen keys and no product has to be summed over lanes;
- * values lie slot by slot, in parts of sixteen channels, the last of which may be short. */
+ * channel or by pairs of channels (kernels.h), so that one register holds those of sixteen keys and no product has to be
+ * summed over lanes; values lie slot by slot or by pairs of slots, in parts of sixteen channels, the last of which may be
+ * short. */
 #include "attention_tile.h"
 
 #include <math.h>

@@ -212,30 +212,22 @@ INLINE void add_value_pair(const int queries, const int parts, const vi part[TIL
   }
 }
 
-/* Sixteen channels, from `at` on, of the values in the pair of slots that a slot is of; and of the value in the slot
- * alone: in the lower halves of pairs, zeros in the upper ones. */
-INLINE vi load_pair(const uint16_t *values, int32_t size, int32_t at, int32_t slot) {
-  return i_load(values + ((int64_t)(slot / 2) * size + at) * 2);
-}
-INLINE vi load_half(const uint16_t *values, int32_t size, int32_t at, int32_t slot) {
-  vi pair = load_pair(values, size, at, slot);
-  return slot % 2 ? i_shift_right(pair, 16) : i_and(pair, i_set(0xffff));
-}
-
-/* How many of the first slots follow each other in the cache, in whole pairs: of a path without a gap all but an odd last
- * one. */
-INLINE int32_t count_in_pairs(const int32_t *slots, int32_t n) {
-  int32_t count = 0;
-  if (slots[n - 1] - slots[0] == n - 1) return n / 2 * 2; /* they rise */
-  while (count + 1 < n && slots[count + 1] - slots[0] == count + 1) count += 2;
-  return count;
+/* Sixteen channels, from `at` on, of the values in the first two of `n` slots as pairs; with zeros, where there is one.
+ * From an even slot on, two that follow each other lie so in the cache. */
+INLINE vi load_value_pair(const uint16_t *values, int32_t size, int32_t at, const int32_t *slots, int32_t n) {
+  const vi upper = i_set((int32_t)0xffff0000);
+  vi first = i_load(values + ((int64_t)(slots[0] / 2) * size + at) * 2);
+  if (n > 1 && slots[0] % 2 == 0 && slots[1] == slots[0] + 1) return first;
+  vi low = slots[0] % 2 ? i_shift_right(first, 16) : i_and(first, i_set(0xffff));
+  if (n == 1) return low;
+  vi second = i_load(values + ((int64_t)(slots[1] / 2) * size + at) * 2);
+  return i_or(low, slots[1] % 2 ? i_and(second, upper) : i_shift_left(second, 16));
 }
 
 /* The weighted values of `n` slots, summed one after another, or pair after pair: `parts` parts of the summaries of
  * `queries` queries. */
 INLINE void add_parts(const int type, const int queries, const int parts, int32_t size, const char *values,
-                      const int32_t *slots, int32_t n, int32_t n_in_pairs, int32_t first_part, query *q,
-                      fetcher *ahead) {
+                      const int32_t *slots, int32_t n, int32_t first_part, query *q, fetcher *ahead) {
   part_sums sums;
   const uint16_t *pairs = (const uint16_t *)values;
   int32_t at = first_part * LANES;
@@ -244,28 +236,11 @@ INLINE void add_parts(const int type, const int queries, const int parts, int32_
     fetch(ahead);
     add_value(queries, parts, size, (const float *)values + (int64_t)slots[j] * size, at, q, j, sums);
   }
-  /* From an even slot on they lie as they are multiplied, from an odd one on across two pairs. */
-  for (int32_t j = 0; type != FLOATS && slots[0] % 2 == 0 && j < n_in_pairs; j += 2) {
-    fetch(ahead);
-    vi part[TILE_PARTS];
-    UNROLL for (int i = 0; i < parts; ++i) part[i] = load_pair(pairs, size, at + i * LANES, slots[j]);
-    add_value_pair(queries, parts, part, q, j, sums);
-  }
-  for (int32_t j = 0; type != FLOATS && slots[0] % 2 && j < n_in_pairs; j += 2) {
+  for (int32_t j = 0; type != FLOATS && j < n; j += 2) {
     fetch(ahead);
     vi part[TILE_PARTS];
     UNROLL for (int i = 0; i < parts; ++i) part[i] =
-        i_or(i_shift_right(load_pair(pairs, size, at + i * LANES, slots[j]), 16),
-             i_shift_left(load_pair(pairs, size, at + i * LANES, slots[j + 1]), 16));
-    add_value_pair(queries, parts, part, q, j, sums);
-  }
-  for (int32_t j = n_in_pairs; type != FLOATS && j < n; j += 2) {
-    vi part[TILE_PARTS];
-    UNROLL for (int i = 0; i < parts; ++i) {
-      part[i] = load_half(pairs, size, at + i * LANES, slots[j]);
-      if (j + 1 < n)
-        part[i] = i_or(part[i], i_shift_left(load_half(pairs, size, at + i * LANES, slots[j + 1]), 16));
-    }
+        load_value_pair(pairs, size, at + i * LANES, slots + j, n - j);
     add_value_pair(queries, parts, part, q, j, sums);
   }
   UNROLL for (int u = 0; u < queries; ++u) {
@@ -275,11 +250,10 @@ INLINE void add_parts(const int type, const int queries, const int parts, int32_
 
 INLINE void add_tile(const int type, const int queries, int32_t size, const char *values,
                      const int32_t *slots, int32_t n, query *q, fetcher *ahead) {
-  int32_t part = 0, n_in_pairs = type == FLOATS ? 0 : count_in_pairs(slots, n);
+  int32_t part = 0;
   for (; size - part * LANES >= TILE_PARTS * LANES; part += TILE_PARTS)
-    add_parts(type, queries, TILE_PARTS, size, values, slots, n, n_in_pairs, part, q, ahead);
-  for (; part * LANES < size; ++part)
-    add_parts(type, queries, 1, size, values, slots, n, n_in_pairs, part, q, ahead);
+    add_parts(type, queries, TILE_PARTS, size, values, slots, n, part, q, ahead);
+  for (; part * LANES < size; ++part) add_parts(type, queries, 1, size, values, slots, n, part, q, ahead);
 }
 
 /* The summaries of one block of `queries` queries that see the same slots in it. */

@@ -40,10 +40,9 @@ static void store_head(const ds_heads *heads, const float *head, char *cache, ds
   if (heads->cache_type == DS_CACHE_BFLOAT16) {
     uint16_t *place = (uint16_t *)cache;
     for (int64_t c = 0; c < size; ++c) place[ds_find_channel(at, c)] = ds_round_bfloat16(head[c]);
-  } else if (at.stride == 1) {
-    memcpy((float *)cache + at.first, head, (size_t)size * sizeof *head);
   } else {
-    for (int64_t c = 0; c < size; ++c) ((float *)cache)[at.first + c * at.stride] = head[c];
+    float *place = (float *)cache;
+    for (int64_t c = 0; c < size; ++c) place[ds_find_channel(at, c)] = head[c];
   }
 }
 

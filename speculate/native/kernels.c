@@ -213,9 +213,10 @@ static int32_t check_heads(const ds_heads *heads) {
   REQUIRE(heads->max_slots >= 1, "a cache of %d slots", (int)heads->max_slots);
   REQUIRE(heads->cache_type == DS_CACHE_FLOAT32 || heads->cache_type == DS_CACHE_BFLOAT16,
           "a cache of type %d", (int)heads->cache_type);
-  REQUIRE(heads->cache_type == DS_CACHE_FLOAT32 || (heads->head_dim % 16 == 0 && heads->max_slots % 16 == 0),
-          "a bfloat16 cache of %d slots of %d channels; multiples of 16 are wanted", (int)heads->max_slots,
-          (int)heads->head_dim);
+  REQUIRE(heads->cache_type == DS_CACHE_FLOAT32 ||
+              (heads->head_dim % DS_PANEL_SLOTS == 0 && heads->max_slots % DS_PANEL_SLOTS == 0),
+          "a bfloat16 cache of %d slots of %d channels; multiples of %d are wanted", (int)heads->max_slots,
+          (int)heads->head_dim, DS_PANEL_SLOTS);
   return DS_OK;
 }
 

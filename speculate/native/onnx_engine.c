@@ -616,8 +616,7 @@ ds_engine *ds_onnx_share(ds_engine *host, ds_engine *engine) {
   }
   if (theirs->cache.type != DS_CACHE_FLOAT32 && !lends_cache(own)) {
     ds_fail(DS_ERROR_ARGUMENT, "the drafter's graph does not number its layers, so it cannot read a cache in "
-                               "bfloat16: export it again, "
-                               "or let it keep a cache of its own (cache: own)");
+                               "bfloat16: export it again, or let it keep a cache of its own (cache: own)");
     return NULL;
   }
   guest_engine *guest = create_guest(host, engine, 0);

@@ -205,7 +205,15 @@ class _CpuBuilder:
     ) -> str:
         """A linear of `x` or of its norm."""
         law = _law_of(linear, activation) | self._norm(norm or "model.norm")[1] | self.part
-        return self._float("Linear", [x, *self._parts(linear, norm), residual], linear.n, output, **law)
+        parts = [x, *self._parts(linear, norm), residual, *self._screen(linear)]
+        return self._float("Linear", parts, linear.n, output, **law)
+
+    def _screen(self, linear: PackedLinear) -> list[str]:
+        if not linear.has_screen:
+            return []
+        return [
+            self.graph.weight(f"{linear.name}.{kind}") for kind in ("screen", "screen_scale", "screen_error")
+        ]
 
     def _parts(self, linear: PackedLinear, norm: str) -> list[str]:
         """What stands for a linear among an operator's inputs: its own parts, and the norm's before it."""

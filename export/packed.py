@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from .onnx_files import WeightFile
 
 # A bitmask costs an eighth of a byte a weight, and the zeros that it leaves out a little time to put back.
 MIN_SPARSITY = 0.3
+MAX_SCREENED = 65536  # inputs that int8 sums hold
+MAX_SCREENED_WEIGHT = 2.0**40
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,15 @@ class PackedLinear:
     format: kernels.Format
     gated: bool
     has_bias: bool
+    has_screen: bool = False  # `{name}.screen`, `.screen_scale` and `.screen_error`
+
+    @property
+    def screened_bytes(self) -> int:
+        """Of its weights, where its screen (`kernels.h`) is read instead in greedy decoding."""
+        if not self.has_screen:
+            return 0
+        row = 4 * self.k if self.format == "float32" else 4 * -(-self.k // 2)
+        return -(-self.n // kernels.LANES) * kernels.LANES * row
 
     @property
     def has_scale(self) -> bool:
@@ -68,6 +79,42 @@ def add_packed(
             file.add(f"{name}.packed_{kind}", torch.from_numpy(padded))
     n = len(weights[0]) if gated else len(weight)
     return PackedLinear(name, n, weight.shape[1], layout, gated, bool(biases))
+
+
+def add_screen(file: WeightFile, linear: PackedLinear, weight: Tensor) -> PackedLinear:
+    """The same linear of float weights [N, K] with an int8 copy that shows where its largest outputs may be
+    (`ds_screen` in kernels.h), where it can have one."""
+    values = weight.float().numpy()
+    if linear.has_bias or linear.k > MAX_SCREENED or not np.abs(values).max() < MAX_SCREENED_WEIGHT:
+        return linear
+    copy, scale, error = screen(values)
+    pad = (0, -len(values) % kernels.LANES)
+    file.add(f"{linear.name}.screen", torch.from_numpy(kernels.pack_int8(copy).reshape(-1)))
+    file.add(f"{linear.name}.screen_scale", torch.from_numpy(np.pad(scale, pad)))
+    file.add(f"{linear.name}.screen_error", torch.from_numpy(np.pad(error, pad)))
+    return replace(linear, has_screen=True)
+
+
+def screen(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float32 [N, K] → its nearest int8 [N, K] by scales float32 [N], and errors float32 [N] so that an
+    output w·x is off by at most |x| error: by what the copy rounds, by what two int8 rows leave of x, a
+    4·127²-th of |x|√K, and by what sums of K in float32 do."""
+    n, k = weight.shape
+    largest = np.abs(weight).max(axis=1)
+    scale = np.where(largest > 0, np.maximum(largest / 127, 2.0**-100), 1).astype(np.float32)
+    copy, error = np.empty((n, k), np.int8), np.empty(n, np.float32)
+    for rows in (slice(first, first + 4096) for first in range(0, n, 4096)):
+        exact, steps = weight[rows].astype(np.float64), scale[rows, None].astype(np.float64)
+        nearest = np.clip(np.round(exact / steps), -127, 127)
+        copy[rows] = nearest
+        off, size, copied = (
+            np.linalg.norm(part, axis=1) for part in (exact - nearest * steps, exact, nearest * steps)
+        )
+        rest, rounding = 1.01 * k**0.5 / (4 * 127**2), (k + 32) * 2.0**-24
+        bound = off + rest * copied + rounding * np.maximum(size, copied)
+        # The last thousandth is for the norm of x in float32, the floor for what is lost below its range.
+        error[rows] = np.maximum(bound * (1 + 2.0**-10), 2.0**-40)
+    return copy, scale, error
 
 
 def choose_format(weight: np.ndarray) -> kernels.Format:

@@ -42,8 +42,8 @@ def export_onnx(
     themselves, and keeps keys and values as `kv_cache_dtype` says (`choose_cache_dtype`); `model.onnx` keeps
     float32. A sequence may get as long as the model allows, or `max_seq_len` if that is less.
 
-    Returns `graph` (for the CPU) and `portable`, both file names in `out`, `max_seq_len`, `kv_cache_dtype`
-    and, of a head that knows only some tokens, `draft_vocab_size`.
+    Returns `graph` (for the CPU) and `portable`, both file names in `out`, `max_seq_len`, `kv_cache_dtype`;
+    of a head with a screen, `screened_bytes`; of one that knows only some tokens, `draft_vocab_size`.
     Raises ModelError where the checkpoint is not complete, or does not fit such a cache.
     """
     source = Checkpoint(checkpoint)
@@ -61,4 +61,6 @@ def export_onnx(
         "max_seq_len": num_positions,
         "kv_cache_dtype": cache_dtype,
     }
+    if screened := model.packed_head.screened_bytes:
+        written["screened_bytes"] = screened
     return written | ({"draft_vocab_size": model.packed_head.n} if model.has_cut_head else {})

@@ -17,7 +17,7 @@ from ..model.layout import EMBED_POSITIONS, EMBED_TOKENS, HEAD_IDS
 from ..model.progress import Progress, no_progress
 from ..model.store import TORCH_DTYPES, Checkpoint
 from .onnx_files import WeightFile
-from .packed import PackedLinear, add_packed
+from .packed import PackedLinear, add_packed, add_screen
 
 HEAD_PLACES = "lm_head.places"
 
@@ -84,16 +84,20 @@ def store_model(
     tensors = source.load_head()
     store.norms("", tensors)
     if config.tied_head:
-        table = add_packed(packed, EMBED_TOKENS, [store.cast(embed[EMBED_TOKENS])])
+        weight = store.cast(embed[EMBED_TOKENS])
+        table = add_screen(packed, add_packed(packed, EMBED_TOKENS, [weight]), weight)
         return StoredModel(config, num_positions, layers, [], table)
     head = store.linears("", ["lm_head"], tensors)
+    packed_head = head[0].packed
+    if packed_head.format in ("float32", "bfloat16"):
+        packed_head = add_screen(packed, packed_head, store.cast(tensors["lm_head.weight"]))
     ids = tensors.get(HEAD_IDS)
     if ids is not None:
         places = torch.full((config.vocab_size,), len(ids))
         places[ids] = torch.arange(len(ids))
         weights.add(HEAD_IDS, ids)
         weights.add(HEAD_PLACES, places)
-    return StoredModel(config, num_positions, layers, head, head[0].packed, ids is not None)
+    return StoredModel(config, num_positions, layers, head, packed_head, ids is not None)
 
 
 def _store_layer(

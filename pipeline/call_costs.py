@@ -9,6 +9,7 @@ from ..speculate.binding import ffi, lib
 from ..speculate.bundle import Bundle
 from ..speculate.costs import Costs
 from ..speculate.kernels import Pool
+from ..speculate.onnx_engine import wanting_leaders
 from .compare import settle
 from .progress import Progress, no_progress
 
@@ -19,8 +20,8 @@ READ_BYTES = 64 << 20  # more than the caches hold
 
 @dataclass
 class CostMeter:
-    """Times calls of all engines in turn, so that drift falls on all alike. Disturbances only add time: of
-    all sweeps, the calmer half of each call counts."""
+    """Times calls, as greedy decoding makes them, of all engines in turn, so that drift falls on all alike.
+    Disturbances only add time: of all sweeps, the calmer half of each call counts."""
 
     bundle: Bundle
     reads: list[float] = field(default_factory=list)  # milliseconds to read `READ_BYTES` of memory
@@ -47,7 +48,8 @@ class CostMeter:
                     engines[name].forward(ids[:1], start)
                     before = name
                 began = time.perf_counter()
-                engines[name].forward(ids[:count], start, num_logits=1 if count > 32 else count)
+                with wanting_leaders(engines[name]):
+                    engines[name].forward(ids[:count], start, num_logits=1 if count > 32 else count)
                 if number:  # the first round warms up
                     spent = 1e3 * (time.perf_counter() - began)
                     self.samples.setdefault((name, count, start), []).append(spent)
@@ -89,8 +91,9 @@ class CostMeter:
 
 
 def weight_bytes(bundle: Bundle, engine: str) -> int:
-    """Of the file beside an engine's graph that holds its weights, what a call reads."""
-    if skips := bundle.manifest.engines[engine].skips:
-        return round(skips.bytes_read * weight_bytes(bundle, "target"))
-    graph, files = bundle.manifest.engines[engine].graph, bundle.manifest.engine_files(engine)
-    return sum(file.size for path, file in files.items() if path != graph)
+    """Of the file beside an engine's graph that holds its weights, what a call of greedy decoding reads."""
+    entry = bundle.manifest.engines[engine]
+    if entry.skips:
+        return round(entry.skips.bytes_read * weight_bytes(bundle, "target"))
+    files = bundle.manifest.engine_files(engine)
+    return sum(file.size for path, file in files.items() if path != entry.graph) - entry.screened_bytes

@@ -98,7 +98,8 @@ def _list_sublayers(wanted: Mapping[str, Any], target: OnnxEngine, count: int) -
 
 
 def measure_sublayers(bundle: Bundle) -> tuple[list[int], int]:
-    """Bytes of the packed weights of each sublayer of the target, and of all others that a call reads."""
+    """Bytes of the packed weights of each sublayer of the target, and of all others that a call of greedy
+    decoding reads."""
     entry = bundle.manifest.engines[TARGET]
     graph = bundle.path / entry.graph
     sizes, rest = [0] * (2 * entry.num_layers), 0
@@ -108,7 +109,7 @@ def measure_sublayers(bundle: Bundle) -> tuple[list[int], int]:
             sizes[2 * int(parts[2]) + (parts[3] == "mlp")] += size
         else:
             rest += size
-    return sizes, rest
+    return sizes, rest - entry.screened_bytes
 
 
 class Rehearsal:

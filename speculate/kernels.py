@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -151,11 +151,19 @@ class Linear:
     """Packed weights and what goes with them; `handle` is the C struct. A gated one takes rows that
     `interleave` ordered, and `n` counts its outputs, half of those."""
 
-    handle: object
+    handle: Any
     n: int
     k: int
     is_quantized: bool  # takes quantized rows
     num_bytes: int
+    _keep: Sequence[object] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What shows where a float linear is largest; `handle` is the C struct."""
+
+    handle: Any
     _keep: Sequence[object] = field(default=(), repr=False)
 
 
@@ -226,6 +234,37 @@ def linear(
             view("float[]", out),
             ffi.NULL if peaks is None else view("float[]", peaks),
             ffi.NULL if next is None else next.handle,
+        )
+    )
+    return out
+
+
+def make_screen(copy: np.ndarray, scale: np.ndarray, error: np.ndarray) -> Screen:
+    """copy: int8 [N, K]; scale and error: float32 [N]. What `export.packed.screen` makes of float weights."""
+    linear = make_linear(copy, "int8", scale)
+    errors = np.pad(error, (0, -len(error) % LANES))
+    handle = ffi.new("ds_screen *", {"copy": linear.handle[0], "error": view("float[]", errors)})
+    return Screen(handle, (linear, errors))
+
+
+def linear_screened(
+    pool: Pool, linear: Linear, screen: Screen, rows: np.ndarray, peaks: np.ndarray | None = None
+) -> np.ndarray:
+    """float32 [S, K] → float32 [S, N], exact where a row is largest; peaks as of `linear`."""
+    out = np.empty((len(rows), linear.n), np.float32)
+    size = lib.ds_screen_bytes(linear.handle, len(rows))
+    check(size)
+    memory = align(np.empty(size, np.uint8))
+    check(
+        lib.ds_linear_screened(
+            pool.handle,
+            linear.handle,
+            screen.handle,
+            len(rows),
+            view("float[]", rows),
+            ffi.from_buffer(memory),
+            view("float[]", out),
+            ffi.NULL if peaks is None else view("float[]", peaks),
         )
     )
     return out

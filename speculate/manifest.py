@@ -90,6 +90,7 @@ class EngineEntry(BaseModel):
     tensorrt: tuple[TensorrtEntry, ...] = Field(default=(), strict=False)
     skips: Skips | None = None  # of the target, whose graph this then is
     draft_vocab_size: Annotated[int, Field(ge=1)] | None = None  # tokens that its head knows, if not all
+    screened_bytes: Annotated[int, Field(ge=0)] = 0  # of weights that a call of greedy decoding hardly reads
     shares_cache: bool = False  # the target's, in which it drafts where both run on the CPU
 
 

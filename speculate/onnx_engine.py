@@ -1,6 +1,8 @@
 """Engines on ONNX Runtime's CPU provider: a thin wrapper around `native/onnx.h`."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .binding import check, ffi, lib, view
-from .engine import Ids, Logits, check_room
+from .engine import Engine, Ids, Logits, check_room
 from .errors import BundleError
 from .manifest import EngineEntry
 
@@ -108,6 +110,20 @@ class OnnxEngine:
         self.rows += count
         values = ffi.buffer(logits[0], wanted * self.vocab_size * 4)
         return np.frombuffer(values, np.float32).reshape(wanted, self.vocab_size)
+
+
+@contextmanager
+def wanting_leaders(engine: Engine) -> Iterator[None]:
+    """Of the logits of its calls only the first largest of each row has to be exact, as in greedy decoding
+    (`wants_leaders` in engine.h). Engines that know no such thing give all, as ever."""
+    handle = engine.handle if isinstance(engine, OnnxEngine) else None
+    if handle is not None:
+        handle.wants_leaders = 1
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.wants_leaders = 0
 
 
 class SharingEngine(OnnxEngine):

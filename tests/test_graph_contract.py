@@ -7,6 +7,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from conftest import VARIANTS
+from draftsmith.export.onnx_files import list_weight_bytes
 from draftsmith.export.portable import export_onnx
 from draftsmith.model.errors import ModelError
 from draftsmith.model.store import Checkpoint
@@ -133,6 +134,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(tiny_checkpoint, tmp_path):
 def test_the_graph_for_the_cpu_is_named_beside_the_portable_one(tiny_checkpoint, tmp_path):
     result = export_onnx(tiny_checkpoint("llama"), tmp_path)
     names = {"graph": "cpu.onnx", "portable": "model.onnx"}
+    assert result.pop("screened_bytes") in list_weight_bytes(tmp_path / "cpu.onnx", "cpu.data").values()
     assert result == {**names, "max_seq_len": 256, "kv_cache_dtype": "float32"}
 
 

@@ -12,7 +12,7 @@ from decoding import decode, draw_ids
 from draftsmith.model.store import Checkpoint
 from draftsmith.speculate.binding import check, ffi, lib
 from draftsmith.speculate.ladder import Rung, build_ladder
-from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime
+from draftsmith.speculate.onnx_engine import OnnxEngine, OnnxRuntime, wanting_leaders
 from draftsmith.speculate.settings import Sampling
 from graph_session import GraphSession, entry_of
 from peaks import find_peaks
@@ -157,7 +157,8 @@ class Silent:
         self.engine.reserve(num_slots)
 
     def forward(self, *args, **kwargs) -> np.ndarray:
-        return self.engine.forward(*args, **kwargs)
+        with wanting_leaders(self.engine):  # as the loop does for the engines it sees
+            return self.engine.forward(*args, **kwargs)
 
 
 @every

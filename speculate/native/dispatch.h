@@ -24,6 +24,29 @@ typedef struct {
 
 /* An item is a row. */
 typedef struct {
+  int32_t k;
+  const float *x;
+  float *rest,
+      *norms; /* [n_rows, k], what the first of its int8 rows leaves; [n_rows], or infinity: no bound holds */
+  char *rows; /* two for each */
+} ds_split_job;
+
+/* An item is that of a linear; a range is of one for a row. */
+typedef struct {
+  ds_linear_job linear; /* of the copy, over twice as many rows as it has outputs for */
+  const float *error, *norms;
+  float *lows, *highs; /* [n_rows, items]: the largest output is at least the first, and at most the second */
+} ds_screen_job;
+
+/* An item is one of `items`, for those rows whose largest output may be in it. */
+typedef struct {
+  ds_linear_job linear;
+  const float *bests, *highs; /* [n_rows], what the largest is at least; [n_rows, items of the linear] */
+  const int32_t *items;
+} ds_refine_job;
+
+/* An item is a row. */
+typedef struct {
   int32_t k, norm;
   const float *x, *weight, *bias;
   float eps, static_scale;
@@ -108,7 +131,7 @@ enum { DS_PROBE_BYTES = 1 << 16, DS_PROBE_STEPS = 1 << 10 };
 typedef struct ds_kernels {
   const char *isa;
   ds_task *linear_float, *linear_int8, *linear_int4, *quantize_rows, *norm_rows, *write_heads, *attend,
-      *fold_kept;
+      *fold_kept, *split_rows, *screen, *refine;
   ds_task *probe_read, *probe_int8, *probe_float;
   int64_t int8_probe_size, float_probe_size; /* multiply-adds of an item */
 } ds_kernels;

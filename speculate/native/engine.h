@@ -50,6 +50,9 @@ struct ds_engine {
    * depend on it. It may read rows into the n_scratch slots behind those, and returns how many it did, or an error. */
   int32_t (*adapt)(ds_engine *engine, const int32_t *tokens, int32_t n_tokens, int32_t n_decoded);
   int32_t n_scratch;
+  /* Whether in the next calls of forward nothing but the first largest logit of each row has to be exact; the others
+   * are then near enough to choose drafts by, and less. Whoever sets it clears it. */
+  int32_t wants_leaders;
   /* NULL, or the peaks (draftsmith.h) of the logits that forward gave last, valid as long as these. Whoever sets it
    * sets or clears it in each forward. */
   const float *peaks;

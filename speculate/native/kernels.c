@@ -5,6 +5,7 @@
 #include "error.h"
 #include "linear.h"
 
+#include <math.h>
 #include <stdbool.h>
 #include <string.h>
 
@@ -130,6 +131,101 @@ int32_t ds_linear_int8(ds_pool *pool, const ds_linear *linear, int32_t n_rows, c
                        .y = y,
                        .peaks = peaks};
   return run_linear(pool, &job, true);
+}
+
+/* What ds_linear_screened works in; all NULL but the size where `memory` is. */
+typedef struct {
+  char *rows;
+  float *rest, *norms, *bests, *lows, *highs;
+  int32_t *items;
+  int64_t n_bytes;
+} screening;
+
+static void *take_bytes(char *memory, int64_t *at, int64_t n_bytes) {
+  void *taken = memory ? memory + *at : NULL;
+  *at += (n_bytes + 63) / 64 * 64;
+  return taken;
+}
+
+static screening lay_out_screening(const ds_linear *linear, int64_t n_rows, char *memory) {
+  screening s = {0};
+  int64_t n_items = count_items(linear), n_ranges = n_rows * n_items, size = sizeof(float);
+  s.rows = take_bytes(memory, &s.n_bytes, 2 * n_rows * ds_int8_stride(linear->k));
+  s.rest = take_bytes(memory, &s.n_bytes, n_rows * linear->k * size);
+  s.norms = take_bytes(memory, &s.n_bytes, n_rows * size);
+  s.bests = take_bytes(memory, &s.n_bytes, n_rows * size);
+  s.lows = take_bytes(memory, &s.n_bytes, n_ranges * size);
+  s.highs = take_bytes(memory, &s.n_bytes, n_ranges * size);
+  s.items = take_bytes(memory, &s.n_bytes, n_items * (int64_t)sizeof *s.items);
+  return s;
+}
+
+int64_t ds_screen_bytes(const ds_linear *linear, int32_t n_rows) {
+  int32_t status = check_linear(linear);
+  if (status != DS_OK) return status;
+  REQUIRE(n_rows >= 0, "%d rows", (int)n_rows);
+  return lay_out_screening(linear, n_rows, NULL).n_bytes;
+}
+
+/* The items that may hold the largest output of some row; how many. */
+static int32_t choose_items(const screening *s, int32_t n_rows, int32_t n_items) {
+  for (int64_t r = 0; r < n_rows; ++r) {
+    s->bests[r] = -INFINITY;
+    for (int64_t i = r * n_items; i < (r + 1) * n_items && s->norms[r] < INFINITY; ++i)
+      if (s->lows[i] > s->bests[r]) s->bests[r] = s->lows[i];
+  }
+  int32_t n = 0;
+  for (int32_t item = 0; item < n_items; ++item) {
+    bool may_lead = false;
+    for (int64_t r = 0; r < n_rows && !may_lead; ++r)
+      may_lead = !(s->highs[r * n_items + item] < s->bests[r]);
+    if (may_lead) s->items[n++] = item;
+  }
+  return n;
+}
+
+static int32_t check_screen(const ds_linear *linear, const ds_screen *screen) {
+  REQUIRE(screen && screen->error, "the screen or its errors are NULL");
+  int32_t status = check_linear(linear);
+  if (status == DS_OK) status = check_linear(&screen->copy);
+  if (status != DS_OK) return status;
+  const ds_linear *copy = &screen->copy;
+  REQUIRE(!is_quantized(linear->format) && copy->format == DS_INT8 && copy->n == linear->n &&
+              copy->k == linear->k,
+          "a screen of %d outputs, %d inputs and format %d for a linear of %d, %d and format %d",
+          (int)copy->n, (int)copy->k, (int)copy->format, (int)linear->n, (int)linear->k, (int)linear->format);
+  REQUIRE(!linear->bias && !linear->activation && !copy->bias && !copy->activation,
+          "a linear that is screened has no bias and no activation, nor has the screen");
+  return DS_OK;
+}
+
+int32_t ds_linear_screened(ds_pool *pool, const ds_linear *linear, const ds_screen *screen, int32_t n_rows,
+                           const float *x, void *memory, float *y, float *peaks) {
+  REQUIRE(pool, "the pool is NULL");
+  int32_t status = check_screen(linear, screen);
+  if (status != DS_OK) return status;
+  REQUIRE(n_rows >= 0 && n_rows <= MAX_SIDE, "%d rows", (int)n_rows);
+  REQUIRE(n_rows == 0 || (x && memory && y), "the rows, the memory or the outputs are NULL");
+  if (n_rows == 0) return DS_OK;
+  const ds_kernels *kernels = ds_pool_kernels(pool);
+  int32_t n_items = count_items(linear);
+  screening s = lay_out_screening(linear, n_rows, memory);
+  ds_split_job split = {linear->k, x, s.rest, s.norms, s.rows};
+  ds_pool_run(pool, kernels->split_rows, &split, n_rows);
+  ds_linear_job job = {.linear = &screen->copy,
+                       .n_rows = 2 * n_rows,
+                       .n_threads = ds_pool_threads(pool),
+                       .rows = s.rows,
+                       .y = y,
+                       .peaks = peaks};
+  ds_screen_job screening_job = {job, screen->error, s.norms, s.lows, s.highs};
+  ds_pool_run(pool, kernels->screen, &screening_job, n_items);
+  job.linear = linear;
+  job.n_rows = n_rows;
+  job.x = x;
+  ds_refine_job refine = {job, s.bests, s.highs, s.items};
+  ds_pool_run(pool, kernels->refine, &refine, choose_items(&s, n_rows, n_items));
+  return DS_OK;
 }
 
 static float read_weight(const ds_linear *linear, int64_t output, int64_t input) {

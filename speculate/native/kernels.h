@@ -99,6 +99,25 @@ DS_API int32_t ds_linear_float(ds_pool *pool, const ds_linear *linear, int32_t n
 DS_API int32_t ds_linear_int8(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const void *rows,
                               const float *residual, float *y, float *peaks, const ds_linear *next);
 
+/* A float linear's weights once more, in int8: what shows which outputs may be the largest of a row. */
+typedef struct ds_screen {
+  ds_linear
+      copy; /* DS_INT8, as many outputs and inputs, without bias or activation, as the float linear is */
+  const float *error; /* [16 B]: an output differs from what a screen gives for it by at most |x| error */
+} ds_screen;
+
+/* ds_linear_float where only the largest of each row is wanted, for a half or a quarter of the bytes. A row is taken
+ * as the sum of two int8 rows, x = q1 + q2 + r with |r| <= |x| sqrt(k) / (4 127^2), so the copy gives each output to
+ * within |x| error (Cauchy-Schwarz). Outputs that may be the largest by that, with those of their peak, are then
+ * computed from the weights themselves, bit for bit as ds_linear_float does. The others are approximate, and less than
+ * the largest; so the first largest is that of ds_linear_float. Of rows for which no bound holds, not finite or very
+ * small or large, all outputs are computed.
+ * error     must allow for r, and for the rounding of both sums
+ * memory    ds_screen_bytes of it */
+DS_API int64_t ds_screen_bytes(const ds_linear *linear, int32_t n_rows);
+DS_API int32_t ds_linear_screened(ds_pool *pool, const ds_linear *linear, const ds_screen *screen,
+                                  int32_t n_rows, const float *x, void *memory, float *y, float *peaks);
+
 /* x [n_rows, k] = multiplier * the weights of outputs ids[n_rows]: an output projection read as a table of
  * embeddings. DS_FLOAT32 and DS_BFLOAT16 only; uses linear->n, k, format and weight. */
 DS_API int32_t ds_embed(const ds_linear *linear, int32_t n_rows, const int64_t *ids, float multiplier,

@@ -79,10 +79,29 @@ INLINE void compute_item(const int format, const ds_linear_job *job, int32_t ite
   }
 }
 
-void ISA(linear_float)(const void *argument, int32_t item, int32_t next, int32_t thread) {
-  const ds_linear_job *job = argument;
+static void compute_any(const ds_linear_job *job, int32_t item, int32_t next, int32_t thread) {
   if (job->linear->format == DS_BFLOAT16)
     compute_item(DS_BFLOAT16, job, item, next, thread);
   else
     compute_item(DS_FLOAT32, job, item, next, thread);
+}
+
+void ISA(linear_float)(const void *argument, int32_t item, int32_t next, int32_t thread) {
+  compute_any(argument, item, next, thread);
+}
+
+void ISA(refine)(const void *argument, int32_t index, int32_t next, int32_t thread) {
+  (void)next;
+  const ds_refine_job *job = argument;
+  const ds_linear *linear = job->linear.linear;
+  int32_t item = job->items[index], n_items = count_items(linear);
+  for (int64_t r = 0; r < job->linear.n_rows; ++r) {
+    if (job->highs[r * n_items + item] < job->bests[r]) continue;
+    ds_linear_job row = job->linear;
+    row.n_rows = 1;
+    row.x += r * linear->k;
+    row.y += r * linear->n;
+    if (row.peaks) row.peaks += r * n_items;
+    compute_any(&row, item, -1, thread);
+  }
 }

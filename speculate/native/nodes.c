@@ -5,10 +5,11 @@
  *
  *   Embed      ids int64 [B, S], table -> y
  *                n, k, multiplier; and format, of a packed weight. Any other table is float32 or bfloat16 [n, k].
- *   Linear     x, [[linear]], [, residual] -> y
+ *   Linear     x, [[linear]], [, residual] [, [screen]] -> y
  *                [[linear]]: weight, [scale, starts, bias, norm weight, norm bias], with the attributes n, k,
  *                format, activation (enum ds_activation); and norm (enum ds_norm), epsilon
  *              Rows are normalized first if there is a norm, and quantized if the weight is int8.
+ *              Behind the residual, [screen]: weight, scale, error of a ds_screen (ds_operators_want_leaders).
  *              straight, or missing: that the graph is an Embed of its input_ids, so many Layers, each of what the
  *              one before gives, with one ListSlots for all, and this, of the last num_logits rows, which gives its
  *              logits. The order of such a graph needs no runtime (ds_operators_run).
@@ -208,6 +209,19 @@ static OrtStatus *find_constants(kernel *node, OrtKernelContext *context, size_t
   return find_weights(node, context, first, false, &s->linear);
 }
 
+static OrtStatus *find_screen(kernel *node, OrtKernelContext *context, size_t first, step *s) {
+  ds_screen found = {{.n = s->linear.n, .k = s->linear.k, .format = DS_INT8}, NULL};
+  ds_part_sizes sizes = {0};
+  if (s->screen.error) return NULL;
+  TRY(read_part(node, context, first, &found.copy.weight, &sizes.weight));
+  if (!found.copy.weight) return NULL;
+  TRY(read_part(node, context, first + 1, &found.copy.scale, &sizes.scale));
+  TRY(read_data(node, context, first + 2, sizes.scale, &found.error));
+  TRY(report(node, ds_check_parts(&found.copy, &sizes)));
+  s->screen = found;
+  return NULL;
+}
+
 static OrtStatus *reserve(kernel *node, int32_t which, size_t size, void *data) {
   buffer *b = &node->owner->buffers[which];
   if (size > b->size) {
@@ -242,10 +256,25 @@ static OrtStatus *prepare_rows(kernel *node, const step *s, int32_t n_rows, cons
                                    node->epsilon, quantizes ? NULL : out, 0, quantizes ? out : NULL));
 }
 
+static bool screens(const ds_operators *owner, const step *s) {
+  return owner->wants_leaders && s->screen.error;
+}
+
 static const ds_linear *find_next(const ds_operators *owner, const step *s) {
   const step *next = s->next;
   while (next && skips(owner, next->sublayer)) next = next->next;
-  return next && next->linear.weight ? &next->linear : NULL;
+  if (!next || !next->linear.weight) return NULL;
+  return screens(owner, next) ? &next->screen.copy : &next->linear;
+}
+
+static OrtStatus *run_screened(kernel *node, const step *s, int32_t n_rows, const float *x, float *y,
+                               float *peaks) {
+  int64_t n_bytes = ds_screen_bytes(&s->linear, n_rows);
+  void *memory = NULL;
+  if (n_bytes < 0) return report(node, (int32_t)n_bytes);
+  TRY(reserve(node, SCREENING, (size_t)n_bytes, &memory));
+  return report(node,
+                ds_linear_screened(node->owner->pool, &s->linear, &s->screen, n_rows, x, memory, y, peaks));
 }
 
 /* y = the linear of x, plus the residual, and its peaks, if not NULL. */
@@ -254,6 +283,7 @@ static OrtStatus *run_step(kernel *node, const step *s, int32_t n_rows, const fl
   const void *rows = NULL;
   const ds_linear *next = find_next(node->owner, s);
   TRY(prepare_rows(node, s, n_rows, x, &rows));
+  if (!residual && screens(node->owner, s)) return run_screened(node, s, n_rows, rows, y, peaks);
   return report(node,
                 s->linear.format >= DS_INT8
                     ? ds_linear_int8(node->owner->pool, &s->linear, n_rows, rows, residual, y, peaks, next)
@@ -283,6 +313,7 @@ static OrtStatus *compute_linear(kernel *node, OrtKernelContext *context) {
   const float *residual;
   float *y;
   TRY(find_constants(node, context, 1, s));
+  TRY(find_screen(node, context, 2 + STEP_INPUTS, s));
   TRY(read_rows(node, context, s->linear.k, &x));
   TRY(read_data(node, context, 1 + STEP_INPUTS, count_rows(&x) * (int64_t)s->linear.n, &residual));
   TRY(make_rows(node, context, &x, s->linear.n, &y));
@@ -673,6 +704,9 @@ static void copy_part(const void *argument, int32_t item, int32_t next, int32_t 
   memcpy(job->to + at, job->from + at, left < COPY_BYTES ? left : COPY_BYTES);
 }
 
+/* What is read whole in most calls: of a linear with a screen that is the screen. */
+static ds_linear *find_held(step *s) { return s->screen.error ? &s->screen.copy : &s->linear; }
+
 static size_t find_room(const ds_linear *linear) {
   return ((size_t)ds_weight_bytes(linear) + LINE - 1) / LINE * LINE;
 }
@@ -691,7 +725,7 @@ void ds_hold_weights(ds_operators *o) {
   size_t room = 0, n_spans = 0, n_due = 0;
   step *first = o->last_step;
   for (step *s = first; s; s = s->before) {
-    room += find_room(&s->linear);
+    room += find_room(find_held(s));
     first = s;
   }
   o->held = ds_take_pages(room);
@@ -701,8 +735,9 @@ void ds_hold_weights(ds_operators *o) {
   size_t n_most = room / FORGET_PARTS > FORGET_BYTES ? room / FORGET_PARTS : FORGET_BYTES;
   ds_span spans[MAX_SPANS];
   for (step *s = first; s; s = s->next) {
-    const char *from = s->linear.weight;
-    size_t n_bytes = (size_t)ds_weight_bytes(&s->linear), n = 0;
+    ds_linear *linear = find_held(s);
+    const char *from = linear->weight;
+    size_t n_bytes = (size_t)ds_weight_bytes(linear), n = 0;
     for (size_t at = 0; at < n_bytes; at += n) {
       n = n_bytes - at < n_most - n_due ? n_bytes - at : n_most - n_due;
       copy_job job = {to + at, from + at, n};
@@ -713,9 +748,9 @@ void ds_hold_weights(ds_operators *o) {
       ds_forget_file_pages(spans, n_spans);
       n_spans = n_due = 0;
     }
-    s->linear.weight = to;
+    linear->weight = to;
     follow_table(o, from, to);
-    to += find_room(&s->linear);
+    to += find_room(linear);
   }
   ds_forget_file_pages(spans, n_spans);
 }
@@ -727,7 +762,7 @@ void ds_hold_weights(ds_operators *o) {
 
 const operator_kind ds_node_kinds[N_KINDS] = {
     [EMBED] = {"Embed", "L?", "F", read_embed, compute_embed},
-    [LINEAR_NODE] = {"Linear", "F" LINEAR "f", "F", read_linear, compute_linear},
+    [LINEAR_NODE] = {"Linear", "F" LINEAR "fuff", "F", read_linear, compute_linear},
     [NORM] = {"Norm", "FFf", "F", read_norm_node, compute_norm},
     [SPREAD] = {"Spread", "FL", "F", read_spread, compute_spread},
     [LIST_SLOTS] = {"ListSlots", "B", "II", read_window, compute_list_slots},

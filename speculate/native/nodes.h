@@ -24,6 +24,7 @@ typedef struct {
 /* A linear of a graph, with the norm before it if there is one. They are linked in the order in which they run. */
 typedef struct step {
   ds_linear linear;
+  ds_screen screen; /* or without errors: there is none */
   const float *norm_weight, *norm_bias;
   int32_t sublayer; /* or NO_SUBLAYER */
   struct step *before, *next;
@@ -64,6 +65,7 @@ enum {
   WIDE,
   STREAM,
   SLOTS,
+  SCREENING,
   N_BUFFERS
 };
 
@@ -78,6 +80,7 @@ struct ds_operators {
   bool knows_all;              /* whether a run of ONNX Runtime has found every constant */
   bool attends;                /* some node is attention */
   int32_t cache_type;          /* what all of those want */
+  bool wants_leaders;          /* whether only the largest outputs of linears with a screen are wanted */
   const uint8_t *skips;        /* [n_sublayers], or NULL: none */
   const ds_cache *lent;        /* or NULL */
   char *held;                  /* a copy of all packed weights in huge pages, or NULL */

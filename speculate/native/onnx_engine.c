@@ -424,7 +424,7 @@ static int32_t run_session(onnx_engine *engine, int32_t n_rows, int32_t n_out) {
 }
 
 /* In the cache of `home`. */
-static int32_t forward_in(onnx_engine *engine, const onnx_engine *home, int32_t n_rows,
+static int32_t forward_in(onnx_engine *engine, const onnx_engine *home, int32_t wants_leaders, int32_t n_rows,
                           const int32_t *token_ids, int32_t start, const int64_t *positions,
                           const uint8_t *mask, int32_t n_logits, const float **logits) {
   engine->base.peaks = NULL;
@@ -436,6 +436,7 @@ static int32_t forward_in(onnx_engine *engine, const onnx_engine *home, int32_t 
   engine->write_index = start;
   engine->num_logits = n_logits;
   if (lends_cache(engine)) ds_operators_lend(engine->operators, &home->cache);
+  ds_operators_want_leaders(engine->operators, wants_leaders);
   ds_operators_call call = {n_rows, n_out, engine->ids, engine->positions, start, engine->mask};
   bool has_run = ds_operators_run(engine->operators, &call, engine->logits, engine->peaks, &status);
   if (!has_run) status = run_session(engine, n_rows, n_out);
@@ -451,7 +452,8 @@ static int32_t forward(ds_engine *base, int32_t n_rows, const int32_t *token_ids
                        const float **logits) {
   onnx_engine *engine = (onnx_engine *)base;
   if (!engine) return ds_fail(DS_ERROR_ARGUMENT, "the engine is NULL");
-  return forward_in(engine, engine, n_rows, token_ids, start, positions, mask, n_logits, logits);
+  return forward_in(engine, engine, base->wants_leaders, n_rows, token_ids, start, positions, mask, n_logits,
+                    logits);
 }
 
 static int32_t keep(ds_engine *base, int32_t start, const int32_t *slots, int32_t n_slots) {
@@ -540,8 +542,8 @@ static int32_t forward_of_guest(ds_engine *base, int32_t n_rows, const int32_t *
   guest_engine *guest = (guest_engine *)base;
   ds_operators *operators = guest->runner->operators;
   ds_operators_skip(operators, guest->runner == host_of(base) ? guest->skips : NULL);
-  int32_t status =
-      forward_in(guest->runner, host_of(base), n_rows, token_ids, start, positions, mask, n_logits, logits);
+  int32_t status = forward_in(guest->runner, host_of(base), base->wants_leaders, n_rows, token_ids, start,
+                              positions, mask, n_logits, logits);
   ds_operators_skip(operators, NULL);
   base->peaks = guest->runner->base.peaks;
   return status;

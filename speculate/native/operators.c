@@ -166,6 +166,8 @@ void ds_operators_lend(ds_operators *operators, const ds_cache *cache) { operato
 
 void ds_operators_skip(ds_operators *operators, const uint8_t *skipped) { operators->skips = skipped; }
 
+void ds_operators_want_leaders(ds_operators *operators, bool wants) { operators->wants_leaders = wants; }
+
 bool ds_operators_run(ds_operators *o, const ds_operators_call *call, float *logits, float *peaks,
                       int32_t *status) {
   if (!o->knows_all || !o->lent) return false;

@@ -46,6 +46,10 @@ void ds_operators_lend(ds_operators *operators, const ds_cache *cache);
 /* Skip in the runs to come the sublayers of which `skipped` [count], borrowed, is not 0; NULL: none. */
 void ds_operators_skip(ds_operators *operators, const uint8_t *skipped);
 
+/* Whether in the runs to come only the first largest logit of each row is wanted, and others less than that: a head with
+ * a screen then computes but a few of them exactly (ds_linear_screened). */
+void ds_operators_want_leaders(ds_operators *operators, bool wants);
+
 /* A call for one sequence: rows as `forward` of engine.h has them, and a mask [n_rows, slots of the cache]. */
 typedef struct {
   int32_t n_rows, n_logits;

@@ -26,8 +26,10 @@ int32_t ds_read_rows(ds_decoder *d, level *l, ds_rows rows, int32_t n_logits, co
     rows.ids = d->shown;
   }
   if (logits) *logits = NULL;
+  l->engine->wants_leaders = ds_is_greedy(d) && ds_shared_vocab(d, l) == l->engine->vocab;
   int32_t status = l->engine->forward(l->engine, rows.n, rows.ids, rows.start, rows.positions, rows.mask,
                                       n_logits, logits);
+  l->engine->wants_leaders = 0;
   if (status < 0) return status;
   if (logits && !*logits) return ds_fail(DS_ERROR_ENGINE, "an engine gave no logits");
   l->stats.calls += 1;

@@ -124,3 +124,26 @@ void ISA(norm_rows)(const void *argument, int32_t item, int32_t next, int32_t th
   }
   if (job->rows) quantize(&row, job->static_scale, job->rows + item * ds_int8_stride(k));
 }
+
+/* Two rows whose sum is the row, to within what a second scale leaves of the first one's steps. */
+void ISA(split_rows)(const void *argument, int32_t item, int32_t next, int32_t thread) {
+  (void)next, (void)thread;
+  const ds_split_job *job = argument;
+  int32_t k = job->k;
+  int64_t stride = ds_int8_stride(k);
+  const float *x = job->x + (int64_t)item * k;
+  float *rest = job->rest + (int64_t)item * k;
+  char *rows = job->rows + 2 * item * stride;
+  ds_row_end end;
+  quantize(&(row_values){.x = x, .k = k}, 0, rows);
+  memcpy(&end, rows + stride - sizeof end, sizeof end);
+  for (int32_t i = 0; i < k; ++i) rest[i] = fmaf(-end.scale, (float)((const int8_t *)rows)[i], x[i]);
+  quantize(&(row_values){.x = rest, .k = k}, 0, rows + stride);
+  vf squares = f_zero();
+  for (int32_t i = 0; i < k; i += LANES) {
+    vf values = f_load_n(x + i, count_lanes(i, k));
+    squares = f_fma(values, values, squares);
+  }
+  float norm = sqrtf(f_sum(squares));
+  job->norms[item] = norm > 0x1p-40f && norm < 0x1p40f ? norm : INFINITY;
+}

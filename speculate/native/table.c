@@ -9,7 +9,7 @@
 #define TEXT(x) TEXT_(x)
 
 ds_task ISA(linear_float), ISA(linear_int8), ISA(linear_int4), ISA(quantize_rows), ISA(norm_rows),
-    ISA(write_heads), ISA(attend), ISA(fold_kept);
+    ISA(write_heads), ISA(attend), ISA(fold_kept), ISA(split_rows), ISA(screen), ISA(refine);
 ds_task ISA(probe_read), ISA(probe_int8), ISA(probe_float);
 
 extern const ds_kernels ISA(ds_kernels);
@@ -19,6 +19,9 @@ const ds_kernels ISA(ds_kernels) = {
     .linear_int8 = ISA(linear_int8),
     .linear_int4 = ISA(linear_int4),
     .quantize_rows = ISA(quantize_rows),
+    .split_rows = ISA(split_rows),
+    .screen = ISA(screen),
+    .refine = ISA(refine),
     .norm_rows = ISA(norm_rows),
     .write_heads = ISA(write_heads),
     .attend = ISA(attend),

@@ -79,6 +79,19 @@ static void free_weights(weights *w) {
   free(w->bias);
 }
 
+static void exercise_screen(ds_pool *pool, const ds_linear *linear, int32_t n_rows, const float *x, float *y,
+                            float *peaks) {
+  weights copy = make_weights(linear->n, linear->k, DS_INT8, 0);
+  copy.linear.bias = NULL;
+  float *error = floats((linear->n + 15) / 16 * 16);
+  void *memory = malloc((size_t)ds_screen_bytes(linear, n_rows));
+  ds_screen screen = {copy.linear, error};
+  CHECK(ds_linear_screened(pool, linear, &screen, n_rows, x, memory, y, peaks) == DS_OK);
+  free(memory);
+  free(error);
+  free_weights(&copy);
+}
+
 static void exercise_linears(ds_pool *pool) {
   static const int32_t activations[] = {DS_IDENTITY, DS_RELU, DS_SILU + DS_GATED, DS_GELU + DS_GATED,
                                         DS_GELU_TANH};
@@ -99,6 +112,7 @@ static void exercise_linears(ds_pool *pool) {
       free(rows);
     } else {
       CHECK(ds_linear_float(pool, &w.linear, n_rows, x, below(2) ? residual : NULL, y, peaks, hint) == DS_OK);
+      if (!w.linear.bias && !w.linear.activation) exercise_screen(pool, &w.linear, n_rows, x, y, peaks);
     }
     for (int64_t i = 0; i < (int64_t)n_rows * n; ++i) CHECK(isfinite(y[i]));
     free(x);

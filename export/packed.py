@@ -29,15 +29,13 @@ class PackedLinear:
     format: kernels.Format
     gated: bool
     has_bias: bool
+    num_bytes: int = 0  # of `{name}.packed`
     has_screen: bool = False  # `{name}.screen`, `.screen_scale` and `.screen_error`
 
     @property
     def screened_bytes(self) -> int:
         """Of its weights, where its screen (`kernels.h`) is read instead in greedy decoding."""
-        if not self.has_screen:
-            return 0
-        row = 4 * self.k if self.format == "float32" else 4 * -(-self.k // 2)
-        return -(-self.n // kernels.LANES) * kernels.LANES * row
+        return self.num_bytes if self.has_screen else 0
 
     @property
     def has_scale(self) -> bool:
@@ -78,14 +76,16 @@ def add_packed(
             padded = np.pad(joined(rows), (0, -len(weight) % kernels.LANES))
             file.add(f"{name}.packed_{kind}", torch.from_numpy(padded))
     n = len(weights[0]) if gated else len(weight)
-    return PackedLinear(name, n, weight.shape[1], layout, gated, bool(biases))
+    return PackedLinear(name, n, weight.shape[1], layout, gated, bool(biases), packed.nbytes)
 
 
 def add_screen(file: WeightFile, linear: PackedLinear, weight: Tensor) -> PackedLinear:
-    """The same linear of float weights [N, K] with an int8 copy that shows where its largest outputs may be
+    """The same linear, of these weights [N, K], with an int8 copy that shows where its largest outputs may be
     (`ds_screen` in kernels.h), where it can have one."""
+    if linear.format not in ("float32", "bfloat16") or linear.has_bias or linear.k > MAX_SCREENED:
+        return linear
     values = weight.float().numpy()
-    if linear.has_bias or linear.k > MAX_SCREENED or not np.abs(values).max() < MAX_SCREENED_WEIGHT:
+    if not np.abs(values).max() < MAX_SCREENED_WEIGHT:
         return linear
     copy, scale, error = screen(values)
     pad = (0, -len(values) % kernels.LANES)

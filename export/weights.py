@@ -88,9 +88,7 @@ def store_model(
         table = add_screen(packed, add_packed(packed, EMBED_TOKENS, [weight]), weight)
         return StoredModel(config, num_positions, layers, [], table)
     head = store.linears("", ["lm_head"], tensors)
-    packed_head = head[0].packed
-    if packed_head.format in ("float32", "bfloat16"):
-        packed_head = add_screen(packed, packed_head, store.cast(tensors["lm_head.weight"]))
+    packed_head = add_screen(packed, head[0].packed, store.cast(tensors["lm_head.weight"]))
     ids = tensors.get(HEAD_IDS)
     if ids is not None:
         places = torch.full((config.vocab_size,), len(ids))

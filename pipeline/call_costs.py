@@ -1,6 +1,7 @@
 """What one call of every engine costs on this machine."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,27 +38,28 @@ class CostMeter:
         deepest = contexts[-1]
         room, pool = np.ones(READ_BYTES, np.uint8), Pool(self.bundle.threads)
         ids = np.ones(max(deepest, rows[-1]), np.int32)  # what they say does not matter to the clock
-        for engine in engines.values():
-            engine.reserve(deepest + rows[-1])
-            for start in range(0, deepest, 128):
-                engine.forward(ids[: min(128, deepest - start)], start, num_logits=1)
-        for number in range(sweeps + 1):
-            before = None
-            for name, count, start in calls:
-                if name != before:  # after another engine's long call the first one is slower
-                    engines[name].forward(ids[:1], start)
-                    before = name
-                began = time.perf_counter()
-                with wanting_leaders(engines[name]):
+        with ExitStack() as stack:
+            for engine in engines.values():
+                stack.enter_context(wanting_leaders(engine))
+                engine.reserve(deepest + rows[-1])
+                for start in range(0, deepest, 128):
+                    engine.forward(ids[: min(128, deepest - start)], start, num_logits=1)
+            for number in range(sweeps + 1):
+                before = None
+                for name, count, start in calls:
+                    if name != before:  # after another engine's long call the first one is slower
+                        engines[name].forward(ids[:1], start)
+                        before = name
+                    began = time.perf_counter()
                     engines[name].forward(ids[:count], start, num_logits=1 if count > 32 else count)
-                if number:  # the first round warms up
-                    spent = 1e3 * (time.perf_counter() - began)
-                    self.samples.setdefault((name, count, start), []).append(spent)
-            began = time.perf_counter()
-            lib.ds_probe_read(pool.handle, ffi.from_buffer(room), READ_BYTES)
-            if number:
-                self.reads.append(1e3 * (time.perf_counter() - began))
-            progress(number, sweeps, "timing calls")
+                    if number:  # the first round warms up
+                        spent = 1e3 * (time.perf_counter() - began)
+                        self.samples.setdefault((name, count, start), []).append(spent)
+                began = time.perf_counter()
+                lib.ds_probe_read(pool.handle, ffi.from_buffer(room), READ_BYTES)
+                if number:
+                    self.reads.append(1e3 * (time.perf_counter() - began))
+                progress(number, sweeps, "timing calls")
 
     def floors(self) -> dict[str, float]:
         """Milliseconds to read each engine's weights once: no call of few rows can take less."""

@@ -116,14 +116,14 @@ class OnnxEngine:
 def wanting_leaders(engine: Engine) -> Iterator[None]:
     """Of the logits of its calls only the first largest of each row has to be exact, as in greedy decoding
     (`wants_leaders` in engine.h). Engines that know no such thing give all, as ever."""
-    handle = engine.handle if isinstance(engine, OnnxEngine) else None
-    if handle is not None:
-        handle.wants_leaders = 1
+    if not isinstance(engine, OnnxEngine):
+        yield
+        return
+    engine.handle.wants_leaders = 1
     try:
         yield
     finally:
-        if handle is not None:
-            handle.wants_leaders = 0
+        engine.handle.wants_leaders = 0
 
 
 class SharingEngine(OnnxEngine):

@@ -176,10 +176,10 @@ static int32_t choose_items(const screening *s, int32_t n_rows, int32_t n_items)
   }
   int32_t n = 0;
   for (int32_t item = 0; item < n_items; ++item) {
-    bool may_lead = false;
-    for (int64_t r = 0; r < n_rows && !may_lead; ++r)
-      may_lead = !(s->highs[r * n_items + item] < s->bests[r]);
-    if (may_lead) s->items[n++] = item;
+    bool has_leader = false;
+    for (int64_t r = 0; r < n_rows && !has_leader; ++r)
+      has_leader = may_lead(s->highs[r * n_items + item], s->bests[r]);
+    if (has_leader) s->items[n++] = item;
   }
   return n;
 }

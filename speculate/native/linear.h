@@ -8,6 +8,9 @@
 
 #include <math.h>
 
+/* Whether outputs of at most `high` may be the largest of a row, which is at least `best`. NaN: nobody knows. */
+INLINE int32_t may_lead(float high, float best) { return !(high < best); }
+
 /* The blocks first .. end of an item. Those from .. end are computed: where an item is smaller than a tile, the
  * tile begins in the item before it. */
 typedef struct {

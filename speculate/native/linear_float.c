@@ -96,7 +96,7 @@ void ISA(refine)(const void *argument, int32_t index, int32_t next, int32_t thre
   const ds_linear *linear = job->linear.linear;
   int32_t item = job->items[index], n_items = count_items(linear);
   for (int64_t r = 0; r < job->linear.n_rows; ++r) {
-    if (job->highs[r * n_items + item] < job->bests[r]) continue;
+    if (!may_lead(job->highs[r * n_items + item], job->bests[r])) continue;
     ds_linear_job row = job->linear;
     row.n_rows = 1;
     row.x += r * linear->k;

@@ -72,47 +72,6 @@ INLINE void compute_tile(const int format, const int rows, const int blocks, con
 #define compute_chunk_amx(...) ((void)0)
 #endif
 
-/* The rows of a chunk from `row` on, with the blocks of an item; from `least` rows on by AMX. */
-INLINE int32_t compute_chunk(const int format, const ds_linear_job *job, int32_t row, int32_t least,
-                             block_range range, fetcher *ahead, output_chunk out) {
-  const ds_linear *linear = job->linear;
-  int64_t stride = ds_int8_stride(linear->k);
-  int32_t n_rows = job->n_rows - row < CHUNK_ROWS ? job->n_rows - row : CHUNK_ROWS;
-  const char *q = job->rows + row * stride;
-  if (n_rows >= least) {
-    compute_chunk_amx(format, linear, range, q, stride, n_rows, ahead, out);
-  } else {
-    FOR_TILES(range, n_rows, block, r,
-              compute_tile(format, ROWS, BLOCKS, linear, block, q + r * stride, stride, ahead,
-                           out[r] + (block - range.from) * LANES))
-  }
-  return n_rows;
-}
-
-INLINE void compute_item(const int format, const ds_linear_job *job, int32_t item, int32_t next,
-                         int32_t thread) {
-  const ds_linear *linear = job->linear;
-  block_range range = blocks_of(linear, item);
-  int32_t least = range.end - range.from < TILE_BLOCKS ? INT32_MAX : count_least_rows(linear->k);
-  int32_t tile_rows = job->n_rows < least ? TILE_ROWS : CHUNK_ROWS;
-  fetcher ahead = make_fetcher(region_after(job, next, thread), FETCH_PARTS,
-                               count_steps(job, range, tile_rows, (linear->k + 3) / 4));
-  for (int32_t row = 0; row < job->n_rows; row += CHUNK_ROWS) {
-    output_chunk out;
-    int32_t n_rows = compute_chunk(format, job, row, least, range, &ahead, out);
-    finish_chunk(job, row, n_rows, range, out, &ahead, FETCH_PARTS);
-  }
-}
-
-void ISA(linear_int8)(const void *argument, int32_t item, int32_t next, int32_t thread) {
-  const ds_linear_job *job = argument;
-  switch (job->linear->format) {
-  case DS_INT8_BITMASK: compute_item(DS_INT8_BITMASK, job, item, next, thread); break;
-  case DS_INT8_2_4: compute_item(DS_INT8_2_4, job, item, next, thread); break;
-  default: compute_item(DS_INT8, job, item, next, thread);
-  }
-}
-
 /* Outputs of a chunk's pairs of rows, and between what the largest of each lies. */
 INLINE void finish_pairs(const ds_screen_job *job, int32_t item, int32_t row, int32_t n_rows,
                          block_range range, output_chunk out, fetcher *ahead) {
@@ -138,18 +97,44 @@ INLINE void finish_pairs(const ds_screen_job *job, int32_t item, int32_t row, in
   }
 }
 
+/* `screening`: of whose rows this is the linear, or NULL. */
+INLINE void compute_item(const int format, const ds_linear_job *job, const ds_screen_job *screening,
+                         int32_t item, int32_t next, int32_t thread) {
+  const ds_linear *linear = job->linear;
+  block_range range = blocks_of(linear, item);
+  int64_t stride = ds_int8_stride(linear->k);
+  int32_t least = range.end - range.from < TILE_BLOCKS ? INT32_MAX : count_least_rows(linear->k);
+  int32_t tile_rows = job->n_rows < least ? TILE_ROWS : CHUNK_ROWS;
+  fetcher ahead = make_fetcher(region_after(job, next, thread), FETCH_PARTS,
+                               count_steps(job, range, tile_rows, (linear->k + 3) / 4));
+  for (int32_t row = 0; row < job->n_rows; row += CHUNK_ROWS) {
+    output_chunk out;
+    int32_t n_rows = job->n_rows - row < CHUNK_ROWS ? job->n_rows - row : CHUNK_ROWS;
+    const char *q = job->rows + row * stride;
+    if (n_rows >= least) {
+      compute_chunk_amx(format, linear, range, q, stride, n_rows, &ahead, out);
+    } else {
+      FOR_TILES(range, n_rows, block, r,
+                compute_tile(format, ROWS, BLOCKS, linear, block, q + r * stride, stride, &ahead,
+                             out[r] + (block - range.from) * LANES))
+    }
+    if (screening)
+      finish_pairs(screening, item, row, n_rows, range, out, &ahead);
+    else
+      finish_chunk(job, row, n_rows, range, out, &ahead, FETCH_PARTS);
+  }
+}
+
+void ISA(linear_int8)(const void *argument, int32_t item, int32_t next, int32_t thread) {
+  const ds_linear_job *job = argument;
+  switch (job->linear->format) {
+  case DS_INT8_BITMASK: compute_item(DS_INT8_BITMASK, job, NULL, item, next, thread); break;
+  case DS_INT8_2_4: compute_item(DS_INT8_2_4, job, NULL, item, next, thread); break;
+  default: compute_item(DS_INT8, job, NULL, item, next, thread);
+  }
+}
+
 void ISA(screen)(const void *argument, int32_t item, int32_t next, int32_t thread) {
   const ds_screen_job *job = argument;
-  const ds_linear_job *rows = &job->linear;
-  block_range range = blocks_of(rows->linear, item);
-  int32_t k = rows->linear->k;
-  int32_t least = range.end - range.from < TILE_BLOCKS ? INT32_MAX : count_least_rows(k);
-  int32_t tile_rows = rows->n_rows < least ? TILE_ROWS : CHUNK_ROWS;
-  fetcher ahead = make_fetcher(region_after(rows, next, thread), FETCH_PARTS,
-                               count_steps(rows, range, tile_rows, (k + 3) / 4));
-  for (int32_t row = 0; row < rows->n_rows; row += CHUNK_ROWS) {
-    output_chunk out;
-    int32_t n_rows = compute_chunk(DS_INT8, rows, row, least, range, &ahead, out);
-    finish_pairs(job, item, row, n_rows, range, out, &ahead);
-  }
+  compute_item(DS_INT8, &job->linear, job, item, next, thread);
 }

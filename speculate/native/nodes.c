@@ -209,10 +209,10 @@ static OrtStatus *find_constants(kernel *node, OrtKernelContext *context, size_t
   return find_weights(node, context, first, false, &s->linear);
 }
 
+/* If it has one. */
 static OrtStatus *find_screen(kernel *node, OrtKernelContext *context, size_t first, step *s) {
   ds_screen found = {{.n = s->linear.n, .k = s->linear.k, .format = DS_INT8}, NULL};
   ds_part_sizes sizes = {0};
-  if (s->screen.error) return NULL;
   TRY(read_part(node, context, first, &found.copy.weight, &sizes.weight));
   if (!found.copy.weight) return NULL;
   TRY(read_part(node, context, first + 1, &found.copy.scale, &sizes.scale));
@@ -312,8 +312,8 @@ static OrtStatus *compute_linear(kernel *node, OrtKernelContext *context) {
   tensor x;
   const float *residual;
   float *y;
+  if (!s->linear.weight) TRY(find_screen(node, context, 2 + STEP_INPUTS, s));
   TRY(find_constants(node, context, 1, s));
-  TRY(find_screen(node, context, 2 + STEP_INPUTS, s));
   TRY(read_rows(node, context, s->linear.k, &x));
   TRY(read_data(node, context, 1 + STEP_INPUTS, count_rows(&x) * (int64_t)s->linear.n, &residual));
   TRY(make_rows(node, context, &x, s->linear.n, &y));

@@ -85,10 +85,10 @@ def store_model(
     store.norms("", tensors)
     if config.tied_head:
         weight = store.cast(embed[EMBED_TOKENS])
-        table = add_screen(packed, add_packed(packed, EMBED_TOKENS, [weight]), weight)
+        table = _screened(packed, config, add_packed(packed, EMBED_TOKENS, [weight]), weight)
         return StoredModel(config, num_positions, layers, [], table)
     head = store.linears("", ["lm_head"], tensors)
-    packed_head = add_screen(packed, head[0].packed, store.cast(tensors["lm_head.weight"]))
+    packed_head = _screened(packed, config, head[0].packed, store.cast(tensors["lm_head.weight"]))
     ids = tensors.get(HEAD_IDS)
     if ids is not None:
         places = torch.full((config.vocab_size,), len(ids))
@@ -96,6 +96,12 @@ def store_model(
         weights.add(HEAD_IDS, ids)
         weights.add(HEAD_PLACES, places)
     return StoredModel(config, num_positions, layers, head, packed_head, ids is not None)
+
+
+def _screened(packed: WeightFile, config: DecoderConfig, head: PackedLinear, weight: Tensor) -> PackedLinear:
+    """A head with a screen, unless its outputs are capped: tanh in float makes equals of large ones, so
+    another may be the first largest."""
+    return head if config.logit_softcap is not None else add_screen(packed, head, weight)
 
 
 def _store_layer(

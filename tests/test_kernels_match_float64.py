@@ -508,6 +508,8 @@ def test_a_bfloat16_cache_holds_what_is_nearest(pool, rng):
     qkv[1, :, ::2] = 1 + 2.0**-8  # halfway between two
     qkv[1, :, 1::2] = 1 + 3 * 2.0**-8
     qkv[2, :, :3] = np.nan, np.inf, -np.inf
+    qkv[2, :, 3:5] = np.array([0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32)  # to round is no NaN
+    qkv[3, :, :2] = np.finfo(np.float32).max, np.float32(1e-41)
     before = rng.standard_normal((2, num_kv_heads, max_slots, size), dtype=np.float32)
     keys, values = kernels.lay_out(*before, "bfloat16")
     kernels.write_heads(pool, heads, qkv.reshape(num_rows, -1), np.arange(num_rows), first_slot, keys, values)
@@ -515,12 +517,12 @@ def test_a_bfloat16_cache_holds_what_is_nearest(pool, rng):
     turning = num_heads + num_kv_heads
     for part, written in enumerate((qkv[:, num_heads:turning], qkv[:, turning:])):
         after[part, :, first_slot : first_slot + num_rows] = round_to_bfloat16(written.transpose(1, 0, 2))
-    after[:, :, first_slot + 2, 0] = 0  # of NaN the bits are its own
+    after[:, :, first_slot + 2, [0, 3, 4]] = 0  # of NaN the bits are its own
     expected = kernels.lay_out(*after, "bfloat16")
     for found, exact in zip((keys, values), expected, strict=True):
         bits = found.astype(np.uint32) << 16
         is_nan = np.isnan(bits.view(np.float32))
-        assert is_nan.sum() == num_kv_heads
+        assert is_nan.sum() == 3 * num_kv_heads
         np.testing.assert_array_equal(found[~is_nan], exact[~is_nan])
 
 

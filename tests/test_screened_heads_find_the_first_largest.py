@@ -4,13 +4,14 @@ import draftsmith
 import numpy as np
 import pytest
 import torch
+from draftsmith.export import packed
 from draftsmith.export.packed import screen
 from draftsmith.speculate import kernels
 from draftsmith.speculate.binding import lib
 from draftsmith.speculate.errors import BundleError
 from peaks import find_peaks
 from test_kernels_match_float64 import POOLS, each_pool, make_pools
-from tiny_bundle import write_tiny_bundle
+from tiny_bundle import CONFIG, write_tiny_bundle
 
 FORMATS = ("float32", "bfloat16")
 SHAPES = [(1, 1), (7, 11), (16, 4), (53, 257), (113, 1031), (1000, 96)]
@@ -164,3 +165,26 @@ def test_greedy_decoding_says_what_all_logits_do(tmp_path):
         tokens = [int(i) for i in prompt] + list(out.token_ids)
         logits = bundle.logits(tokens[:-1])[len(prompt) - 1 :]
         assert list(logits.argmax(axis=1)) == list(out.token_ids)
+
+
+def test_a_head_whose_logits_are_capped_has_none(tmp_path):
+    """The first largest of what float tanh makes of them may be another: it makes equals of large ones."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    write_tiny_bundle(folder, CONFIG.model_copy(update={"logit_softcap": 20.0}))
+    assert b"screen" not in (folder / "target/cpu.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("spoil", [np.nan, -1.0])
+def test_errors_that_are_no_bound_are_refused(tmp_path, monkeypatch, spoil):
+    def screen_wrongly(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        copy, scale, error = screen(weight)
+        error[5] = spoil
+        return copy, scale, error
+
+    monkeypatch.setattr(packed, "screen", screen_wrongly)
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    write_tiny_bundle(folder)
+    with pytest.raises(BundleError, match="are no bound"):
+        draftsmith.load(folder).generate([5, 6, 7], max_new_tokens=4, speculate="none")

@@ -236,7 +236,16 @@ INLINE void add_parts(const int type, const int queries, const int parts, int32_
     fetch(ahead);
     add_value(queries, parts, size, (const float *)values + (int64_t)slots[j] * size, at, q, j, sums);
   }
-  for (int32_t j = 0; type != FLOATS && j < n; j += 2) {
+  /* All slots of most calls. */
+  int32_t n_paired = type != FLOATS && slots[0] % 2 == 0 && slots[n - 1] - slots[0] == n - 1 ? n / 2 * 2 : 0;
+  for (int32_t j = 0; j < n_paired; j += 2) {
+    fetch(ahead);
+    vi part[TILE_PARTS];
+    const uint16_t *pair = pairs + (int64_t)(slots[0] + j) * size + 2 * at;
+    UNROLL for (int i = 0; i < parts; ++i) part[i] = i_load(pair + 2 * i * LANES);
+    add_value_pair(queries, parts, part, q, j, sums);
+  }
+  for (int32_t j = n_paired; type != FLOATS && j < n; j += 2) {
     fetch(ahead);
     vi part[TILE_PARTS];
     UNROLL for (int i = 0; i < parts; ++i) part[i] =

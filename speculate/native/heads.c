@@ -35,14 +35,42 @@ static void prepare_head(const ds_heads *heads, const float *norm, int64_t posit
   if (half) rotate_head(head, heads->cos + position * half, heads->sin + position * half, half);
 }
 
-static void store_head(const ds_heads *heads, const float *head, char *cache, ds_place at) {
-  int64_t size = heads->head_dim;
+/* A key as pairs of channels. */
+static void store_key_pairs(const float *key, int32_t size, uint16_t *cache, ds_place at) {
+  uint16_t halves[DS_MAX_HEAD_DIM];
+  for (int32_t c = 0; c < size; c += LANES)
+    i_store_halves(halves + c, i_shift_right(f_round_bfloat16(f_load(key + c)), 16));
+  for (int32_t c = 0; c < size; c += 2)
+    memcpy(cache + ds_find_channel(at, c), halves + c, 2 * sizeof *halves);
+}
+
+/* A value beside that of the slot with which it makes pairs, and which stays. */
+static void store_value_pairs(const float *value, int32_t size, uint16_t *cache, ds_place at) {
+  const int is_second = (int)(at.first % 2);
+  const vi other = i_set(is_second ? 0xffff : (int32_t)0xffff0000);
+  for (int32_t c = 0; c < size; c += LANES) {
+    uint16_t *pairs = cache + ds_find_channel(at, c) - is_second;
+    vi own = f_round_bfloat16(f_load(value + c));
+    if (!is_second) own = i_shift_right(own, 16);
+    own = i_or(own, i_and(i_load(pairs), other));
+    memcpy(pairs, &own, sizeof own);
+  }
+}
+
+static void store_floats(const float *head, int32_t size, float *cache, ds_place at) {
+  for (int64_t c = 0; c < size; ++c) cache[at.first + c * at.stride] = head[c];
+}
+
+static void store_head(const ds_heads *heads, const float *key, const float *value, int64_t slot, char *keys,
+                       char *values) {
+  int32_t size = heads->head_dim;
+  ds_place key_at = ds_find_key(heads, slot), value_at = ds_find_value(heads, slot);
   if (heads->cache_type == DS_CACHE_BFLOAT16) {
-    uint16_t *place = (uint16_t *)cache;
-    for (int64_t c = 0; c < size; ++c) place[ds_find_channel(at, c)] = ds_round_bfloat16(head[c]);
+    store_key_pairs(key, size, (uint16_t *)keys, key_at);
+    store_value_pairs(value, size, (uint16_t *)values, value_at);
   } else {
-    float *place = (float *)cache;
-    for (int64_t c = 0; c < size; ++c) place[ds_find_channel(at, c)] = head[c];
+    store_floats(key, size, (float *)keys, key_at);
+    store_floats(value, size, (float *)values, value_at);
   }
 }
 
@@ -62,7 +90,6 @@ void ISA(write_heads)(const void *argument, int32_t item, int32_t next, int32_t 
     for (int32_t i = h * group; i < (h + 1) * group; ++i)
       prepare_head(heads, heads->q_norm, position, row + i * size);
     prepare_head(heads, heads->k_norm, position, key);
-    store_head(heads, key, keys, ds_find_key(heads, slot));
-    store_head(heads, key + heads->n_kv_heads * size, values, ds_find_value(heads, slot));
+    store_head(heads, key, key + heads->n_kv_heads * size, slot, keys, values);
   }
 }

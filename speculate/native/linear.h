@@ -139,6 +139,13 @@ INLINE int64_t count_steps(const ds_linear_job *job, block_range range, int32_t 
       for (int32_t r = 0; r < n_rows; ++r) tile;                                                             \
   }
 
+/* To the outputs of a tile. */
+INLINE void add_bias(int32_t rows, int32_t blocks, const float *bias, float *out) {
+  for (int32_t r = 0; r < rows; ++r, out += OUTPUT_STRIDE)
+    for (int32_t i = 0; i < blocks * LANES; i += LANES)
+      f_store(out + i, f_add(f_load(out + i), f_load(bias + i)));
+}
+
 /* y with minus infinity in all but its first n lanes. */
 INLINE vf cut_off(vf y, int32_t n) {
   float lanes[LANES];
@@ -147,28 +154,54 @@ INLINE vf cut_off(vf y, int32_t n) {
   return f_load(lanes);
 }
 
-/* From x W^T + bias of the blocks that were computed to the outputs of the item: activation, gate, residual. */
-INLINE void finish_chunk(const ds_linear_job *job, int32_t row, int32_t n_rows, block_range range,
-                         output_chunk out, fetcher *ahead, const int n_parts) {
+/* Outputs at .. at + n of the job, at most sixteen: activation, gate, residual. */
+INLINE vf finish_outputs(const ds_linear_job *job, const int activation, const int gated, const float *from,
+                         int64_t at, int n) {
+  vf y = f_activate(activation, f_load(from));
+  if (gated) y = f_mul(y, f_load(from + LANES));
+  if (job->residual) y = f_add(y, f_load_n(job->residual + at, n));
+  f_store_n(job->y + at, y, n);
+  return y;
+}
+
+INLINE void finish_rows(const ds_linear_job *job, const int activation, const int gated, int32_t row,
+                        int32_t n_rows, block_range range, output_chunk out, fetcher *ahead,
+                        const int n_parts) {
   const ds_linear *linear = job->linear;
-  int32_t gated = is_gated(linear) != 0, activation = linear->activation & ~DS_GATED;
-  int32_t n_out = (range.end - range.first) >> gated, peak = range.first / count_item_blocks(linear);
+  int32_t n_out = (range.end - range.first) >> gated, first = (range.first >> gated) * LANES;
+  int32_t n_whole = linear->n - first >= n_out * LANES ? n_out : n_out - 1,
+          n_last = linear->n - first - n_whole * LANES;
   for (int32_t r = 0; r < n_rows; ++r) {
     vf most = f_set(-INFINITY);
-    for (int32_t b = 0; b < n_out; ++b) {
+    int64_t at = (int64_t)(row + r) * linear->n + first;
+    const float *from = &out[r][(range.first - range.from) * LANES];
+    for (int32_t b = 0; b < n_whole; ++b, at += LANES, from += LANES << gated) {
       fetch(ahead, n_parts);
-      int32_t column = ((range.first >> gated) + b) * LANES;
-      int32_t n = linear->n - column < LANES ? linear->n - column : LANES;
-      int64_t at = (int64_t)(row + r) * linear->n + column;
-      const float *from = &out[r][(range.first - range.from + (b << gated)) * LANES];
-      vf y = f_activate(activation, f_load(from));
-      if (gated) y = f_mul(y, f_load(from + LANES));
-      if (job->residual) y = f_add(y, f_load_n(job->residual + at, n));
-      f_store_n(job->y + at, y, n);
-      if (job->peaks) most = f_max(n < LANES ? cut_off(y, n) : y, most); /* NaN leaves it as it is */
+      vf y = finish_outputs(job, activation, gated, from, at, LANES);
+      most = f_max(y, most); /* NaN leaves it as it is */
     }
-    if (job->peaks) job->peaks[(int64_t)(row + r) * count_items(linear) + peak] = f_max_lanes(most);
+    if (n_whole < n_out) {
+      fetch(ahead, n_parts);
+      most = f_max(cut_off(finish_outputs(job, activation, gated, from, at, n_last), n_last), most);
+    }
+    if (job->peaks)
+      job->peaks[(int64_t)(row + r) * count_items(linear) + range.first / count_item_blocks(linear)] =
+          f_max_lanes(most);
   }
+}
+
+/* From x W^T + bias of the blocks that were computed to the outputs of the item. What most models have is compiled by
+ * itself. */
+INLINE void finish_chunk(const ds_linear_job *job, int32_t row, int32_t n_rows, block_range range,
+                         output_chunk out, fetcher *ahead, const int n_parts) {
+  int32_t activation = job->linear->activation;
+  if (activation == DS_IDENTITY)
+    finish_rows(job, DS_IDENTITY, 0, row, n_rows, range, out, ahead, n_parts);
+  else if (activation == (DS_GATED | DS_SILU))
+    finish_rows(job, DS_SILU, 1, row, n_rows, range, out, ahead, n_parts);
+  else
+    finish_rows(job, activation & ~DS_GATED, is_gated(job->linear) != 0, row, n_rows, range, out, ahead,
+                n_parts);
 }
 
 #endif

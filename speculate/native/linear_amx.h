@@ -117,7 +117,7 @@ INLINE void compute_blocks(const int format, const ds_linear *linear, int32_t bl
     }
   }
   for (int32_t r = 0; r < n_rows; ++r)
-    dequantize_row(TILE_BLOCKS, linear, block, q + (r + 1) * stride, sums[r], out + r * OUTPUT_STRIDE);
+    dequantize(1, TILE_BLOCKS, linear, block, q + r * stride, stride, sums + r, out + r * OUTPUT_STRIDE);
 }
 
 /* All blocks of an item, at least three, for all rows of a chunk. */

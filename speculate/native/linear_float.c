@@ -54,11 +54,7 @@ INLINE void compute_tile(const int format, const int rows, const int blocks, con
   for (int32_t first = 0; first < k; first += CHAIN)
     add_chain(format, rows, blocks, weight, block_bytes, x, k, first, k - first < CHAIN ? k : first + CHAIN,
               ahead, out);
-  if (!linear->bias) return;
-  const float *bias = linear->bias + (int64_t)block * LANES;
-  for (int r = 0; r < rows; ++r)
-    for (int32_t i = r * OUTPUT_STRIDE; i < r * OUTPUT_STRIDE + blocks * LANES; i += LANES)
-      f_store(out + i, f_add(f_load(out + i), f_load(bias + i - r * OUTPUT_STRIDE)));
+  if (linear->bias) add_bias(rows, blocks, linear->bias + (int64_t)block * LANES, out);
 }
 
 INLINE void compute_item(const int format, const ds_linear_job *job, int32_t item, int32_t next,

@@ -49,9 +49,10 @@ INLINE void compute_tile(const int rows, const int blocks, const ds_linear *line
     UNROLL for (int b = 0; b < blocks; ++b) {
       float *y = out + r * OUTPUT_STRIDE + b * LANES;
       vf scaled = f_mul(f_load(y), f_set(end.scale));
-      f_store(y, linear->bias ? f_add(scaled, f_load(linear->bias + (int64_t)(block + b) * LANES)) : scaled);
+      f_store(y, scaled);
     }
   }
+  if (linear->bias) add_bias(rows, blocks, linear->bias + (int64_t)block * LANES, out);
 }
 
 void ISA(linear_int4)(const void *argument, int32_t item, int32_t next, int32_t thread) {

@@ -30,17 +30,22 @@ INLINE vw read_group(const int format, w_reader *reader) {
   }
 }
 
-/* The outputs of a row, whose record ends at `row_end`. */
-INLINE void dequantize_row(const int blocks, const ds_linear *linear, int32_t block, const char *row_end,
-                           const vi *sums, float *out) {
-  ds_row_end end;
-  memcpy(&end, row_end - sizeof end, sizeof end);
-  vi offset = i_set(DOT_OFFSET * end.sum);
-  UNROLL for (int b = 0; b < blocks; ++b) {
-    int64_t at = (int64_t)(block + b) * LANES;
-    vf y = f_mul(f_from_int(i_sub(sums[b], offset)), f_mul(f_set(end.scale), f_load(linear->scale + at)));
-    f_store(out + b * LANES, linear->bias ? f_add(y, f_load(linear->bias + at)) : y);
+/* The outputs of a tile. Scales are read once: the compiler cannot know that `out` is not theirs. */
+INLINE void dequantize(const int rows, const int blocks, const ds_linear *linear, int32_t block,
+                       const char *q, int64_t stride, vi sums[][TILE_BLOCKS], float *out) {
+  int64_t first = (int64_t)block * LANES;
+  vf scales[TILE_BLOCKS];
+  UNROLL for (int b = 0; b < blocks; ++b) scales[b] = f_load(linear->scale + first + b * LANES);
+  UNROLL for (int r = 0; r < rows; ++r) {
+    ds_row_end end;
+    memcpy(&end, q + (r + 1) * stride - sizeof end, sizeof end);
+    vi offset = i_set(DOT_OFFSET * end.sum);
+    vf scale = f_set(end.scale);
+    UNROLL for (int b = 0; b < blocks; ++b)
+        f_store(out + r * OUTPUT_STRIDE + b * LANES,
+                f_mul(f_from_int(i_sub(sums[r][b], offset)), f_mul(scale, scales[b])));
   }
+  if (linear->bias) add_bias(rows, blocks, linear->bias + first, out);
 }
 
 /* A tile: `rows` rows with `blocks` blocks of 16 outputs. `format` and both counts are constants wherever
@@ -61,8 +66,7 @@ INLINE void compute_tile(const int format, const int rows, const int blocks, con
       UNROLL for (int b = 0; b < blocks; ++b) sums[r][b] = i_dot(sums[r][b], w[b], x);
     }
   }
-  UNROLL for (int r = 0; r < rows; ++r)
-      dequantize_row(blocks, linear, block, q + (r + 1) * stride, sums[r], out + r * OUTPUT_STRIDE);
+  dequantize(rows, blocks, linear, block, q, stride, sums, out);
 }
 
 #if defined(__AMX_INT8__)

@@ -58,9 +58,11 @@ static int32_t count_matches(swift_engine *swift, ds_engine *drafter, const int3
   int32_t first = n_tokens - 1 - n_rows, start = n_tokens - 1, n_matches = 0;
   const float *logits;
   int32_t status = lay_out(swift, n_rows, first, start);
+  drafter->wants_leaders = 1;
   if (status == DS_OK)
     status = drafter->forward(drafter, n_rows, tokens + first, start, swift->positions, swift->mask, n_rows,
                               &logits);
+  drafter->wants_leaders = 0;
   if (status < 0) return status;
   for (int32_t r = 0; r < n_rows; ++r) {
     int32_t choice = ds_argmax(logits + (size_t)r * (size_t)swift->base.vocab, swift->base.vocab);
@@ -111,7 +113,9 @@ static int32_t forward(ds_engine *base, int32_t n_rows, const int32_t *token_ids
                        const int64_t *positions, const uint8_t *mask, int32_t n_logits,
                        const float **logits) {
   ds_engine *drafter = ((swift_engine *)base)->drafter;
+  drafter->wants_leaders = base->wants_leaders;
   int32_t status = drafter->forward(drafter, n_rows, token_ids, start, positions, mask, n_logits, logits);
+  drafter->wants_leaders = 0;
   base->peaks = drafter->peaks;
   return status;
 }

@@ -39,7 +39,7 @@ class Generation:
 
 class Run(Iterator[Piece]):
     """A generation under way: an iterator of its pieces. `finish_reason` and `stats` stand once it is
-    exhausted."""
+    exhausted; before that `stats` are those of the pieces so far."""
 
     def __init__(
         self,
@@ -51,7 +51,9 @@ class Run(Iterator[Piece]):
         stop: tuple[str, ...],
         busy: Lock,
     ) -> None:
-        self.stats = GenerationStats(prompt_tokens=len(prompt))
+        self._stats = GenerationStats(prompt_tokens=len(prompt))
+        self._decoder: Decoder | None = None
+        self._num_cut = 0  # tokens of the last round behind an end of text or a stop string
         self.finish_reason: FinishReason = "length"
         self._begin = begin
         self._eos_token_ids = eos_token_ids
@@ -68,11 +70,19 @@ class Run(Iterator[Piece]):
         """Give up the rest and free the bundle for another generation."""
         self._pieces.close()
 
+    @property
+    def stats(self) -> GenerationStats:
+        """Read from the loop when they are asked for: to read them in each round takes a hundredth of it."""
+        if self._decoder is not None:
+            _collect(self._stats, self._decoder)
+            self._stats.discarded += self._num_cut
+        return self._stats
+
     def _decode(self, busy: Lock) -> Generator[Piece]:
-        stats = self.stats
+        stats = self._stats
         with exclusive(busy):
             resumed = perf_counter()
-            decoder = self._begin()
+            decoder = self._decoder = self._begin()
             while token_ids := decoder.step():
                 kept, text = self._read(token_ids)
                 stats.emitted += kept
@@ -81,8 +91,7 @@ class Run(Iterator[Piece]):
                     text += self._stops.push(self._text.flush()) + self._stops.flush()
                 stats.total_ms += (perf_counter() - resumed) * 1e3
                 stats.ttft_ms = stats.ttft_ms or stats.total_ms
-                _collect(stats, decoder)
-                stats.discarded += len(token_ids) - kept
+                self._num_cut = len(token_ids) - kept
                 yield Piece(text, token_ids[:kept])
                 if last:
                     return

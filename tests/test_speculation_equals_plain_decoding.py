@@ -174,6 +174,18 @@ def stats_conserve(stats):
     return 1 + stats.steps + stats.accepted == stats.emitted + stats.discarded
 
 
+def test_counters_add_up_while_pieces_come(bundle):
+    """Those of a stream are of its pieces so far, and stay when it is given up and the bundle decodes on."""
+    run, emitted = bundle.stream("a b a b a b", 40, speculate=["suffix"], ignore_eos=True), 0
+    for piece, _ in zip(run, range(6), strict=False):
+        emitted += len(piece.token_ids)
+        assert run.stats.emitted == emitted and stats_conserve(run.stats)
+    run.close()
+    counted = run.stats.to_dict()
+    bundle.generate("c d", 20, speculate=["suffix"])
+    assert run.stats.to_dict() == counted
+
+
 @pytest.mark.parametrize("ladder", LADDERS, ids="-".join)
 def test_counters_add_up(bundle, ladder):
     for seed in range(5):

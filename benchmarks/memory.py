@@ -30,7 +30,7 @@ def main(
     program: Annotated[Path | None, typer.Option(help="docs/stream.c, compiled")] = None,
 ) -> None:
     """Print peak, weights, caches and the ratio for plain and speculative decoding, and of a C program that
-    drafts with int8."""
+    drafts with int8. The screens of float heads, a copy more, are not among the weights."""
     entries = load(bundle).manifest.engines
     found = {mode: run_python(bundle, speculate, new_tokens) for mode, speculate in MODES.items()}
     if program is not None:
@@ -67,7 +67,8 @@ def run_program(program: Path, bundle: Path, target: EngineEntry, new_tokens: in
 
 
 def weight_bytes(graph: Path) -> int:
-    return sum(map(num_bytes, onnx.load(graph, load_external_data=False).graph.initializer))
+    initializers = onnx.load(graph, load_external_data=False).graph.initializer
+    return sum(num_bytes(tensor) for tensor in initializers if ".screen" not in tensor.name)
 
 
 def cache_bytes(entry: EngineEntry, slots: int) -> int:

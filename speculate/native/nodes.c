@@ -758,6 +758,8 @@ void ds_hold_weights(ds_operators *o) {
       ds_forget_file_pages(spans, n_spans);
       n_spans = n_due = 0;
     }
+    if (linear != &s->linear) /* its screen is: a first call that wanted all outputs has read it */
+      ds_forget_file_pages(&(ds_span){s->linear.weight, (size_t)ds_weight_bytes(&s->linear)}, 1);
     linear->weight = to;
     follow_table(o, from, to);
     to += find_room(linear);

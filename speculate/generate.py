@@ -39,7 +39,8 @@ class Generation:
 
 class Run(Iterator[Piece]):
     """A generation under way: an iterator of its pieces. `finish_reason` and `stats` stand once it is
-    exhausted; before that `stats` are those of the pieces so far."""
+    exhausted; before that `stats`, read anew after a piece, are those of the pieces so far. After an error
+    the round that failed may be in them."""
 
     def __init__(
         self,
@@ -73,29 +74,36 @@ class Run(Iterator[Piece]):
     @property
     def stats(self) -> GenerationStats:
         """Read from the loop when they are asked for: to read them in each round takes a hundredth of it."""
+        self._collect()
+        return self._stats
+
+    def _collect(self) -> None:
         if self._decoder is not None:
             _collect(self._stats, self._decoder)
             self._stats.discarded += self._num_cut
-        return self._stats
 
     def _decode(self, busy: Lock) -> Generator[Piece]:
         stats = self._stats
         with exclusive(busy):
             resumed = perf_counter()
-            decoder = self._decoder = self._begin()
-            while token_ids := decoder.step():
-                kept, text = self._read(token_ids)
-                stats.emitted += kept
-                last = self.finish_reason != "length" or stats.emitted == self._max_new_tokens
-                if last:
-                    text += self._stops.push(self._text.flush()) + self._stops.flush()
-                stats.total_ms += (perf_counter() - resumed) * 1e3
-                stats.ttft_ms = stats.ttft_ms or stats.total_ms
-                self._num_cut = len(token_ids) - kept
-                yield Piece(text, token_ids[:kept])
-                if last:
-                    return
-                resumed = perf_counter()
+            self._decoder = self._begin()
+            try:
+                while token_ids := self._decoder.step():
+                    kept, text = self._read(token_ids)
+                    stats.emitted += kept
+                    last = self.finish_reason != "length" or stats.emitted == self._max_new_tokens
+                    if last:
+                        text += self._stops.push(self._text.flush()) + self._stops.flush()
+                    stats.total_ms += (perf_counter() - resumed) * 1e3
+                    stats.ttft_ms = stats.ttft_ms or stats.total_ms
+                    self._num_cut = len(token_ids) - kept
+                    yield Piece(text, token_ids[:kept])
+                    if last:
+                        return
+                    resumed = perf_counter()
+            finally:  # with the decoder go its laws and drafters
+                self._collect()
+                self._decoder = None
 
     def _read(self, token_ids: list[int]) -> tuple[int, str]:
         """Take in the tokens of a round; how many of them stay, and the text that they add."""
@@ -134,7 +142,7 @@ def _collect(stats: GenerationStats, decoder: Decoder) -> None:
     """Copy the loop's counters: they are the single source, and always consistent between rounds."""
     levels = [(level.name, decoder.counters(i)) for i, level in enumerate(decoder.levels)]
     *drafters, (_, target) = levels
-    stats.steps = target.rounds - 1
+    stats.steps = max(target.rounds - 1, 0)  # of a prompt that could not be read there is none
     stats.discarded = target.discarded
     stats.drafts = [_read_drafts(name, counters) for name, counters in drafters]
     stats.calls = {

@@ -145,7 +145,8 @@ INLINE void score_tile(const int type, const int queries, const ds_heads *heads,
 
 /* ---- Weights ------------------------------------------------------------------------------------------- */
 
-/* To bfloat16 as ds_round_bfloat16 does, which are stored; the same as floats. */
+/* To bfloat16, which are stored; the same as floats. Weights of NaN come from a cache and queries in bfloat16, so the lower
+ * half of their bits is zero, and rounding leaves them. */
 INLINE vf round_to_pairs(vf x, uint16_t *pairs) {
   vi bits = f_bits(x), is_odd = i_and(i_shift_right(bits, 16), i_set(1));
   vi halves = i_shift_right(i_add(bits, i_add(is_odd, i_set(0x7fff))), 16);

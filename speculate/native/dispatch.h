@@ -112,14 +112,6 @@ static inline ds_place ds_find_value(const ds_heads *heads, int64_t slot) {
   return (ds_place){slot * heads->head_dim, 1, false};
 }
 
-/* To the nearest bfloat16, ties to even. */
-static inline uint16_t ds_round_bfloat16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  if (x != x) return (uint16_t)(bits >> 16 | 0x40); /* still none: rounding could carry into the sign */
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 /* An item is DS_PROBE_BYTES to read, or DS_PROBE_STEPS of multiply-adds. */
 typedef struct {
   const char *bytes;

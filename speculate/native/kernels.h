@@ -169,7 +169,7 @@ enum { DS_PANEL_SLOTS = 16 };
 
 /* Take the rows of a fused projection, [n_rows, (n_heads + 2 n_kv_heads) head_dim] as queries, keys, values:
  * norm and turn queries in place, norm and turn keys into the cache, copy values into the cache, at slots
- * first_slot + row. */
+ * first_slot + row. A panel of a bfloat16 cache may be written by one call at a time: it is read and written by pairs. */
 DS_API int32_t ds_write_heads(ds_pool *pool, const ds_heads *heads, int32_t n_rows, float *qkv,
                               const int64_t *positions, int32_t first_slot, void *keys, void *values);
 

@@ -48,8 +48,7 @@ INLINE void compute_tile(const int rows, const int blocks, const ds_linear *line
     memcpy(&end, q + (r + 1) * stride - sizeof end, sizeof end);
     UNROLL for (int b = 0; b < blocks; ++b) {
       float *y = out + r * OUTPUT_STRIDE + b * LANES;
-      vf scaled = f_mul(f_load(y), f_set(end.scale));
-      f_store(y, scaled);
+      f_store(y, f_mul(f_load(y), f_set(end.scale)));
     }
   }
   if (linear->bias) add_bias(rows, blocks, linear->bias + (int64_t)block * LANES, out);

@@ -209,10 +209,10 @@ static OrtStatus *find_constants(kernel *node, OrtKernelContext *context, size_t
   return find_weights(node, context, first, false, &s->linear);
 }
 
-/* Of a file that is not what `export` writes a bound could be none, and a wrong token the first largest. */
-static bool is_bound(const ds_screen *screen) {
+/* What no bound can be made of would leave outputs unseen that are the largest. */
+static bool may_bound(const ds_screen *screen) {
   for (int32_t i = 0; i < screen->copy.n; ++i)
-    if (!(screen->error[i] >= 0 && screen->copy.scale[i] > 0 && screen->copy.scale[i] < INFINITY))
+    if (!(screen->error[i] >= 0 && screen->copy.scale[i] > 0 && screen->copy.scale[i] < 0x1p40f))
       return false;
   return true;
 }
@@ -226,8 +226,8 @@ static OrtStatus *find_screen(kernel *node, OrtKernelContext *context, size_t fi
   TRY(read_part(node, context, first + 1, &found.copy.scale, &sizes.scale));
   TRY(read_data(node, context, first + 2, sizes.scale, &found.error));
   TRY(report(node, ds_check_parts(&found.copy, &sizes)));
-  if (found.error && !is_bound(&found))
-    return refuse(node, "the errors or scales of its screen are no bound");
+  if (found.error && !may_bound(&found))
+    return refuse(node, "no bound can be made of the errors and scales of its screen");
   s->screen = found;
   return NULL;
 }

@@ -13,18 +13,19 @@ INLINE vf evaluate(const float *coefficients, int n, vf x) {
   return y;
 }
 
-/* To the nearest bfloat16, ties to even, in the upper half of each lane; zeros below. NaN stays NaN, as
- * ds_round_bfloat16 has it: rounding could carry into the sign. */
+/* To the nearest bfloat16, ties to even, in the upper half of each lane; zeros below. NaN keeps its upper bits and
+ * becomes quiet: rounding could carry into its sign, or make infinity of it. */
 INLINE vi f_round_bfloat16(vf x) {
   vi bits = f_bits(x), magnitude = i_and(bits, i_set(INT32_MAX));
   vi is_odd = i_and(i_shift_right(bits, 16), i_set(1));
-  vi rounded = i_add(bits, i_add(is_odd, i_set(0x7fff)));
+  const vi upper = i_set((int32_t)0xffff0000);
+  vi rounded = i_and(i_add(bits, i_add(is_odd, i_set(0x7fff))), upper);
   /* Of what is not finite: one for NaN, zero for infinity. */
   vi is_nan = i_shift_right(i_add(magnitude, i_set(0x7fffff - 0x7f800000)), 23);
   vi other = i_or(bits, i_shift_left(is_nan, 22));
   vf nearest = f_pick_less(f_from_bits(magnitude), f_from_bits(i_set(0x7f800000)), f_from_bits(rounded),
                            f_from_bits(other));
-  return i_and(f_bits(nearest), i_set((int32_t)0xffff0000));
+  return i_and(f_bits(nearest), upper);
 }
 
 /* e^x to 1 unit in the last place, for x <= 0 in the uses below and any x <= 88; less than -87 counts as -87

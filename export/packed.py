@@ -15,7 +15,6 @@ from .onnx_files import WeightFile
 
 # A bitmask costs an eighth of a byte a weight, and the zeros that it leaves out a little time to put back.
 MIN_SPARSITY = 0.3
-MAX_SCREENED = 65536  # inputs that int8 sums hold
 MAX_SCREENED_WEIGHT = 2.0**40
 
 
@@ -82,7 +81,7 @@ def add_packed(
 def add_screen(file: WeightFile, linear: PackedLinear, weight: Tensor) -> PackedLinear:
     """The same linear, of these weights [N, K], with an int8 copy that shows where its largest outputs may be
     (`ds_screen` in kernels.h), where it can have one."""
-    if linear.format not in ("float32", "bfloat16") or linear.has_bias or linear.k > MAX_SCREENED:
+    if linear.format not in ("float32", "bfloat16") or linear.has_bias or linear.k > kernels.MAX_INT8_INPUTS:
         return linear
     values = weight.float().numpy()
     if not np.abs(values).max() < MAX_SCREENED_WEIGHT:

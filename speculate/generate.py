@@ -74,21 +74,17 @@ class Run(Iterator[Piece]):
     @property
     def stats(self) -> GenerationStats:
         """Read from the loop when they are asked for: to read them in each round takes a hundredth of it."""
-        self._collect()
-        return self._stats
-
-    def _collect(self) -> None:
         if self._decoder is not None:
-            _collect(self._stats, self._decoder)
-            self._stats.discarded += self._num_cut
+            _collect(self._stats, self._decoder, self._num_cut)
+        return self._stats
 
     def _decode(self, busy: Lock) -> Generator[Piece]:
         stats = self._stats
         with exclusive(busy):
             resumed = perf_counter()
-            self._decoder = self._begin()
+            decoder = self._decoder = self._begin()
             try:
-                while token_ids := self._decoder.step():
+                while token_ids := decoder.step():
                     kept, text = self._read(token_ids)
                     stats.emitted += kept
                     last = self.finish_reason != "length" or stats.emitted == self._max_new_tokens
@@ -102,7 +98,7 @@ class Run(Iterator[Piece]):
                         return
                     resumed = perf_counter()
             finally:  # with the decoder go its laws and drafters
-                self._collect()
+                _collect(stats, decoder, self._num_cut)
                 self._decoder = None
 
     def _read(self, token_ids: list[int]) -> tuple[int, str]:
@@ -138,12 +134,13 @@ def exclusive(busy: Lock) -> Iterator[None]:
         busy.release()
 
 
-def _collect(stats: GenerationStats, decoder: Decoder) -> None:
-    """Copy the loop's counters: they are the single source, and always consistent between rounds."""
+def _collect(stats: GenerationStats, decoder: Decoder, num_cut: int) -> None:
+    """Copy the loop's counters: they are the single source, and always consistent between rounds. num_cut:
+    tokens that the loop gave and the generation did not keep."""
     levels = [(level.name, decoder.counters(i)) for i, level in enumerate(decoder.levels)]
     *drafters, (_, target) = levels
     stats.steps = max(target.rounds - 1, 0)  # of a prompt that could not be read there is none
-    stats.discarded = target.discarded
+    stats.discarded = target.discarded + num_cut
     stats.drafts = [_read_drafts(name, counters) for name, counters in drafters]
     stats.calls = {
         split_engine_tree(level.name)[0]: counters.calls

@@ -14,6 +14,7 @@ from .binding import check, ffi, lib, view
 LANES = 16
 INT4_GROUP = 32  # inputs that share a grid
 PANEL_SLOTS: int = lib.DS_PANEL_SLOTS
+MAX_INT8_INPUTS: int = lib.DS_MAX_INT8_INPUTS
 # The best first.
 ISAS = ("amx_int8", "avx512_bf16", "avx512_vbmi2", "avx512_vnni", "avx2_vnni", "avx2", "portable")
 Activation = Literal["identity", "relu", "silu", "gelu", "gelu_tanh"]

@@ -1,5 +1,7 @@
 """A head with a screen computes few outputs exactly: which is the first largest never depends on it."""
 
+from pathlib import Path
+
 import draftsmith
 import numpy as np
 import pytest
@@ -20,6 +22,13 @@ SHAPES = [(1, 1), (7, 11), (16, 4), (53, 257), (113, 1031), (1000, 96)]
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20261129)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a bundle to be."""
+    (tmp_path / "bundle").mkdir()
+    return tmp_path / "bundle"
 
 
 class Head:
@@ -151,11 +160,9 @@ def test_weights_are_copied_to_within_their_errors(rng):
     assert (off < error).all() and np.abs(copy).max() == 127 and (error < 0.2).all()
 
 
-def test_greedy_decoding_says_what_all_logits_do(tmp_path):
+def test_greedy_decoding_says_what_all_logits_do(folder):
     """Of a bundle with such a head, which the graph of its target names."""
     torch.manual_seed(5)
-    folder = tmp_path / "bundle"
-    folder.mkdir()
     write_tiny_bundle(folder)
     assert b"screen_error" in (folder / "target/cpu.onnx").read_bytes()
     bundle = draftsmith.load(folder)
@@ -167,24 +174,20 @@ def test_greedy_decoding_says_what_all_logits_do(tmp_path):
         assert list(logits.argmax(axis=1)) == list(out.token_ids)
 
 
-def test_a_head_whose_logits_are_capped_has_none(tmp_path):
+def test_a_head_whose_logits_are_capped_has_none(folder):
     """The first largest of what float tanh makes of them may be another: it makes equals of large ones."""
-    folder = tmp_path / "bundle"
-    folder.mkdir()
     write_tiny_bundle(folder, CONFIG.model_copy(update={"logit_softcap": 20.0}))
     assert b"screen" not in (folder / "target/cpu.onnx").read_bytes()
 
 
 @pytest.mark.parametrize("spoil", [np.nan, -1.0])
-def test_errors_that_can_be_no_bound_are_refused(tmp_path, monkeypatch, spoil):
+def test_errors_that_can_be_no_bound_are_refused(folder, monkeypatch, spoil):
     def screen_wrongly(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         copy, scale, error = screen(weight)
         error[5] = spoil
         return copy, scale, error
 
     monkeypatch.setattr(packed, "screen", screen_wrongly)
-    folder = tmp_path / "bundle"
-    folder.mkdir()
     write_tiny_bundle(folder)
     with pytest.raises(BundleError, match="no bound can be made"):
         draftsmith.load(folder).generate([5, 6, 7], max_new_tokens=4, speculate="none")

@@ -130,9 +130,7 @@ void ISA(attend)(const void *argument, int32_t item, int32_t next, int32_t threa
     q->slots = job->slots + row * heads->max_slots;
     q->n_slots = job->n_slots[row];
     q->block = q->own;
-    if (heads->cache_type != FLOATS)
-      for (int32_t c = 0; c < size; c += LANES)
-        i_store_halves(q->vector_pairs + c, i_shift_right(f_round_bfloat16(f_load(q->vector + c)), 16));
+    if (heads->cache_type != FLOATS) f_round_halves(q->vector, size, q->vector_pairs);
     clear(q->all, size);
     if (q->n_slots > most_slots) most_slots = q->n_slots;
   }

@@ -237,7 +237,7 @@ INLINE void add_parts(const int type, const int queries, const int parts, int32_
     fetch(ahead);
     add_value(queries, parts, size, (const float *)values + (int64_t)slots[j] * size, at, q, j, sums);
   }
-  /* All slots of most calls. */
+  /* All slots of most calls, in a loop of their own, which asks nothing of each. */
   int32_t n_paired = type != FLOATS && slots[0] % 2 == 0 && slots[n - 1] - slots[0] == n - 1 ? n / 2 * 2 : 0;
   for (int32_t j = 0; j < n_paired; j += 2) {
     fetch(ahead);

@@ -26,9 +26,9 @@ typedef struct {
 typedef struct {
   int32_t k;
   const float *x;
-  float *rest,
-      *norms; /* [n_rows, k], what the first of its int8 rows leaves; [n_rows], or infinity: no bound holds */
-  char *rows; /* two for each */
+  float *rest;  /* [n_rows, k], what the first of its int8 rows leaves */
+  float *norms; /* [n_rows], or infinity: no bound holds */
+  char *rows;   /* two for each */
 } ds_split_job;
 
 /* An item is that of a linear; a range is of one for a row. */

@@ -6,12 +6,7 @@
 
 /* RMSNorm of one head, as rows.c does it. */
 static void norm_head(float *x, const float *weight, int32_t n, float eps) {
-  vf squares = f_zero();
-  for (int32_t i = 0; i < n; i += LANES) {
-    vf part = f_load_n(x + i, n - i < LANES ? n - i : LANES);
-    squares = f_fma(part, part, squares);
-  }
-  vf inverse = f_set(1 / sqrtf(f_sum(squares) / (float)n + eps));
+  vf inverse = f_set(1 / sqrtf(f_sum_squares(x, n) / (float)n + eps));
   for (int32_t i = 0; i < n; i += LANES) {
     int lanes = n - i < LANES ? n - i : LANES;
     f_store_n(x + i, f_mul(f_mul(f_load_n(x + i, lanes), inverse), f_load_n(weight + i, lanes)), lanes);
@@ -38,8 +33,7 @@ static void prepare_head(const ds_heads *heads, const float *norm, int64_t posit
 /* A key as pairs of channels. */
 static void store_key_pairs(const float *key, int32_t size, uint16_t *cache, ds_place at) {
   uint16_t halves[DS_MAX_HEAD_DIM];
-  for (int32_t c = 0; c < size; c += LANES)
-    i_store_halves(halves + c, i_shift_right(f_round_bfloat16(f_load(key + c)), 16));
+  f_round_halves(key, size, halves);
   for (int32_t c = 0; c < size; c += 2)
     memcpy(cache + ds_find_channel(at, c), halves + c, 2 * sizeof *halves);
 }

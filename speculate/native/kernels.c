@@ -10,8 +10,6 @@
 #include <string.h>
 
 enum {
-  /* Above this the sum of unsigned weights times activations could pass 2^31. */
-  MAX_INT8_INPUTS = 65536,
   MAX_SIDE = 1 << 24,
   KEPT_FLOATS = 24 << 10, /* of the stack */
   BITMASK_SLACK = 64,     /* bytes behind such a weight that reads may reach */
@@ -51,8 +49,8 @@ static int32_t check_linear(const ds_linear *linear) {
           (int)linear->activation);
   REQUIRE(linear->weight, "the linear has no weight");
   REQUIRE(!is_int8(linear->format) || linear->scale, "an int8 linear needs the scale of each output");
-  REQUIRE(!is_int8(linear->format) || linear->k <= MAX_INT8_INPUTS, "%d inputs; int8 sums hold at most %d",
-          (int)linear->k, MAX_INT8_INPUTS);
+  REQUIRE(!is_int8(linear->format) || linear->k <= DS_MAX_INT8_INPUTS, "%d inputs; int8 sums hold at most %d",
+          (int)linear->k, DS_MAX_INT8_INPUTS);
   REQUIRE(linear->format != DS_INT8_BITMASK || linear->starts,
           "a bitmask linear needs where its blocks start");
   return DS_OK;

@@ -63,6 +63,9 @@ enum ds_format {
 };
 enum { DS_INT4_GROUP = 32 }; /* inputs that share a grid */
 
+/* With more inputs the sum of unsigned weights times activations could pass 2^31. */
+enum { DS_MAX_INT8_INPUTS = 65536 };
+
 /* What becomes of x W^T + bias. The gated ones take blocks in pairs, 16 outputs a of the gate projection
  * before 16 outputs b of the up projection, and give act(a) b. */
 enum ds_activation {

@@ -291,9 +291,9 @@ static OrtStatus *run_screened(kernel *node, const step *s, int32_t n_rows, cons
 static OrtStatus *run_step(kernel *node, const step *s, int32_t n_rows, const float *x, const float *residual,
                            float *y, float *peaks) {
   const void *rows = NULL;
-  const ds_linear *next = find_next(node->owner, s);
   TRY(prepare_rows(node, s, n_rows, x, &rows));
   if (!residual && screens(node->owner, s)) return run_screened(node, s, n_rows, rows, y, peaks);
+  const ds_linear *next = find_next(node->owner, s);
   return report(node,
                 s->linear.format >= DS_INT8
                     ? ds_linear_int8(node->owner->pool, &s->linear, n_rows, rows, residual, y, peaks, next)

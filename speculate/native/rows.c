@@ -155,11 +155,6 @@ void ISA(split_rows)(const void *argument, int32_t item, int32_t next, int32_t t
   memcpy(&end, rows + stride - sizeof end, sizeof end);
   for (int32_t i = 0; i < k; ++i) rest[i] = fmaf(-end.scale, (float)((const int8_t *)rows)[i], x[i]);
   quantize_row(&(row_values){.x = rest, .k = k}, 0, rows + stride);
-  vf squares = f_zero();
-  for (int32_t i = 0; i < k; i += LANES) {
-    vf values = f_load_n(x + i, count_lanes(0, i, k));
-    squares = f_fma(values, values, squares);
-  }
-  float norm = sqrtf(f_sum(squares));
+  float norm = sqrtf(f_sum_squares(x, k));
   job->norms[item] = norm > 0x1p-40f && norm < 0x1p40f ? norm : INFINITY;
 }

@@ -28,6 +28,22 @@ INLINE vi f_round_bfloat16(vf x) {
   return i_and(f_bits(nearest), upper);
 }
 
+/* `n` floats, a multiple of LANES, as the bits of bfloat16. */
+INLINE void f_round_halves(const float *x, int32_t n, uint16_t *halves) {
+  for (int32_t i = 0; i < n; i += LANES)
+    i_store_halves(halves + i, i_shift_right(f_round_bfloat16(f_load(x + i)), 16));
+}
+
+/* Over every sixteenth element in a chain, then over the lanes as f_sum does. */
+INLINE float f_sum_squares(const float *x, int32_t n) {
+  vf squares = f_zero();
+  for (int32_t i = 0; i < n; i += LANES) {
+    vf part = f_load_n(x + i, n - i < LANES ? n - i : LANES);
+    squares = f_fma(part, part, squares);
+  }
+  return f_sum(squares);
+}
+
 /* e^x to 1 unit in the last place, for x <= 0 in the uses below and any x <= 88; less than -87 counts as -87
  * (1.6e-38). x = n ln 2 + r with |r| <= ln(2)/2 (Cody & Waite), a polynomial for e^r, and n added to the
  * exponent. NaN stays. */

@@ -4,6 +4,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from ..speculate.binding import ffi, lib
@@ -89,7 +90,7 @@ class CostMeter:
                 figures[:] = np.flip(np.minimum.accumulate(np.flip(figures, axis), axis), axis)
         milliseconds = {name: figures.tolist() for name, figures in table.items()}
         axes = {"rows": rows, "contexts": contexts}
-        return Costs.model_validate({**axes, "milliseconds": milliseconds, "overhead_ms": overhead_ms})
+        return msgspec.convert({**axes, "milliseconds": milliseconds, "overhead_ms": overhead_ms}, Costs)
 
 
 def weight_bytes(bundle: Bundle, engine: str) -> int:

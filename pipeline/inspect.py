@@ -3,19 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from ..speculate.manifest import PLAN, read_json, read_manifest
+import msgspec
+
+from ..speculate.manifest import MANIFEST, PLAN, read_json, read_manifest
 
 
 def inspect(bundle_dir: Path) -> dict[str, Any]:
     """Check every file against the manifest and describe the bundle. Raises BundleError for a damaged one."""
     manifest = read_manifest(bundle_dir)
     plan = read_json(bundle_dir / PLAN)
-    raw = manifest.model_dump()
+    raw = read_json(bundle_dir / MANIFEST)
     engines = {}
     for name, engine in manifest.engines.items():
         folder = engine.graph.rpartition("/")[0]
         size = sum(file.size for path, file in manifest.files.items() if path.startswith(f"{folder}/"))
-        engines[name] = engine.model_dump() | {"bytes": 0 if engine.skips else size}
+        said = msgspec.to_builtins(engine) | raw["engines"][name]
+        engines[name] = said | {"bytes": 0 if engine.skips else size}
     return {
         "bundle": str(bundle_dir),
         "files_checked": len(manifest.files),

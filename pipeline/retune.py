@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..speculate.bundle import Bundle, load
 from ..speculate.levels import TARGET
-from ..speculate.manifest import PLAN, RECIPE, REPORTS, read_json
+from ..speculate.manifest import MANIFEST, PLAN, RECIPE, REPORTS, read_json
 from ..speculate.plan import Plan
 from .bench import bench
 from .describe import describe_measurements, resolve_recipe, write_documents
@@ -40,7 +42,7 @@ def retune(
     plan = tune_bundle(bundle, [ids for _, ids in chosen], spec, progress)
     texts, facts = {PLAN: json.dumps(plan, indent=2) + "\n"}, {}
     if REPORTS in bundle.manifest.files:
-        bundle.plan = Plan.model_validate(plan)
+        bundle.plan = msgspec.convert(plan, Plan)
         shown = [replace(prompt, content=ids) for prompt, ids in chosen]
         measured = bench(bundle, shown, max_new_tokens=NEW_TOKENS, ignore_eos=True, progress=progress)
         more, facts = _tell_anew(bundle, plan, measured)
@@ -70,7 +72,7 @@ def _tell_anew(bundle: Bundle, plan: dict, measured: dict) -> tuple[dict[str, st
         "recipe_sha256": hash_json(resolved.model_dump()),
         "measurements": describe_measurements(reports),
     }
-    provenance = (bundle.manifest.model_extra or {}) | facts
+    provenance = read_json(bundle.path / MANIFEST) | facts
     return write_documents(bundle.path.name, resolved, provenance, reports), facts
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..speculate.bundle import Bundle
 from ..speculate.errors import BundleError
-from ..speculate.manifest import read_json
+from ..speculate.manifest import MANIFEST, read_json
 from .compare import Series
 from .machine import describe_machine
 from .steadiness import REFERENCE
@@ -105,7 +105,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     """What of a bundle is compared without a clock."""
     files = bundle.manifest.files
     return {
-        "model": identify_model(bundle.manifest.model_dump().get("model")),
+        "model": identify_model(read_json(bundle.path / MANIFEST).get("model")),
         "tokenizer_sha256": files["tokenizer.json"].sha256,
         "bytes": sum(file.size for file in files.values()),
     }

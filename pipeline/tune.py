@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from itertools import permutations, product
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -98,7 +99,7 @@ def tune_bundle(
         costs=costs,
         choices=tuple(map(_make_choice, [best, *others])),
     )
-    chosen = plan.model_dump(mode="json")
+    chosen = json.loads(msgspec.json.encode(plan))
     chosen["costs"]["floor_ms"] = meter.floors()
     return {
         **chosen,

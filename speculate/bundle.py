@@ -32,14 +32,12 @@ from .manifest import (
     NGRAMS,
     PLAN,
     TOKENIZER,
-    read_json,
     read_manifest,
     resolve_inside,
-    validate,
 )
 from .ngrams import Ngrams
 from .onnx_engine import SharingEngine, default_threads
-from .plan import Plan
+from .plan import read_plan
 from .prompt import Prompt, check_ids, encode_chat, encode_text, is_chat, load_tokenizer
 from .settings import Rule, Sampling
 
@@ -88,7 +86,7 @@ class Bundle:
         self.threads = threads or default_threads()
         self.manifest = read_manifest(path, engines=False)
         self.devices, self.why_cpu = choose_devices(self.manifest.engines, device)
-        self.plan = validate(Plan, read_json(path / PLAN), path / PLAN)
+        self.plan = read_plan(path / PLAN)
         for planned in (self.plan, *self.plan.choices):
             check_names(list(planned.ladder), self.manifest.engines)
         self.tokenizer = load_tokenizer(path / TOKENIZER)

@@ -1,31 +1,31 @@
 """What a call of an engine costs, by its rows and by what is in the cache: measured on one machine."""
 
+import sys
 from functools import cached_property
 from itertools import pairwise
-from typing import Annotated, Self
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from msgspec import Meta, Struct
 
 from .loop import PREFILL_ROWS
 
-Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Overhead = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FINITE = sys.float_info.max
+Milliseconds = Annotated[float, Meta(gt=0, le=FINITE)]
+Overhead = Annotated[float, Meta(ge=0, le=FINITE)]
+Axis = Annotated[tuple[int, ...], Meta(min_length=1)]
 
 
-class Costs(BaseModel):
+class Costs(Struct, frozen=True, dict=True):
     """Milliseconds of one call of every engine, measured at some row counts over some numbers of used cache
     slots. Linear in between; flat before the first figures, on a straight line behind the last."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    rows: tuple[int, ...] = Field(min_length=1)
-    contexts: tuple[int, ...] = Field(min_length=1)
+    rows: Axis
+    contexts: Axis
     milliseconds: dict[str, tuple[tuple[Milliseconds, ...], ...]]  # engine -> [context][rows]
     overhead_ms: Overhead = 0.0  # of a round beside the calls: choice, text, bookkeeping
 
-    @model_validator(mode="after")
-    def _check_table(self) -> Self:
+    def __post_init__(self) -> None:
         if any(low >= high for low, high in pairwise((0, *self.rows))):
             raise ValueError("rows must rise from 1 or more")
         if any(low >= high for low, high in pairwise((-1, *self.contexts))):
@@ -38,7 +38,6 @@ class Costs(BaseModel):
             (np.diff(table, axis=axis) < 0).any() for table in self.milliseconds.values() for axis in (0, 1)
         ):
             raise ValueError("milliseconds must not fall as rows or contexts rise")
-        return self
 
     def of(self, engine: str, rows, context) -> np.ndarray:
         """Milliseconds of calls with `rows` rows behind `context` slots: numbers, or arrays of one shape."""

@@ -1,7 +1,6 @@
 """Where a bundle's engines run: on the CPU, or on a GPU by TensorRT or ONNX Runtime; and why not there."""
 
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal, cast
 
@@ -101,6 +100,8 @@ def why_not_builder(builder: str) -> str:
 
 def installed_version(package: str) -> str:
     """Of the distribution that brings a TensorRT package, without importing it."""
+    from importlib.metadata import PackageNotFoundError, version  # 15 ms; few ask
+
     stem = package.replace("_", "-")
     for name in (f"{stem}-cu13", f"{stem}-cu12", stem):
         try:

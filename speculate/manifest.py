@@ -1,13 +1,19 @@
-"""A bundle's manifest: what is in the folder, and the proof that it is what was packed."""
+"""A bundle's manifest: what is in the folder, and the proof that it is what was packed.
+
+What a bundle says of itself is read by msgspec. Pydantic reads what people write: its memory (10 MB) and its
+import (60 ms) are not for every process that decodes.
+"""
 
 import hashlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
 import numpy as np
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import BundleError
 
@@ -24,46 +30,40 @@ DATASTORE = "datastore.rest"
 
 _READ_BYTES = 256 << 10  # more is no faster, and would stay with the process
 _HASH_THREADS = 2
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=Struct)
+Number = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
 
 
-class FileEntry(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    size: int = Field(ge=0)
+class FileEntry(Struct, frozen=True):
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    size: Number
 
 
-class TensorrtEntry(BaseModel):
-    """A TensorRT engine of the bundle; what its builder said of it is kept as it is."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+class TensorrtEntry(Struct, frozen=True):
+    """A TensorRT engine of the bundle. The manifest holds more that its builder said of it."""
 
     file: str
     builder: str  # package and version, which must be the runtime's
-    compute_capability: tuple[str, ...] = Field(strict=False)
+    compute_capability: tuple[str, ...]
     precision: Literal["bfloat16", "float16"]  # of the cache
-    rows: tuple[Annotated[int, Field(ge=1)], ...] = Field(strict=False, min_length=1)  # by profile, rising
-    max_seq_len: int = Field(ge=1)
-    num_slots: int = Field(ge=1)  # of the cache
+    rows: Annotated[tuple[Positive, ...], Meta(min_length=1)]  # by profile, rising
+    max_seq_len: Positive
+    num_slots: Positive  # of the cache
 
 
-class Skips(BaseModel):
+class Skips(Struct, frozen=True, kw_only=True):
     """What a drafter leaves out of the target, whose weights and cache it shares."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    attention: tuple[Annotated[int, Field(ge=0)], ...] = Field((), strict=False)  # layers whose attention is
-    mlp: tuple[Annotated[int, Field(ge=0)], ...] = Field((), strict=False)  # layers whose MLP is
+    attention: tuple[Number, ...] = ()  # layers whose attention is
+    mlp: tuple[Number, ...] = ()  # layers whose MLP is
     # In place of these: of the sublayers between the first and the last layer, to be searched while decoding.
-    share: float | None = Field(None, gt=0, lt=1)
-    bytes_read: float = Field(gt=0, le=1)  # of the target's weights, by one call
+    share: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    bytes_read: Annotated[float, Meta(gt=0, le=1)]  # of the target's weights, by one call
 
-    @model_validator(mode="after")
-    def _check_one(self) -> Self:
+    def __post_init__(self) -> None:
         if (self.share is None) != bool(self.attention or self.mlp):
             raise ValueError("skips wants a share, or layers, and not both")
-        return self
 
     def table(self, num_layers: int) -> NDArray[np.bool_]:
         """bool [num_layers, 2]: whether attention and MLP of each layer are left out."""
@@ -73,38 +73,33 @@ class Skips(BaseModel):
         return table
 
 
-class EngineEntry(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
-
+class EngineEntry(Struct, frozen=True, kw_only=True):
     graph: str  # path of the graph that this machine's runtime loads
     portable: str | None = None
-    vocab_size: int = Field(ge=1)
-    max_seq_len: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
-    num_kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
+    vocab_size: Positive
+    max_seq_len: Positive
+    num_layers: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
     weights: str = ""
     kv_cache_dtype: Literal["float32", "bfloat16"] = "float32"  # of a cache of its own, by our operators
-    eos_token_ids: tuple[int, ...] = Field(default=(), strict=False)
+    eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
-    tensorrt: tuple[TensorrtEntry, ...] = Field(default=(), strict=False)
+    tensorrt: tuple[TensorrtEntry, ...] = ()
     skips: Skips | None = None  # of the target, whose graph this then is
-    draft_vocab_size: Annotated[int, Field(ge=1)] | None = None  # tokens that its head knows, if not all
-    screened_bytes: Annotated[int, Field(ge=0)] = 0  # of weights that a call of greedy decoding hardly reads
+    draft_vocab_size: Positive | None = None  # tokens that its head knows, if not all
+    screened_bytes: Number = 0  # of weights that a call of greedy decoding hardly reads
     shares_cache: bool = False  # the target's, in which it drafts where both run on the CPU
 
 
-class Manifest(BaseModel):
-    """The part of manifest.json that decoding needs; provenance and measurements are kept as they are."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+class Manifest(Struct, frozen=True):
+    """The part of manifest.json that decoding needs. The file holds provenance and measurements too."""
 
     schema_version: int
     engines: dict[str, EngineEntry]
     files: dict[str, FileEntry]
 
-    @model_validator(mode="after")
-    def _check_skips(self) -> Self:
+    def __post_init__(self) -> None:
         for name, engine in self.engines.items():
             if engine.skips is None:
                 continue
@@ -113,7 +108,6 @@ class Manifest(BaseModel):
                 raise ValueError(f"{name} leaves out layers of a graph that is not the target's")
             if any(layer >= engine.num_layers for layer in (*engine.skips.attention, *engine.skips.mlp)):
                 raise ValueError(f"{name} leaves out layers that its {engine.num_layers} are not")
-        return self
 
     def engine_files(self, engine: str) -> dict[str, FileEntry]:
         """The graph that an engine runs on the CPU and, beside it, the file of its weights: by path. None of
@@ -171,12 +165,39 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def validate(model: type[Model], raw: dict[str, Any], path: Path) -> Model:
+    """What a file holds, less the keys that the model has not. Raises BundleError."""
     try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{path}: {where}: {first['msg']}, found {first['input']!r:.80}") from error
+        return msgspec.convert(raw, model)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{path}: {_describe(error, model, raw)}") from error
+
+
+def _describe(error: msgspec.ValidationError, model: type[Struct], raw: Any) -> str:
+    """Where it is, what was wanted, what was found. msgspec says [...] for any key of a dict: the one that it
+    means brings the same error alone."""
+    wanted, _, place = str(error).partition(" - at `$")
+    names, found = [], raw
+    for step in re.findall(r"\[\.\.\.\]|\w+", place):
+        if step == "[...]":
+            entries = dict(found)
+            for step in entries:
+                found.clear()
+                found[step] = entries[step]
+                if _fails(error, model, raw):
+                    break
+            else:
+                break
+        names.append(step)
+        found = found[int(step) if isinstance(found, list) else step]
+    return f"{'.'.join(names)}: {wanted}, found {found!r:.80}".removeprefix(": ")
+
+
+def _fails(error: msgspec.ValidationError, model: type[Struct], raw: Any) -> bool:
+    try:
+        msgspec.convert(raw, model)
+    except msgspec.ValidationError as other:
+        return str(other) == str(error)
+    return False
 
 
 def hash_file(path: Path) -> str:

@@ -1,29 +1,27 @@
 """plan.json: the measured choice that ``speculate="auto"`` follows."""
 
-from typing import Annotated, Any, Literal, Self
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from msgspec import Meta, Struct
 
-from .costs import Costs
+from .costs import FINITE, Costs
 from .levels import TARGET, list_models
+from .manifest import read_json, validate
 
 
-class Work(BaseModel):
+class Work(Struct, frozen=True):
     """How much one engine has to do."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    calls_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    rows_per_call: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    calls_per_token: Annotated[float, Meta(ge=0, le=FINITE)]
+    rows_per_call: Annotated[float, Meta(ge=1, le=FINITE)]
     reads_prompt: bool = True  # not where it drafts in the target's cache
 
 
-class Candidate(BaseModel):
+class Candidate(Struct, frozen=True):
     """A ladder, and what its engines were predicted to do for a token, the reading of the prompt aside."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
-
-    ladder: tuple[str, ...] = Field(strict=False)  # innermost first, without the target
+    ladder: tuple[str, ...]  # innermost first, without the target
     num_speculative_tokens: dict[str, int]
     work: dict[str, Work]
 
@@ -48,28 +46,18 @@ PLAIN = Candidate(
 )
 
 
-class Plan(BaseModel):
+class Plan(Struct, frozen=True):
     """The ladder for prompts like those that it was tuned on, and the `choices`, of which it is the first.
     For other lengths of prompt and output another may be faster: a drafter with a cache of its own has to
     read the prompt too, and what calls cost grows unevenly with the text before them."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
-
-    ladder: tuple[str, ...] = Field(default=(), strict=False)  # innermost first, without the target
+    ladder: tuple[str, ...] = ()  # innermost first, without the target
     num_speculative_tokens: dict[str, int] = {}
     verify: Literal["token", "block", "exact"] = "block"
     costs: Costs | None = None
-    choices: tuple[Candidate, ...] = Field(default=(), strict=False)
+    choices: tuple[Candidate, ...] = ()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _forget_older_costs(cls, raw: Any) -> Any:
-        """Version 1 had those of one context. Without any the ladder stands; `draftsmith tune` makes some."""
-        costs = raw.get("costs") if isinstance(raw, dict) else None
-        return raw | {"costs": None} if isinstance(costs, dict) and "context" in costs else raw
-
-    @model_validator(mode="after")
-    def _check_choices(self) -> Self:
+    def __post_init__(self) -> None:
         timed = self.costs.milliseconds if self.costs else {}
         for choice in self.choices:
             for name in choice.work:
@@ -78,7 +66,6 @@ class Plan(BaseModel):
             models = {TARGET, *list_models(choice.ladder)}
             if models != choice.work.keys():
                 raise ValueError(f"a choice needs the work of {', '.join(sorted(models))}")
-        return self
 
     def choose(self, prompt_tokens: int, new_tokens: int) -> Candidate | None:
         """The fastest for a generation of these lengths; None for a plan without choices."""
@@ -86,3 +73,13 @@ class Plan(BaseModel):
         if costs is None or not self.choices:
             return None
         return min(self.choices, key=lambda choice: choice.milliseconds(costs, prompt_tokens, new_tokens))
+
+
+def read_plan(path: Path) -> Plan:
+    """Raises BundleError."""
+    raw = read_json(path)
+    costs = raw.get("costs")
+    if isinstance(costs, dict) and "context" in costs:
+        # Version 1 had those of one context. Without any the ladder stands; `draftsmith tune` makes some.
+        raw["costs"] = None
+    return validate(Plan, raw, path)

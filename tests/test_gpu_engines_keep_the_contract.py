@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 from device_stand_ins import Context, Graph, Memory, Stream
@@ -111,7 +112,7 @@ def machine(monkeypatch):
 def test_auto_takes_the_gpu_only_for_engines_that_run_there(machine):
     machine()
     assert devices.choose_device("auto", [ENTRY]) == ("cuda", "")
-    assert devices.choose_device("auto", [ENTRY.model_copy(update={"tensorrt": ()})]) == ("cpu", "")
+    assert devices.choose_device("auto", [msgspec.structs.replace(ENTRY, tensorrt=())]) == ("cpu", "")
     assert devices.choose_device("cpu", [ENTRY]) == ("cpu", "")
     machine(missing="no NVIDIA driver: libcuda.so.1 is not found")
     assert devices.choose_device("auto", [ENTRY]) == ("cpu", "no NVIDIA driver: libcuda.so.1 is not found")
@@ -146,7 +147,7 @@ def test_cuda_is_refused_in_one_line_that_names_what_is_missing(machine, seems, 
 
 
 def test_a_bundle_says_why_it_runs_on_the_cpu_and_takes_devices_by_engine(tmp_path, monkeypatch):
-    built = PLAN.model_dump(mode="json")
+    built = msgspec.to_builtins(PLAN)
     (tmp_path / "engines").mkdir()
     folder = write_bundle(tmp_path, {"target": {"tensorrt": [built]}, "int8": {}})
     (folder / "engines" / "sm89.trt").write_bytes(b"plan")
@@ -169,7 +170,7 @@ def test_a_bundle_says_why_it_runs_on_the_cpu_and_takes_devices_by_engine(tmp_pa
 
 def test_a_plan_that_was_damaged_or_does_not_load_is_named(tmp_path, monkeypatch):
     (tmp_path / "engines").mkdir()
-    folder = write_bundle(tmp_path, {"target": {"tensorrt": [PLAN.model_dump(mode="json")]}, "int8": {}})
+    folder = write_bundle(tmp_path, {"target": {"tensorrt": [msgspec.to_builtins(PLAN)]}, "int8": {}})
     plan, sha256 = folder / "engines" / "sm89.trt", hashlib.sha256(b"plan").hexdigest()
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["engines/sm89.trt"] = {"sha256": sha256, "size": 4}
@@ -199,7 +200,7 @@ def test_a_plan_that_was_damaged_or_does_not_load_is_named(tmp_path, monkeypatch
 def test_the_portable_graph_runs_on_the_cpu_where_it_is_asked_for():
     assert devices.choose_device("portable", [ENTRY]) == ("portable", "")
     with pytest.raises(BundleError, match="device portable: the bundle lacks a portable graph"):
-        devices.choose_device("portable", [ENTRY.model_copy(update={"portable": None})])
+        devices.choose_device("portable", [msgspec.structs.replace(ENTRY, portable=None)])
 
 
 # ---- TensorRT ----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A plan's ladder follows the lengths of prompt and output: a model that drafts has to read them too."""
 
+import msgspec
 import pytest
 from draftsmith.pipeline.bench import bench
 from draftsmith.pipeline.prompts import Prompt
@@ -63,7 +64,7 @@ def whole_time(choice: dict, prompt: int, new: int) -> float:
 @pytest.mark.parametrize("new", [1, 2, 16, 64, 512])
 def test_the_ladder_is_the_one_with_the_least_time(prompt, new):
     choices = [MODEL, LOOKUP, PLAIN]
-    plan = Plan.model_validate(make_plan(*choices))
+    plan = msgspec.convert(make_plan(*choices), Plan)
     assert plan.costs
     times = [choice.milliseconds(plan.costs, prompt, new) for choice in plan.choices]
     assert times == pytest.approx([whole_time(choice, prompt, new) for choice in choices])
@@ -99,7 +100,7 @@ def test_a_drafter_in_the_targets_cache_reads_no_prompt():
         )
         for reads in (True, False)
     )
-    costs = Costs.model_validate(COSTS)
+    costs = msgspec.convert(COSTS, Costs)
     apart_ms, inside_ms = (choice.milliseconds(costs, 300, 16) for choice in (apart, inside))
     reading = sum(cost(rows, 128 * chunk, 4.0) for chunk, rows in enumerate((128, 128, 44)))
     assert apart_ms - inside_ms == pytest.approx(reading)
@@ -146,7 +147,7 @@ def test_tuning_keeps_the_fastest_of_every_set_of_models(tune_with, guests):  # 
     assert [choice["work"].keys() for choice in choices[1:]] == [{"target"}]  # tiny is slower and no use
     assert choices[0]["work"]["int8"]["reads_prompt"] == (not guests)
     for row in plan["by_length"]:
-        chosen = Plan.model_validate(plan).choose(row["prompt_tokens"], row["new_tokens"])
+        chosen = msgspec.convert(plan, Plan).choose(row["prompt_tokens"], row["new_tokens"])
         assert chosen and list(chosen.ladder) == row["ladder"]
     named = tune_with(Speculate(ladder=["int8"]), target=15.0, int8=3.0, tiny=9.0)
     assert [choice["ladder"] for choice in named["choices"]] == [["int8"]] and named["by_length"] == []

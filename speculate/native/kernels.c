@@ -222,8 +222,9 @@ int32_t ds_linear_screened(ds_pool *pool, const ds_linear *linear, const ds_scre
   job.n_rows = n_rows;
   job.x = x;
   ds_refine_job refine = {job, s.bests, s.highs, s.items};
-  ds_pool_run(pool, kernels->refine, &refine, choose_items(&s, n_rows, n_items));
-  return DS_OK;
+  int32_t n_refined = choose_items(&s, n_rows, n_items);
+  ds_pool_run(pool, kernels->refine, &refine, n_refined);
+  return n_refined;
 }
 
 static float read_weight(const ds_linear *linear, int64_t output, int64_t input) {

@@ -116,7 +116,8 @@ typedef struct ds_screen {
  * the largest; so the first largest is that of ds_linear_float. Of rows for which no bound holds, not finite or very
  * small or large, all outputs are computed.
  * error     must allow for r, and for the rounding of both sums
- * memory    ds_screen_bytes of it */
+ * memory    ds_screen_bytes of it
+ * Returns how many peaks' weights it read, or an error. */
 DS_API int64_t ds_screen_bytes(const ds_linear *linear, int32_t n_rows);
 DS_API int32_t ds_linear_screened(ds_pool *pool, const ds_linear *linear, const ds_screen *screen,
                                   int32_t n_rows, const float *x, void *memory, float *y, float *peaks);

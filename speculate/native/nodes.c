@@ -43,7 +43,6 @@
 #include "nodes.h"
 #include "dispatch.h"
 #include "error.h"
-#include "pages.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -52,6 +51,7 @@
 
 enum { MAX_DIMS = 4, MAX_SUBLAYERS = 1 << 16 };
 enum { STEP_INPUTS = 6, FIRST_STEP = 11 /* input of a Layer */ };
+enum { FORGET_BYTES = 2 << 20 }; /* of files, that the process would have twice or hardly reads */
 
 /* ---- What a node is given -------------------------------------------------------------------------------- */
 
@@ -277,14 +277,25 @@ static const ds_linear *find_next(const ds_operators *owner, const step *s) {
   return screens(owner, next) ? &next->screen.copy : &next->linear;
 }
 
+/* Calls read a few outputs' weights each, mostly others than the last did: in time the process would have all. */
+static void forget_refined(ds_operators *owner, int64_t n_read) {
+  owner->n_read += n_read;
+  if (owner->n_read < FORGET_BYTES) return;
+  ds_forget_pages(owner->refined);
+  owner->n_read = 0;
+}
+
 static OrtStatus *run_screened(kernel *node, const step *s, int32_t n_rows, const float *x, float *y,
                                float *peaks) {
+  ds_operators *owner = node->owner;
   int64_t n_bytes = ds_screen_bytes(&s->linear, n_rows);
   void *memory = NULL;
   if (n_bytes < 0) return report(node, (int32_t)n_bytes);
   TRY(reserve(node, SCREENING, (size_t)n_bytes, &memory));
-  return report(node,
-                ds_linear_screened(node->owner->pool, &s->linear, &s->screen, n_rows, x, memory, y, peaks));
+  int32_t n_refined = ds_linear_screened(owner->pool, &s->linear, &s->screen, n_rows, x, memory, y, peaks);
+  if (n_refined < 0) return report(node, n_refined);
+  forget_refined(owner, n_refined * ds_weight_bytes(&s->linear) * DS_PEAK_WIDTH / s->linear.n);
+  return NULL;
 }
 
 /* y = the linear of x, plus the residual, and its peaks, if not NULL. */
@@ -705,7 +716,7 @@ typedef struct {
   size_t n_bytes;
 } copy_job;
 
-enum { COPY_BYTES = 256 << 10, FORGET_BYTES = 4 << 20, FORGET_PARTS = 32, MAX_SPANS = 64, LINE = 64 };
+enum { COPY_BYTES = 256 << 10, MAX_SPANS = 64, LINE = 64 };
 
 static void copy_part(const void *argument, int32_t item, int32_t next, int32_t thread) {
   (void)next, (void)thread;
@@ -742,24 +753,25 @@ void ds_hold_weights(ds_operators *o) {
   if (!o->held) return;
   o->n_held = room;
   char *to = o->held;
-  size_t n_most = room / FORGET_PARTS > FORGET_BYTES ? room / FORGET_PARTS : FORGET_BYTES;
   ds_span spans[MAX_SPANS];
   for (step *s = first; s; s = s->next) {
     ds_linear *linear = find_held(s);
     const char *from = linear->weight;
     size_t n_bytes = (size_t)ds_weight_bytes(linear), n = 0;
     for (size_t at = 0; at < n_bytes; at += n) {
-      n = n_bytes - at < n_most - n_due ? n_bytes - at : n_most - n_due;
+      n = n_bytes - at < FORGET_BYTES - n_due ? n_bytes - at : FORGET_BYTES - n_due;
       copy_job job = {to + at, from + at, n};
       ds_pool_run(o->pool, copy_part, &job, (int32_t)((n + COPY_BYTES - 1) / COPY_BYTES));
       spans[n_spans++] = (ds_span){from + at, n};
       n_due += n;
-      if (n_due < n_most && n_spans < MAX_SPANS) continue;
+      if (n_due < FORGET_BYTES && n_spans < MAX_SPANS) continue;
       ds_forget_file_pages(spans, n_spans);
       n_spans = n_due = 0;
     }
-    if (linear != &s->linear) /* its screen is: a first call that wanted all outputs has read it */
-      ds_forget_file_pages(&(ds_span){s->linear.weight, (size_t)ds_weight_bytes(&s->linear)}, 1);
+    if (linear != &s->linear) { /* its screen is: a first call that wanted all outputs has read it */
+      o->refined = ds_find_file_pages((ds_span){s->linear.weight, (size_t)ds_weight_bytes(&s->linear)});
+      ds_forget_pages(o->refined);
+    }
     linear->weight = to;
     follow_table(o, from, to);
     to += find_room(linear);

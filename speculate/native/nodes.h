@@ -3,6 +3,7 @@
 #define DRAFTSMITH_NODES_H
 
 #include "operators.h"
+#include "pages.h"
 
 typedef struct kernel kernel;
 
@@ -85,6 +86,8 @@ struct ds_operators {
   const ds_cache *lent;        /* or NULL */
   char *held;                  /* a copy of all packed weights in huge pages, or NULL */
   size_t n_held;
+  ds_span refined; /* the file's pages of a linear whose screen is held, of which most calls read a few */
+  int64_t n_read;  /* bytes of them, at most, since the process let go of them */
   buffer buffers[N_BUFFERS];
   operator operators[N_KINDS];
 };

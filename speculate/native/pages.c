@@ -3,6 +3,7 @@
 #include "pages.h"
 
 #include <inttypes.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -90,31 +91,50 @@ void ds_return_pages(void *pages, size_t n_bytes) {
   if (pages) munmap(pages, round_up(n_bytes, HUGE_PAGE));
 }
 
+/* The next part of the process's map that mirrors a file. Of no file are also those below: what were forgotten there
+ * would be lost. */
+static bool next_file(FILE *map, uintptr_t *first, uintptr_t *end) {
+  char line[512];
+  while (fgets(line, sizeof line, map)) { /* the rest of a long line is none of its own */
+    char path[16];
+    int n = sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %*s %15s", first, end, path);
+    if (n == 3 && path[0] == '/' && strncmp(path, "/dev/", 5) && strncmp(path, "/anon_hugepage", 14) &&
+        strncmp(path, "/memfd:", 7))
+      return true;
+  }
+  return false;
+}
+
 /* The whole pages of a span within a part of the map. */
-static void forget_within(uintptr_t first, uintptr_t end, const ds_span *span) {
+static ds_span clip(uintptr_t first, uintptr_t end, const ds_span *span) {
   uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)span->start;
   uintptr_t to = from + span->n_bytes;
   if (from < first) from = first;
   if (to > end) to = end;
   from = round_up(from, page);
   to = to / page * page;
-  if (from < to) madvise((void *)from, to - from, MADV_DONTNEED);
+  return (ds_span){(const char *)from, from < to ? to - from : 0};
+}
+
+void ds_forget_pages(ds_span span) {
+  if (span.n_bytes) madvise((void *)(uintptr_t)span.start, span.n_bytes, MADV_DONTNEED);
 }
 
 void ds_forget_file_pages(const ds_span *spans, size_t n_spans) {
   FILE *map = fopen("/proc/self/maps", "r");
-  if (!map) return;
-  char line[512];
-  while (fgets(line, sizeof line, map)) { /* the rest of a long line is none of its own */
-    uintptr_t first, end;
-    char path[16];
-    int n = sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %*s %15s", &first, &end, path);
-    if (n < 3 || path[0] != '/' || !strncmp(path, "/dev/", 5) || !strncmp(path, "/anon_hugepage", 14) ||
-        !strncmp(path, "/memfd:", 7))
-      continue; /* of no file: what is forgotten there would be lost */
-    for (size_t i = 0; i < n_spans; ++i) forget_within(first, end, &spans[i]);
-  }
-  fclose(map);
+  uintptr_t first, end;
+  while (map && next_file(map, &first, &end))
+    for (size_t i = 0; i < n_spans; ++i) ds_forget_pages(clip(first, end, &spans[i]));
+  if (map) fclose(map);
+}
+
+ds_span ds_find_file_pages(ds_span span) {
+  FILE *map = fopen("/proc/self/maps", "r");
+  ds_span found = {span.start, 0};
+  uintptr_t first, end;
+  while (map && !found.n_bytes && next_file(map, &first, &end)) found = clip(first, end, &span);
+  if (map) fclose(map);
+  return found;
 }
 
 #else
@@ -124,7 +144,9 @@ void *ds_take_pages(size_t n_bytes) {
   return NULL;
 }
 void ds_return_pages(void *pages, size_t n_bytes) { (void)pages, (void)n_bytes; }
+void ds_forget_pages(ds_span span) { (void)span; }
 void ds_forget_file_pages(const ds_span *spans, size_t n_spans) { (void)spans, (void)n_spans; }
+ds_span ds_find_file_pages(ds_span span) { return (ds_span){span.start, 0}; }
 
 #endif
 

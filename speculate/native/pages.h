@@ -19,6 +19,10 @@ typedef struct {
  * or from the system's cache, and what was written to them is lost. Other memory is left alone. */
 void ds_forget_file_pages(const ds_span *spans, size_t n_spans);
 
+/* For who lets go again and again: the whole pages of a span that mirror one file, or none, and letting go of such. */
+ds_span ds_find_file_pages(ds_span span);
+void ds_forget_pages(ds_span file_pages);
+
 /* What the process has freed goes back to the system where its allocator would keep it. */
 void ds_forget_freed(void);
 

@@ -1,5 +1,6 @@
 """A head with a screen computes few outputs exactly: which is the first largest never depends on it."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import draftsmith
@@ -191,3 +192,32 @@ def test_errors_that_can_be_no_bound_are_refused(folder, monkeypatch, spoil):
     write_tiny_bundle(folder)
     with pytest.raises(BundleError, match="no bound can be made"):
         draftsmith.load(folder).generate([5, 6, 7], max_new_tokens=4, speculate="none")
+
+
+def test_a_process_lets_go_of_what_it_read_of_a_head(folder):
+    """Each token reads a few blocks of outputs that may be its largest; the system maps more around them."""
+    if not gives_huge_pages():
+        pytest.skip("the system gives no huge pages: all weights stay in the file")
+    wide = {"vocab_size": 24000, "hidden_size": 256}
+    write_tiny_bundle(folder, CONFIG.model_copy(update=wide))
+    bundle = draftsmith.load(folder, threads=1)
+    run = bundle.stream([5, 6, 7], max_new_tokens=200, speculate="none", ignore_eos=True)
+    sizes = [resident(folder / "target/cpu.data") for _ in run]
+    assert any(later < size / 2 for size, later in pairwise(sizes[1:]))
+
+
+def gives_huge_pages() -> bool:
+    words = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return words.is_file() and "[never]" not in words.read_text()
+
+
+def resident(file: Path) -> int:
+    """Bytes of a file that this process has."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            inside = rest[-1] == str(file)
+        elif inside and name == "Rss:":
+            total += int(rest[0]) << 10
+    return total

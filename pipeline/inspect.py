@@ -17,7 +17,8 @@ def inspect(bundle_dir: Path) -> dict[str, Any]:
     for name, engine in manifest.engines.items():
         folder = engine.graph.rpartition("/")[0]
         size = sum(file.size for path, file in manifest.files.items() if path.startswith(f"{folder}/"))
-        said = msgspec.to_builtins(engine) | raw["engines"][name]
+        said = msgspec.to_builtins(engine) | raw["engines"][name]  # which holds more of TensorRT's engines
+        said["skips"] = msgspec.to_builtins(engine.skips)
         engines[name] = said | {"bytes": 0 if engine.skips else size}
     return {
         "bundle": str(bundle_dir),

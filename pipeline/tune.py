@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from itertools import permutations, product
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -14,7 +13,7 @@ from ..speculate.bundle import Bundle, load
 from ..speculate.costs import Costs
 from ..speculate.drafters import Sources
 from ..speculate.levels import JOINT, SUFFIX, TARGET, TREE, is_drafter, split_engine_tree, wants_tree
-from ..speculate.plan import Candidate, Plan
+from ..speculate.plan import Candidate, Plan, spell_plan
 from .call_costs import CostMeter
 from .compare import settle
 from .machine import describe_machine
@@ -99,7 +98,7 @@ def tune_bundle(
         costs=costs,
         choices=tuple(map(_make_choice, [best, *others])),
     )
-    chosen = json.loads(msgspec.json.encode(plan))
+    chosen = spell_plan(plan)
     chosen["costs"]["floor_ms"] = meter.floors()
     return {
         **chosen,

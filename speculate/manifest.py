@@ -8,7 +8,7 @@ import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -173,31 +173,46 @@ def validate(model: type[Model], raw: dict[str, Any], path: Path) -> Model:
 
 
 def _describe(error: msgspec.ValidationError, model: type[Struct], raw: Any) -> str:
-    """Where it is, what was wanted, what was found. msgspec says [...] for any key of a dict: the one that it
-    means brings the same error alone."""
-    wanted, _, place = str(error).partition(" - at `$")
-    names, found = [], raw
-    for step in re.findall(r"\[\.\.\.\]|\w+", place):
-        if step == "[...]":
-            entries = dict(found)
-            for step in entries:
-                found.clear()
-                found[step] = entries[step]
-                if _fails(error, model, raw):
-                    break
-            else:
-                break
-        names.append(step)
-        found = found[int(step) if isinstance(found, list) else step]
+    """Where it is, what was wanted, what was found. `raw` is spent on it."""
+    placed = re.fullmatch(r"(.*) - at `\$(.*)`", str(error), re.DOTALL)
+    wanted, place = placed.groups() if placed else (str(error), "")
+    names, kind, found = [], model, raw
+    try:
+        for step in re.findall(r"\[\.\.\.\]|\w+", place):
+            key = _find_key(error, model, raw, found) if step == "[...]" else step
+            names.append(key)
+            kind, found = _step_into(kind, key), found[int(key) if isinstance(found, list) else key]
+    except (LookupError, ValueError, TypeError):  # such words may come from the file itself
+        return f"{error}"
+    for part in (kind, *get_args(kind)):
+        if get_origin(part) is Literal:
+            wanted = f"Expected {' or '.join(map(repr, get_args(part)))}"
     return f"{'.'.join(names)}: {wanted}, found {found!r:.80}".removeprefix(": ")
 
 
-def _fails(error: msgspec.ValidationError, model: type[Struct], raw: Any) -> bool:
-    try:
-        msgspec.convert(raw, model)
-    except msgspec.ValidationError as other:
-        return str(other) == str(error)
-    return False
+def _find_key(error: msgspec.ValidationError, model: type[Struct], raw: Any, found: dict[str, Any]) -> str:
+    """msgspec says [...] for any key of a dict: the one that it means brings the same error alone."""
+    for key, value in dict(found).items():
+        found.clear()
+        found[key] = value
+        try:
+            msgspec.convert(raw, model)
+        except msgspec.ValidationError as other:
+            if str(other) == str(error):
+                return key
+    raise KeyError
+
+
+def _step_into(kind: Any, key: str) -> Any:
+    """The type of what a value of this type has at a key."""
+    for part in (kind, *get_args(kind)):  # of a union too
+        if isinstance(part, type) and issubclass(part, Struct):
+            return get_type_hints(part)[key]
+        if get_origin(part) is dict:
+            return get_args(part)[1]
+        if get_origin(part) is tuple:
+            return get_args(part)[0]
+    raise KeyError
 
 
 def hash_file(path: Path) -> str:

@@ -1,8 +1,10 @@
 """plan.json: the measured choice that ``speculate="auto"`` follows."""
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from .costs import FINITE, Costs
@@ -73,6 +75,13 @@ class Plan(Struct, frozen=True):
         if costs is None or not self.choices:
             return None
         return min(self.choices, key=lambda choice: choice.milliseconds(costs, prompt_tokens, new_tokens))
+
+
+def spell_plan(plan: Plan) -> dict[str, Any]:
+    """As plan.json is to hold it. Raises msgspec.ValidationError for one that would be refused when read."""
+    raw = json.loads(msgspec.json.encode(plan))
+    msgspec.convert(raw, Plan)
+    return raw
 
 
 def read_plan(path: Path) -> Plan:

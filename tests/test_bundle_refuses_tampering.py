@@ -144,6 +144,11 @@ def forge(*path, value):
         (forge("engines", "int8", "graph", value="drafters/other.onnx"), "no hash for drafters/other.onnx"),
         (forge("engines", "int8", "vocab_size", value=BYTE_VOCAB - 1), "int8 has a vocabulary of 257"),
         (forge("engines", "int8", "vocab_size", value=128256), "int8 has a vocabulary of 128256"),
+        (
+            forge("engines", "int8", "kv_cache_dtype", value="fp8"),
+            "engines.int8.kv_cache_dtype: Expected 'float32' or 'bfloat16', found 'fp8'",
+        ),
+        (forge("engines", "x - at `$.y", value={}), "engines.x - at `$.y: Object missing"),
         (forge("files", "plan.json", value=None), "no hash for plan.json"),
         (forge("files", "plan.json", "sha256", value="0"), "files.plan.json.sha256"),
         (forge("files", "plan.json", "size", value=-1), "files.plan.json.size"),

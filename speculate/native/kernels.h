@@ -117,7 +117,7 @@ typedef struct ds_screen {
  * small or large, all outputs are computed.
  * error     must allow for r, and for the rounding of both sums
  * memory    ds_screen_bytes of it
- * Returns how many peaks' weights it read, or an error. */
+ * Returns of how many blocks of DS_PEAK_WIDTH outputs it read the weights, or an error. */
 DS_API int64_t ds_screen_bytes(const ds_linear *linear, int32_t n_rows);
 DS_API int32_t ds_linear_screened(ds_pool *pool, const ds_linear *linear, const ds_screen *screen,
                                   int32_t n_rows, const float *x, void *memory, float *y, float *peaks);

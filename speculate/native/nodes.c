@@ -51,7 +51,7 @@
 
 enum { MAX_DIMS = 4, MAX_SUBLAYERS = 1 << 16 };
 enum { STEP_INPUTS = 6, FIRST_STEP = 11 /* input of a Layer */ };
-enum { FORGET_BYTES = 2 << 20 }; /* of files, that the process would have twice or hardly reads */
+enum { FORGET_BYTES = 2 << 20 }; /* as many of a file were read when the process lets go of its pages */
 
 /* ---- What a node is given -------------------------------------------------------------------------------- */
 
@@ -716,7 +716,7 @@ typedef struct {
   size_t n_bytes;
 } copy_job;
 
-enum { COPY_BYTES = 256 << 10, MAX_SPANS = 64, LINE = 64 };
+enum { COPY_BYTES = 256 << 10, LINE = 64 };
 
 static void copy_part(const void *argument, int32_t item, int32_t next, int32_t thread) {
   (void)next, (void)thread;
@@ -740,10 +740,21 @@ static void follow_table(ds_operators *o, const void *from, const void *to) {
   }
 }
 
+/* Part by part, so that the process never has much of it twice. */
+static void copy_weights(ds_pool *pool, const ds_file_map *files, char *to, const char *from,
+                         size_t n_bytes) {
+  for (size_t at = 0, n; at < n_bytes; at += n) {
+    n = n_bytes - at < FORGET_BYTES ? n_bytes - at : FORGET_BYTES;
+    copy_job job = {to + at, from + at, n};
+    ds_pool_run(pool, copy_part, &job, (int32_t)((n + COPY_BYTES - 1) / COPY_BYTES));
+    ds_forget_pages(ds_find_file_pages(files, (ds_span){from + at, n}));
+  }
+}
+
 /* A walk through the tables of small pages for every 4 KiB of weights makes calls of 1 to 8 rows take a tenth longer
- * on some virtual machines. The file's pages are let go part by part, so that the process never has much of it twice. */
+ * on some virtual machines. */
 void ds_hold_weights(ds_operators *o) {
-  size_t room = 0, n_spans = 0, n_due = 0;
+  size_t room = 0;
   step *first = o->last_step;
   for (step *s = first; s; s = s->before) {
     room += find_room(find_held(s));
@@ -753,30 +764,22 @@ void ds_hold_weights(ds_operators *o) {
   if (!o->held) return;
   o->n_held = room;
   char *to = o->held;
-  ds_span spans[MAX_SPANS];
+  ds_file_map files;
+  ds_list_files(&files);
   for (step *s = first; s; s = s->next) {
     ds_linear *linear = find_held(s);
     const char *from = linear->weight;
-    size_t n_bytes = (size_t)ds_weight_bytes(linear), n = 0;
-    for (size_t at = 0; at < n_bytes; at += n) {
-      n = n_bytes - at < FORGET_BYTES - n_due ? n_bytes - at : FORGET_BYTES - n_due;
-      copy_job job = {to + at, from + at, n};
-      ds_pool_run(o->pool, copy_part, &job, (int32_t)((n + COPY_BYTES - 1) / COPY_BYTES));
-      spans[n_spans++] = (ds_span){from + at, n};
-      n_due += n;
-      if (n_due < FORGET_BYTES && n_spans < MAX_SPANS) continue;
-      ds_forget_file_pages(spans, n_spans);
-      n_spans = n_due = 0;
-    }
+    copy_weights(o->pool, &files, to, from, (size_t)ds_weight_bytes(linear));
     if (linear != &s->linear) { /* its screen is: a first call that wanted all outputs has read it */
-      o->refined = ds_find_file_pages((ds_span){s->linear.weight, (size_t)ds_weight_bytes(&s->linear)});
+      ds_span whole = {s->linear.weight, (size_t)ds_weight_bytes(&s->linear)};
+      o->refined = ds_find_file_pages(&files, whole);
       ds_forget_pages(o->refined);
     }
     linear->weight = to;
     follow_table(o, from, to);
     to += find_room(linear);
   }
-  ds_forget_file_pages(spans, n_spans);
+  free(files.parts);
 }
 
 /* ---- All of them ------------------------------------------------------------------------------------------ */

@@ -87,7 +87,7 @@ struct ds_operators {
   char *held;                  /* a copy of all packed weights in huge pages, or NULL */
   size_t n_held;
   ds_span refined; /* the file's pages of a linear whose screen is held, of which most calls read a few */
-  int64_t n_read;  /* bytes of them, at most, since the process let go of them */
+  int64_t n_read;  /* bytes of weights that calls read there since the process let go of them */
   buffer buffers[N_BUFFERS];
   operator operators[N_KINDS];
 };

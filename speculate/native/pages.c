@@ -16,7 +16,7 @@
 
 #if defined(MADV_HUGEPAGE)
 
-enum { HUGE_PAGE = 2 << 20 };
+enum { HUGE_PAGE = 2 << 20, FEW_PARTS = 64 };
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -91,13 +91,13 @@ void ds_return_pages(void *pages, size_t n_bytes) {
   if (pages) munmap(pages, round_up(n_bytes, HUGE_PAGE));
 }
 
-/* The next part of the process's map that mirrors a file. Of no file are also those below: what were forgotten there
- * would be lost. */
-static bool next_file(FILE *map, uintptr_t *first, uintptr_t *end) {
+/* The next part of the process's map that mirrors a file. Some that have a path are memory all the same: what is
+ * forgotten of those is lost. */
+static bool next_file(FILE *map, ds_file_part *part) {
   char line[512];
   while (fgets(line, sizeof line, map)) { /* the rest of a long line is none of its own */
     char path[16];
-    int n = sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %*s %15s", first, end, path);
+    int n = sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %*s %15s", &part->first, &part->end, path);
     if (n == 3 && path[0] == '/' && strncmp(path, "/dev/", 5) && strncmp(path, "/anon_hugepage", 14) &&
         strncmp(path, "/memfd:", 7))
       return true;
@@ -105,36 +105,36 @@ static bool next_file(FILE *map, uintptr_t *first, uintptr_t *end) {
   return false;
 }
 
-/* The whole pages of a span within a part of the map. */
-static ds_span clip(uintptr_t first, uintptr_t end, const ds_span *span) {
-  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)span->start;
-  uintptr_t to = from + span->n_bytes;
-  if (from < first) from = first;
-  if (to > end) to = end;
-  from = round_up(from, page);
-  to = to / page * page;
-  return (ds_span){(const char *)from, from < to ? to - from : 0};
+void ds_list_files(ds_file_map *files) {
+  *files = (ds_file_map){NULL, 0};
+  FILE *map = fopen("/proc/self/maps", "r");
+  ds_file_part part;
+  while (map && next_file(map, &part)) {
+    if (files->n_parts % FEW_PARTS == 0) {
+      void *more = realloc(files->parts, (files->n_parts + FEW_PARTS) * sizeof part);
+      if (!more) break;
+      files->parts = more;
+    }
+    files->parts[files->n_parts++] = part;
+  }
+  if (map) fclose(map);
+}
+
+ds_span ds_find_file_pages(const ds_file_map *files, ds_span span) {
+  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  for (size_t i = 0; i < files->n_parts; ++i) {
+    uintptr_t from = (uintptr_t)span.start, to = from + span.n_bytes;
+    if (from < files->parts[i].first) from = files->parts[i].first;
+    if (to > files->parts[i].end) to = files->parts[i].end;
+    from = round_up(from, page);
+    to = to / page * page;
+    if (from < to) return (ds_span){(const char *)from, to - from};
+  }
+  return (ds_span){span.start, 0};
 }
 
 void ds_forget_pages(ds_span span) {
   if (span.n_bytes) madvise((void *)(uintptr_t)span.start, span.n_bytes, MADV_DONTNEED);
-}
-
-void ds_forget_file_pages(const ds_span *spans, size_t n_spans) {
-  FILE *map = fopen("/proc/self/maps", "r");
-  uintptr_t first, end;
-  while (map && next_file(map, &first, &end))
-    for (size_t i = 0; i < n_spans; ++i) ds_forget_pages(clip(first, end, &spans[i]));
-  if (map) fclose(map);
-}
-
-ds_span ds_find_file_pages(ds_span span) {
-  FILE *map = fopen("/proc/self/maps", "r");
-  ds_span found = {span.start, 0};
-  uintptr_t first, end;
-  while (map && !found.n_bytes && next_file(map, &first, &end)) found = clip(first, end, &span);
-  if (map) fclose(map);
-  return found;
 }
 
 #else
@@ -144,9 +144,12 @@ void *ds_take_pages(size_t n_bytes) {
   return NULL;
 }
 void ds_return_pages(void *pages, size_t n_bytes) { (void)pages, (void)n_bytes; }
+void ds_list_files(ds_file_map *files) { *files = (ds_file_map){NULL, 0}; }
+ds_span ds_find_file_pages(const ds_file_map *files, ds_span span) {
+  (void)files;
+  return (ds_span){span.start, 0};
+}
 void ds_forget_pages(ds_span span) { (void)span; }
-void ds_forget_file_pages(const ds_span *spans, size_t n_spans) { (void)spans, (void)n_spans; }
-ds_span ds_find_file_pages(ds_span span) { return (ds_span){span.start, 0}; }
 
 #endif
 

@@ -3,6 +3,7 @@
 #define DRAFTSMITH_PAGES_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /* Zeros, in huge pages where the system has some free. NULL where it gives none to anybody, where the environment
  * variable DRAFTSMITH_HUGE_PAGES is 0, or where they would be more than half of the memory that is free or, in a
@@ -15,12 +16,23 @@ typedef struct {
   size_t n_bytes;
 } ds_span;
 
-/* The process lets go of the whole pages of these spans that mirror a file: whoever reads them gets them from it again,
- * or from the system's cache, and what was written to them is lost. Other memory is left alone. */
-void ds_forget_file_pages(const ds_span *spans, size_t n_spans);
+/* Where the process mirrors files. */
+typedef struct {
+  uintptr_t first, end;
+} ds_file_part;
 
-/* For who lets go again and again: the whole pages of a span that mirror one file, or none, and letting go of such. */
-ds_span ds_find_file_pages(ds_span span);
+typedef struct {
+  ds_file_part *parts; /* [n_parts], to be freed */
+  size_t n_parts;
+} ds_file_map;
+
+void ds_list_files(ds_file_map *files);
+
+/* The whole pages of a span that mirror a file, or none. */
+ds_span ds_find_file_pages(const ds_file_map *files, ds_span span);
+
+/* The process lets go of these: whoever reads them gets them from the file again, or from the system's cache, and what
+ * was written to them is lost. */
 void ds_forget_pages(ds_span file_pages);
 
 /* What the process has freed goes back to the system where its allocator would keep it. */

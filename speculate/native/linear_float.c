@@ -67,8 +67,9 @@ INLINE void compute_item(const int format, const ds_linear_job *job, int32_t ite
   for (int32_t row = 0; row < job->n_rows; row += CHUNK_ROWS) {
     output_chunk out;
     int32_t n_rows = job->n_rows - row < CHUNK_ROWS ? job->n_rows - row : CHUNK_ROWS;
+    int32_t height = balance_tiles(n_rows);
     const float *x = job->x + row * (int64_t)k;
-    FOR_TILES(range, n_rows, block, r,
+    FOR_TILES(range, n_rows, height, block, r,
               compute_tile(format, ROWS, BLOCKS, linear, block, x + r * (int64_t)k, &ahead,
                            out[r] + (block - range.from) * LANES))
     finish_chunk(job, row, n_rows, range, out, &ahead, FETCH_FLOAT_PARTS);

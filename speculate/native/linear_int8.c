@@ -114,11 +114,12 @@ INLINE void compute_item(const int format, const ds_linear_job *job, const ds_sc
   for (int32_t row = 0; row < job->n_rows; row += CHUNK_ROWS) {
     output_chunk out;
     int32_t n_rows = job->n_rows - row < CHUNK_ROWS ? job->n_rows - row : CHUNK_ROWS;
+    int32_t height = balance_tiles(n_rows);
     const char *q = job->rows + row * stride;
     if (n_rows >= least) {
       compute_chunk_amx(format, linear, range, q, stride, n_rows, &ahead, out);
     } else {
-      FOR_TILES(range, n_rows, block, r,
+      FOR_TILES(range, n_rows, height, block, r,
                 compute_tile(format, ROWS, BLOCKS, linear, block, q + r * stride, stride, &ahead,
                              out[r] + (block - range.from) * LANES))
     }

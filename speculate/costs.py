@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 
 from .loop import PREFILL_ROWS
 
-FINITE = sys.float_info.max
+FINITE = sys.float_info.max  # as an upper bound it refuses infinity
 Milliseconds = Annotated[float, Meta(gt=0, le=FINITE)]
 Overhead = Annotated[float, Meta(ge=0, le=FINITE)]
 Axis = Annotated[tuple[int, ...], Meta(min_length=1)]

@@ -183,7 +183,7 @@ def _describe(error: msgspec.ValidationError, model: type[Struct], raw: Any) -> 
             names.append(key)
             kind, found = _step_into(kind, key), found[int(key) if isinstance(found, list) else key]
     except (LookupError, ValueError, TypeError):  # such words may come from the file itself
-        return f"{error}"
+        return str(error)
     for part in (kind, *get_args(kind)):
         if get_origin(part) is Literal:
             wanted = f"Expected {' or '.join(map(repr, get_args(part)))}"

@@ -118,9 +118,9 @@ INLINE int32_t balance_tiles(int32_t n_rows) {
   return (n_rows + n_tiles - 1) / n_tiles;
 }
 
-/* Evaluates `tile` for all tiles of `n_rows` rows (`height` at a time, the first is `r`) and of the blocks of `range` (`block`), with
- * ROWS and BLOCKS the constants that it is to be compiled for: TILE_BLOCKS blocks of any number of rows or, where
- * the whole linear has not as many, one of one. */
+/* Evaluates `tile` for all tiles of `n_rows` rows (`height` at a time, the first is `r`) and of the blocks of `range`
+ * (`block`), with ROWS and BLOCKS the constants that it is to be compiled for: TILE_BLOCKS blocks of any number of rows
+ * or, where the whole linear has not as many, one of one. */
 #define TILE_CASE(rows, tile)                                                                                \
   case rows: {                                                                                               \
     enum { ROWS = rows, BLOCKS = TILE_BLOCKS };                                                              \

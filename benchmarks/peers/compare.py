@@ -7,6 +7,7 @@ one from prompt to prompt, with a short warm call before each that is timed.
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import typer
@@ -38,12 +39,13 @@ def main(
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     reader = load(bundles[0], threads=threads)
-    encoded = [reader.encode(prompt.content) for prompt in read_prompts(prompts, limit)[0]]
+    asked = read_prompts(prompts, limit)[0]
+    encoded = [reader.encode(prompt.content) for prompt in asked]
     skipped: dict[str, str] = {}
     contenders = list(list_contenders(bundles, [name for name in peers.split(",") if name]))
     workers = start(contenders, bundles[0], work, threads, skipped)
     answers = ask(workers, encoded, new_tokens, skipped)
-    report(answers, skipped)
+    report(answers, [prompt.category for prompt in asked], skipped)
     if out is not None:
         found = {one.name: [answer.__dict__ for answer in answers[one]] for one in answers}
         out.write_text(json.dumps({"answers": found, "skipped": skipped}, indent=1) + "\n")
@@ -91,13 +93,14 @@ def ask(workers: list[Worker], prompts: list[list[int]], count: int, skipped: di
     return {contender: given[:answered] for contender, given in answers.items()}
 
 
-def report(answers: Answers, skipped: dict[str, str]) -> None:
+def report(answers: Answers, categories: list[str], skipped: dict[str, str]) -> None:
     base = next((contender for contender in answers if contender.peer == OURS), None)
     lines = []
     for contender, given in answers.items():
         rates = [answer.decode_tokens_per_second for answer in given]
         of_base = [answer.decode_tokens_per_second for answer in answers[base]] if base else rates
-        line = [contender.name, spread(rates, 1), f"{pooled_rate(given):.1f}", spread(ratios(rates, of_base))]
+        line = [contender.name, spread(rates, 1), f"{mean_over_categories(rates, categories):.1f}"]
+        line += [f"{pooled_rate(given):.1f}", spread(ratios(rates, of_base))]
         plain = answers.get(contender.plain)
         if contender.speculate and plain:
             same = sum(one.ids == other.ids for one, other in zip(given, plain, strict=True))
@@ -106,10 +109,18 @@ def report(answers: Answers, skipped: dict[str, str]) -> None:
         else:
             line += ["", ""]
         lines.append(line)
-    head = ["engine", "decode tokens/s", "end to end", "x ours plain", "x own plain", "= own plain"]
-    print_table(head, lines)
+    head = ["engine", "decode tokens/s", "mean over categories", "end to end"]
+    print_table([*head, "x ours plain", "x own plain", "= own plain"], lines)
     for name, reason in skipped.items():
         print(f"skipped {name}: {reason}")
+
+
+def mean_over_categories(rates: list[float], categories: list[str]) -> float:
+    """The mean of each category's mean, over the categories of the prompts that were answered."""
+    groups: dict[str, list[float]] = {}
+    for rate, category in zip(rates, categories, strict=False):  # fewer rates: interrupted
+        groups.setdefault(category, []).append(rate)
+    return fmean(fmean(group) for group in groups.values())
 
 
 def pooled_rate(answers: list[Answer]) -> float:

@@ -137,6 +137,33 @@ def test_attention_sees_a_path_and_not_its_slots(shape, dtype, rng):
             np.testing.assert_array_equal(out[mine], np.broadcast_to(expected, out[mine].shape))
 
 
+@each_cache((9, 3, 64), (4, 1, 80), (2, 2, 7), (16, 2, 128))
+def test_attention_in_a_chain_takes_nothing_of_later_slots(shape, dtype, rng):
+    """Each row sees one slot more than the row before it. Rows share what they have in common; NaN and
+    infinity behind the last slot of a row leave it as it is."""
+    num_heads, num_kv_heads, size = shape
+    for start, num_rows in ((0, 9), (1, 8), (60, 8), (64, 16), (127, 5), (130, 32)):
+        heads = make_heads(shape, start + num_rows, dtype)
+        cache = rng.standard_normal((2, num_kv_heads, start + num_rows, size), dtype=np.float32)
+        rows = rng.standard_normal((num_rows, (num_heads + 2 * num_kv_heads) * size), dtype=np.float32)
+        mask = pad(heads, np.tri(num_rows, start + num_rows, start, dtype=bool))
+        slots, counts = kernels.list_slots(mask)
+        last = rng.integers(num_rows)
+        poisoned = cache.copy()
+        later = poisoned[:, :, start + last + 1 :]
+        later[:] = rng.choice([np.nan, np.inf, -np.inf], later.shape)
+        for pool in POOLS:
+            out = kernels.attend(pool, heads, rows, slots, counts, *lay_out(heads, cache, dtype))
+            for row in range(num_rows):
+                one = slice(row, row + 1)
+                alone = kernels.attend(
+                    POOLS[0], heads, rows[one], slots[one], counts[one], *lay_out(heads, cache, dtype)
+                )
+                np.testing.assert_array_equal(out[one], alone)
+            beside = kernels.attend(pool, heads, rows, slots, counts, *lay_out(heads, poisoned, dtype))
+            np.testing.assert_array_equal(beside[: last + 1], out[: last + 1])
+
+
 @each_cache((9, 3, 64), (2, 1, 40), (8, 4, 32))
 def test_long_attention_parted_over_threads(shape, dtype, rng):
     """More threads than key heads share out the blocks of a row; one thread does all of them in order."""

@@ -11,35 +11,32 @@
 
 #include <math.h>
 
-static void clear(float *all, int32_t size) {
-  for (int32_t i = 0; i < LANES + size; i += LANES) f_store(all + i, f_zero());
-  all[0] = -INFINITY;
-}
-
-/* The summary of what `all` has and of the block behind it. */
+/* Adds to `all`, the summary of the blocks before it, that of `block`. Beside any other weights those of a block whose
+ * largest score is minus infinity are nothing. */
 static void fold(float *all, const float *block, int32_t size) {
-  if (block[0] == -INFINITY) return; /* its weights are nothing beside any other */
-  float before = all[0], here = block[0], largest = here > before ? here : before;
-  vf keep = f_set(1), take = f_set(1);
-  if (here > before)
-    keep = before > -INFINITY ? f_exp(f_set(before - here)) : f_zero();
-  else
-    take = f_exp(f_set(here - before));
+  if (block[0] == -INFINITY) return;
+  if (all[0] == -INFINITY) {
+    memcpy(all, block, (size_t)(LANES + (size + LANES - 1) / LANES * LANES) * sizeof *all);
+    return;
+  }
+  float before = all[0], here = block[0];
+  int rises = here > before; /* as often as not: what follows does not branch on it */
+  vf less = f_exp(f_set(rises ? before - here : here - before));
+  vf keep = rises ? less : f_set(1), take = rises ? f_set(1) : less;
   for (int32_t i = 0; i < LANES + size; i += LANES)
     f_store(all + i, f_fma(take, f_load(block + i), f_mul(keep, f_load(all + i))));
-  all[0] = largest;
+  all[0] = rises ? here : before;
 }
 
 INLINE int32_t count_ranks(const query *q, int32_t first) {
   return q->n_slots - first < RANKS ? q->n_slots - first : RANKS;
 }
 
-/* Whether two queries see the same slots from rank `first` on, within the block; none, where both end before it. */
+/* Whether two queries see the same slots from rank `first` on, within the block, as far as both see any there. */
 static int share_slots(const query *a, const query *b, int32_t first) {
-  int32_t n = count_ranks(a, first);
-  return n == count_ranks(b, first) &&
-         (n <= 0 || a->slots == b->slots ||
-          !memcmp(a->slots + first, b->slots + first, (size_t)n * sizeof *a->slots));
+  int32_t n = a->n < b->n ? a->n : b->n;
+  return n > 0 &&
+         (a->slots == b->slots || !memcmp(a->slots + first, b->slots + first, (size_t)n * sizeof *a->slots));
 }
 
 /* To the block of a query from rank `first` on. */
@@ -52,37 +49,57 @@ static fetcher look_ahead(const ds_heads *heads, const char *keys, const char *v
       .keys = keys + slot / LANES * LANES * bytes, .values = values + slot * bytes, .part = n * bytes / 2};
 }
 
+/* As many queries from the first on as are computed together; `*most`: the one with most slots. */
+static int32_t find_tile(const query *q, int32_t n_queries, int32_t first, const query **most) {
+  int32_t count = 1;
+  for (*most = q; count < TILE_QUERIES && count < n_queries && share_slots(*most, &q[count], first); ++count)
+    if (q[count].n > (*most)->n) *most = &q[count];
+  return count;
+}
+
+/* Evaluates `call` with QUERIES the constant that it is to be compiled for. */
+#define TILE_CASE(count, call)                                                                               \
+  case count: {                                                                                              \
+    enum { QUERIES = count };                                                                                \
+    call;                                                                                                    \
+    break;                                                                                                   \
+  }
+#define TILE_CASES_1(call) TILE_CASE(1, call)
+#define TILE_CASES_2(call) TILE_CASES_1(call) TILE_CASE(2, call)
+#define TILE_CASES_4(call) TILE_CASES_2(call) TILE_CASE(3, call) TILE_CASE(4, call)
+#define FOR_QUERIES(count, call)                                                                             \
+  switch (count) { JOIN(TILE_CASES, TILE_QUERIES)(call) }
+
 INLINE void attend_block(const int type, const ds_heads *heads, const char *keys, const char *values,
                          query *q, int32_t n_queries, int32_t first) {
   fetcher ahead = look_ahead(heads, keys, values, q, first + RANKS);
+  for (int32_t u = 0; u < n_queries; ++u) q[u].n = count_ranks(&q[u], first);
   for (int32_t u = 0, count; u < n_queries; u += count) {
-    for (count = 1;
-         count < TILE_QUERIES && u + count < n_queries && share_slots(&q[u], &q[u + count], first);)
+    const query *most;
+    count = find_tile(q + u, n_queries - u, first, &most);
+    ahead.due = ahead.part * (u + count) / n_queries / 2;
+    FOR_QUERIES(count, score_tile(type, QUERIES, heads, keys, q + u, most->slots + first, most->n, &ahead))
+  }
+  weigh_queries(type, q, n_queries);
+  for (int32_t u = 0, count; u < n_queries; u += count) {
+    for (count = 1; count < TILE_QUERIES && u + count < n_queries && q[u + count].n == q[u].n &&
+                    share_slots(&q[u], &q[u + count], first);)
       ++count;
-    ahead.due = ahead.part * (u + count) / n_queries;
-    int32_t n = count_ranks(&q[u], first);
-    const int32_t *slots = q[u].slots + first;
-    if (n <= 0) continue;
-    switch (count) {
-#if TILE_QUERIES >= 4
-    case 4: attend_tile(type, 4, heads, keys, values, q + u, slots, n, &ahead); break;
-    case 3: attend_tile(type, 3, heads, keys, values, q + u, slots, n, &ahead); break;
-#endif
-#if TILE_QUERIES >= 2
-    case 2: attend_tile(type, 2, heads, keys, values, q + u, slots, n, &ahead); break;
-#endif
-    default: attend_tile(type, 1, heads, keys, values, q + u, slots, n, &ahead);
-    }
+    ahead.due = ahead.part * (n_queries + u + count) / n_queries / 2;
+    if (q[u].n > 0)
+      FOR_QUERIES(count,
+                  add_tile(type, QUERIES, heads->head_dim, values, q[u].slots + first, q[u].n, q + u, &ahead))
   }
 }
 
-/* What query `q` (row * n_heads + head) comes to. */
+/* What query `q` (row * n_heads + head) comes to: zeros, where its weights are nothing or it sees no slots. */
 static void finish_query(const ds_attend_job *job, int64_t q, const float *all) {
-  int32_t size = job->heads->head_dim;
+  int32_t size = job->heads->head_dim, is_none = all[0] == -INFINITY;
   float *out = job->out + q * size;
-  vf total = f_set(all[0] > -INFINITY ? all[1] : 1);
+  vf total = f_set(is_none ? 1 : all[1]);
   for (int32_t i = 0; i < size; i += LANES)
-    f_store_n(out + i, f_div(f_load(all + LANES + i), total), size - i < LANES ? size - i : LANES);
+    f_store_n(out + i, f_div(is_none ? f_zero() : f_load(all + LANES + i), total),
+              size - i < LANES ? size - i : LANES);
 }
 
 /* Where the job keeps a block's summary. */
@@ -129,16 +146,18 @@ void ISA(attend)(const void *argument, int32_t item, int32_t next, int32_t threa
     q->vector = job->qkv + (row * (heads->n_heads + 2 * heads->n_kv_heads) + head) * size;
     q->slots = job->slots + row * heads->max_slots;
     q->n_slots = job->n_slots[row];
-    q->block = q->own;
     if (heads->cache_type != FLOATS) f_round_halves(q->vector, size, q->vector_pairs);
-    clear(q->all, size);
+    q->all[0] = -INFINITY;
     if (q->n_slots > most_slots) most_slots = q->n_slots;
   }
   for (int32_t block = first_block; block < end_block && block * RANKS < most_slots; ++block) {
-    for (int32_t u = 0; job->kept && u < n_queries; ++u) queries[u].block = find_kept(job, index[u], block);
+    for (int32_t u = 0; u < n_queries; ++u)
+      queries[u].block = job->kept   ? find_kept(job, index[u], block)
+                         : block > 0 ? queries[u].own
+                                     : queries[u].all;
     attend(heads, keys, values, queries, n_queries, block * RANKS);
-    for (int32_t u = 0; !job->kept && u < n_queries; ++u)
-      if (count_ranks(&queries[u], block * RANKS) > 0) fold(queries[u].all, queries[u].block, size);
+    for (int32_t u = 0; !job->kept && u < n_queries; ++u) /* whose item has all blocks, from 0 on */
+      if (block > 0 && queries[u].n > 0) fold(queries[u].all, queries[u].own, size);
   }
   for (int32_t u = 0; !job->kept && u < n_queries; ++u) finish_query(job, index[u], queries[u].all);
 }
@@ -148,11 +167,11 @@ void ISA(fold_kept)(const void *argument, int32_t item, int32_t next, int32_t th
   (void)item, (void)next, (void)thread;
   const ds_attend_job *job = argument;
   int32_t size = job->heads->head_dim, n_heads = job->heads->n_heads;
+  summary none = {-INFINITY};
   for (int64_t q = 0; q < (int64_t)job->n_rows * n_heads; ++q) {
-    summary all;
-    clear(all, size);
-    for (int32_t block = 0; block * RANKS < job->n_slots[q / n_heads]; ++block)
-      fold(all, find_kept(job, q, block), size);
+    int32_t n_slots = job->n_slots[q / n_heads];
+    float *all = n_slots > 0 ? find_kept(job, q, 0) : none;
+    for (int32_t block = 1; block * RANKS < n_slots; ++block) fold(all, find_kept(job, q, block), size);
     finish_query(job, q, all);
   }
 }

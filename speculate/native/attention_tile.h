@@ -13,11 +13,11 @@ enum { RANKS = DS_ATTEND_RANKS, MAX_PARTS = DS_MAX_HEAD_DIM / LANES, FLOATS = DS
 typedef float summary[LANES + MAX_PARTS * LANES];
 
 typedef struct {
-  const float *vector;  /* [head_dim] */
-  const int32_t *slots; /* those that its row may see */
-  int32_t n_slots;
-  float weights[RANKS]; /* of the present block */
-  float *block;         /* its summary: `own`, or its place in the job */
+  const float *vector;          /* [head_dim] */
+  const int32_t *slots;         /* those that its row may see */
+  int32_t n_slots, n;           /* n: in the present block */
+  float weights[RANKS + LANES]; /* of its slots; what follows them means nothing */
+  float *block;                 /* its summary: `own`, `all`, or its place in the job */
   /* Over a cache in bfloat16, the vector, and the weights with a zero behind an odd number of them. */
   uint16_t vector_pairs[DS_MAX_HEAD_DIM], weight_pairs[RANKS];
   summary own, all;
@@ -108,7 +108,14 @@ INLINE int32_t count_in_panel(const int32_t *slots, int32_t n) {
   return count;
 }
 
-/* weights = scale q . k for `n` slots of some queries; what follows in the last vector repeats the last. */
+/* The scores of `count` slots of a panel. */
+static void pick_lanes(vf scores, const int32_t *slots, int32_t count, float *to) {
+  float sixteen[LANES];
+  f_store(sixteen, scores);
+  for (int32_t j = 0; j < count; ++j) to[j] = sixteen[slots[j] % LANES];
+}
+
+/* weights = scale q . k for `n` slots of some queries. */
 INLINE void score_tile(const int type, const int queries, const ds_heads *heads, const char *keys, query *q,
                        const int32_t *slots, int32_t n, fetcher *ahead) {
   /* Products in flight: the more, the fewer keys and channels are read again, as long as registers last. */
@@ -133,54 +140,51 @@ INLINE void score_tile(const int type, const int queries, const ds_heads *heads,
       score_panels(type, queries, 1, LANES, size, panel, q, ahead, scores);
     else
       score_panels(type, queries, 1, width, size, panel, q, ahead, scores);
-    for (int u = 0; u < queries; ++u) {
-      float sixteen[LANES];
-      f_store(sixteen, f_mul(scores[u][0], scale));
-      for (int32_t j = 0; j < count; ++j) q[u].weights[i + j] = sixteen[slots[i + j] % LANES];
+    int are_first = slots[i] % LANES == 0 && slots[i + count - 1] - slots[i] == count - 1;
+    UNROLL for (int u = 0; u < queries; ++u) {
+      vf sixteen = f_mul(scores[u][0], scale);
+      if (are_first)
+        f_store(q[u].weights + i, sixteen);
+      else
+        pick_lanes(sixteen, slots + i, count, q[u].weights + i);
     }
   }
-  for (int u = 0; u < queries; ++u)
-    for (int32_t i = n; i % LANES; ++i) q[u].weights[i] = q[u].weights[n - 1];
 }
 
 /* ---- Weights ------------------------------------------------------------------------------------------- */
 
-/* To bfloat16, which are stored; the same as floats. Weights of NaN come from a cache and queries in bfloat16, so the lower
- * half of their bits is zero, and rounding leaves them. */
-INLINE vf round_to_pairs(vf x, uint16_t *pairs) {
-  vi bits = f_bits(x), is_odd = i_and(i_shift_right(bits, 16), i_set(1));
-  vi halves = i_shift_right(i_add(bits, i_add(is_odd, i_set(0x7fff))), 16);
-  i_store_halves(pairs, halves);
-  return f_from_bits(i_shift_left(halves, 16));
+/* The weights from `i` on of a query: e^(score - largest), in place, and as pairs. */
+INLINE vf weigh(const int type, query *q, int32_t i, vf largest, int n) {
+  vf weight = f_exp(f_sub(f_load(q->weights + i), largest));
+  if (n < LANES) weight = f_keep_n(weight, n);
+  if (type != FLOATS) return f_store_halves(q->weight_pairs + i, weight);
+  f_store(q->weights + i, weight);
+  return weight;
 }
 
-/* weights = e^(weight - largest), which begin the block's summary; zeros follow in the last vector. Queries take turns, since
- * one alone would wait for its own results. */
-INLINE void weigh_tile(const int type, const int queries, query *q, int32_t n) {
-  vf shift[TILE_QUERIES], sum[TILE_QUERIES];
-  UNROLL for (int u = 0; u < queries; ++u) shift[u] = f_load(q[u].weights);
-  for (int32_t i = LANES; i < n; i += LANES) {
-    UNROLL for (int u = 0; u < queries; ++u) shift[u] = f_max(f_load(q[u].weights + i), shift[u]);
+/* weights = e^(weight - largest), which begin the block's summary; behind the last of them zeros, to a whole vector. Step by
+ * step for all queries, since one alone would wait for its own results. */
+INLINE void weigh_queries(const int type, query *q, int32_t n_queries) {
+  vf of[DS_MAX_QUERIES];
+  for (int32_t u = 0; u < n_queries; ++u) {
+    int32_t n = q[u].n, i = 0;
+    of[u] = f_set(-INFINITY);
+    for (; n - i >= LANES; i += LANES) of[u] = f_max(f_load(q[u].weights + i), of[u]);
+    if (n > i) of[u] = f_max(f_cut_n(f_load(q[u].weights + i), n - i), of[u]);
   }
-  UNROLL for (int u = 0; u < queries; ++u) {
-    float largest = f_max_lanes(shift[u]);
+  for (int32_t u = 0; u < n_queries; ++u) {
+    float largest = f_max_lanes(of[u]);
     f_store(q[u].block, f_zero());
     q[u].block[0] = largest;
-    shift[u] = f_set(largest);
-    sum[u] = f_zero();
   }
-  for (int32_t i = 0; i < n; i += LANES) {
-    int kept = n - i < LANES ? n - i : LANES;
-    UNROLL for (int u = 0; u < queries; ++u) {
-      vf weight = f_keep_n(f_exp(f_sub(f_load(q[u].weights + i), shift[u])), kept);
-      if (type == FLOATS)
-        f_store(q[u].weights + i, weight);
-      else
-        weight = round_to_pairs(weight, q[u].weight_pairs + i);
-      sum[u] = f_add(sum[u], weight);
-    }
+  for (int32_t u = 0; u < n_queries; ++u) {
+    int32_t n = q[u].n, i = 0;
+    vf largest = f_set(q[u].block[0]);
+    of[u] = f_zero();
+    for (; n - i >= LANES; i += LANES) of[u] = f_add(of[u], weigh(type, &q[u], i, largest, LANES));
+    if (n > i) of[u] = f_add(of[u], weigh(type, &q[u], i, largest, n - i));
   }
-  UNROLL for (int u = 0; u < queries; ++u) q[u].block[1] = f_sum(sum[u]);
+  for (int32_t u = 0; u < n_queries; ++u) q[u].block[1] = f_sum(of[u]);
 }
 
 /* ---- Values -------------------------------------------------------------------------------------------- */
@@ -264,14 +268,6 @@ INLINE void add_tile(const int type, const int queries, int32_t size, const char
   for (; size - part * LANES >= TILE_PARTS * LANES; part += TILE_PARTS)
     add_parts(type, queries, TILE_PARTS, size, values, slots, n, part, q, ahead);
   for (; part * LANES < size; ++part) add_parts(type, queries, 1, size, values, slots, n, part, q, ahead);
-}
-
-/* The summaries of one block of `queries` queries that see the same slots in it. */
-INLINE void attend_tile(const int type, const int queries, const ds_heads *heads, const char *keys,
-                        const char *values, query *q, const int32_t *slots, int32_t n, fetcher *ahead) {
-  score_tile(type, queries, heads, keys, q, slots, n, ahead);
-  weigh_tile(type, queries, q, n);
-  add_tile(type, queries, heads->head_dim, values, slots, n, q, ahead);
 }
 
 #endif

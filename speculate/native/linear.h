@@ -153,14 +153,6 @@ INLINE void add_bias(int32_t rows, int32_t blocks, const float *bias, float *out
       f_store(out + i, f_add(f_load(out + i), f_load(bias + i)));
 }
 
-/* y with minus infinity in all but its first n lanes. */
-INLINE vf cut_off(vf y, int32_t n) {
-  float lanes[LANES];
-  f_store(lanes, y);
-  for (int32_t i = n; i < LANES; ++i) lanes[i] = -INFINITY;
-  return f_load(lanes);
-}
-
 /* Outputs at .. at + n of the job, at most sixteen: activation, gate, residual. */
 INLINE vf finish_outputs(const ds_linear_job *job, const int activation, const int gated, const float *from,
                          int64_t at, int n) {
@@ -189,7 +181,7 @@ INLINE void finish_rows(const ds_linear_job *job, const int activation, const in
     }
     if (n_whole < n_out) {
       fetch(ahead, n_parts);
-      most = f_max(cut_off(finish_outputs(job, activation, gated, from, at, n_last), n_last), most);
+      most = f_max(f_cut_n(finish_outputs(job, activation, gated, from, at, n_last), n_last), most);
     }
     if (job->peaks)
       job->peaks[(int64_t)(row + r) * count_items(linear) + range.first / count_item_blocks(linear)] =

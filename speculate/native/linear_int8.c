@@ -90,7 +90,7 @@ INLINE void finish_pairs(const ds_screen_job *job, int32_t item, int32_t row, in
       vf y = f_add(f_load(out[r] + at), f_load(out[r + 1] + at));
       vf room = f_mul(norm, f_load(job->error + column));
       f_store_n(job->linear.y + output * linear->n + column, y, n);
-      if (n < LANES) y = cut_off(y, n);
+      if (n < LANES) y = f_cut_n(y, n);
       most = f_max(y, most);
       low = f_max(f_sub(y, room), low);
       high = f_max(f_add(y, room), high);

@@ -9,11 +9,12 @@
  *   f_sums          lane i is f_sum(v[i])
  *   f_max_lanes     as f_sum, with f_max
  *   *_n             touch only the first n lanes, 0 <= n <= 16; the others load as zero
- *   f_keep_n        zeroes the others
+ *   f_keep_n        zeroes the others; f_cut_n makes minus infinity of them
  *   f_pick_less     a < b ? x : y
  *   f_any_less      whether a < b in any lane
  *   i_shift_right   zeros come in
  *   i_store_halves  each of them, as 16 bits; they must fit
+ *   f_store_halves  rounds to the nearest bfloat16, ties to even, which it returns; no subnormals, and no NaN but of bfloat16
  *   bf16_even, _odd the even, resp. odd bfloat16 of sixteen pairs, as floats
  *   f_dot_pairs     (sum, a, b): plus odd a times odd b, then plus even a times even b, of pairs of bfloat16
  *
@@ -69,6 +70,12 @@ static const int32_t PLACES[LANES]
 #endif
 
 #if !defined(__AVX512BF16__)
+INLINE vf f_store_halves(uint16_t *p, vf a) {
+  vi bits = f_bits(a), is_odd = i_and(i_shift_right(bits, 16), i_set(1));
+  vi halves = i_shift_right(i_add(bits, i_add(is_odd, i_set(0x7fff))), 16);
+  i_store_halves(p, halves);
+  return f_from_bits(i_shift_left(halves, 16));
+}
 INLINE vf f_dot_pairs(vf sum, vi a, vi b) {
   return f_fma(bf16_even(a), bf16_even(b), f_fma(bf16_odd(a), bf16_odd(b), sum));
 }

@@ -1,5 +1,6 @@
 /* simd.h for AVX2 with FMA, and with AVX-VNNI where the compiler is told of it. A vector is two registers. */
 #include <immintrin.h>
+#include <math.h>
 
 #define TILE_ROWS 4
 #define TILE_BLOCKS 1
@@ -48,6 +49,11 @@ INLINE void f_store_n(float *p, vf x, int n) {
 INLINE vf f_keep_n(vf x, int n) {
   return (vf){_mm256_and_ps(x.a, _mm256_castsi256_ps(first_of_eight(n))),
               _mm256_and_ps(x.b, _mm256_castsi256_ps(first_of_eight(n - 8)))};
+}
+INLINE vf f_cut_n(vf x, int n) {
+  const __m256 low = _mm256_set1_ps(-INFINITY);
+  return (vf){_mm256_blendv_ps(low, x.a, _mm256_castsi256_ps(first_of_eight(n))),
+              _mm256_blendv_ps(low, x.b, _mm256_castsi256_ps(first_of_eight(n - 8)))};
 }
 INLINE vf f_add(vf x, vf y) { return (vf){_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 INLINE vf f_sub(vf x, vf y) { return (vf){_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }

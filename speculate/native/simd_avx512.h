@@ -1,5 +1,6 @@
 /* simd.h for AVX-512 with VNNI, and with VBMI2 and BF16 where the compiler is told of them. */
 #include <immintrin.h>
+#include <math.h>
 
 #define TILE_ROWS 8
 #define TILE_BLOCKS 3
@@ -22,6 +23,7 @@ INLINE vf f_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps(first_l
 INLINE void f_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 INLINE void f_store_n(float *p, vf a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
 INLINE vf f_keep_n(vf a, int n) { return _mm512_maskz_mov_ps(first_lanes(n), a); }
+INLINE vf f_cut_n(vf a, int n) { return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), first_lanes(n), a); }
 INLINE vf f_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 INLINE vf f_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 INLINE vf f_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
@@ -69,6 +71,11 @@ INLINE vf bf16_even(vi pairs) { return f_from_bits(i_shift_left(pairs, 16)); }
 INLINE vf bf16_odd(vi pairs) { return f_from_bits(i_and(pairs, i_set((int32_t)0xffff0000))); }
 
 #if defined(__AVX512BF16__)
+INLINE vf f_store_halves(uint16_t *p, vf a) {
+  __m256i halves = (__m256i)_mm512_cvtneps_pbh(a);
+  _mm256_storeu_si256((__m256i *)p, halves);
+  return f_from_bits(i_shift_left(_mm512_cvtepu16_epi32(halves), 16));
+}
 INLINE vf f_dot_pairs(vf sum, vi a, vi b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 #endif
 

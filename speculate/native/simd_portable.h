@@ -35,6 +35,7 @@ INLINE void f_store_n(float *p, vf a, int n) {
 }
 INLINE void f_store(float *p, vf a) { f_store_n(p, a, LANES); }
 INLINE vf f_keep_n(vf a, int n) { EACH_LANE(vf, i < n ? a.at[i] : 0); }
+INLINE vf f_cut_n(vf a, int n) { EACH_LANE(vf, i < n ? a.at[i] : -INFINITY); }
 INLINE vf f_add(vf a, vf b) { EACH_LANE(vf, a.at[i] + b.at[i]); }
 INLINE vf f_sub(vf a, vf b) { EACH_LANE(vf, a.at[i] - b.at[i]); }
 INLINE vf f_mul(vf a, vf b) { EACH_LANE(vf, a.at[i] * b.at[i]); }

@@ -152,16 +152,14 @@ def test_attention_in_a_chain_takes_nothing_of_later_slots(shape, dtype, rng):
         poisoned = cache.copy()
         later = poisoned[:, :, start + last + 1 :]
         later[:] = rng.choice([np.nan, np.inf, -np.inf], later.shape)
+        laid, beside = lay_out(heads, cache, dtype), lay_out(heads, poisoned, dtype)
+        each = [slice(row, row + 1) for row in range(num_rows)]
+        alone = [kernels.attend(POOLS[0], heads, rows[one], slots[one], counts[one], *laid) for one in each]
         for pool in POOLS:
-            out = kernels.attend(pool, heads, rows, slots, counts, *lay_out(heads, cache, dtype))
-            for row in range(num_rows):
-                one = slice(row, row + 1)
-                alone = kernels.attend(
-                    POOLS[0], heads, rows[one], slots[one], counts[one], *lay_out(heads, cache, dtype)
-                )
-                np.testing.assert_array_equal(out[one], alone)
-            beside = kernels.attend(pool, heads, rows, slots, counts, *lay_out(heads, poisoned, dtype))
-            np.testing.assert_array_equal(beside[: last + 1], out[: last + 1])
+            out = kernels.attend(pool, heads, rows, slots, counts, *laid)
+            np.testing.assert_array_equal(out, np.concatenate(alone))
+            out = kernels.attend(pool, heads, rows, slots, counts, *beside)
+            np.testing.assert_array_equal(out[: last + 1], np.concatenate(alone)[: last + 1])
 
 
 @each_cache((9, 3, 64), (2, 1, 40), (8, 4, 32))

@@ -453,6 +453,43 @@ def test_attention_matches_float64_over_any_mask(pool, dtype, shape, rng):
         np.testing.assert_allclose(out.reshape(exact.shape), exact, atol=min(error, 1e-3) + 2e-6 + rounded)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_keeps_nan_and_passes_over_what_weighs_nothing(dtype, rng):
+    """NaN in a query or in a key that a row sees is in its output, in whichever of its blocks; a slot whose
+    score is minus infinity is as one that is not seen."""
+    size, max_slots = 64, 208
+    heads = kernels.Heads(2, 1, size, max_slots, 0.125, cache_dtype=dtype)
+    keys, values = rng.standard_normal((2, 1, max_slots, size), dtype=np.float32)
+    for num_slots in (1, 2, 16, 63, 64, 65, 127, 129, 200):
+        qkv = rng.standard_normal((1, 4 * size), dtype=np.float32)
+        qkv[0, [0, size]] = 1
+        sees = np.arange(max_slots)[None] < num_slots
+        for threads in (1, 8):  # the second parts blocks
+            pool = kernels.Pool(threads)
+
+            def attend(keys, sees=sees, qkv=qkv, pool=pool) -> np.ndarray:
+                cache = kernels.lay_out(keys, values, dtype)
+                return kernels.attend(pool, heads, qkv, *kernels.list_slots(sees), *cache)[0].reshape(2, size)
+
+            whole = attend(keys)
+            assert np.isfinite(whole).all()
+            broken = qkv.copy()
+            broken[0, 3] = np.nan
+            first, second = attend(keys, qkv=broken)
+            assert np.isnan(first).all()
+            np.testing.assert_array_equal(second, whole[1])
+            for slot in {0, num_slots // 2, num_slots - 1}:
+                broken = keys.copy()
+                broken[0, slot, 5] = np.nan
+                assert np.isnan(attend(broken)).all()
+            for hidden in (slice(0, 64), slice(64, 128), slice(num_slots // 2, None), slice(None)):
+                distant = keys.copy()
+                distant[0, hidden, 0] = -np.inf
+                left = sees.copy()
+                left[0, hidden] = False
+                np.testing.assert_allclose(attend(distant), attend(keys, left), rtol=2e-2, atol=2e-2)
+
+
 @each_pool
 def test_heads_are_normed_turned_and_written_in_place(pool, rng):
     for num_heads, num_kv_heads, size, num_rotary in (

@@ -12,15 +12,15 @@
 #include <math.h>
 
 /* Adds to `all`, the summary of the blocks before it, that of `block`. Beside any other weights those of a block whose
- * largest score is minus infinity are nothing. */
+ * largest score is minus infinity are nothing; NaN stays. */
 static void fold(float *all, const float *block, int32_t size) {
   if (block[0] == -INFINITY) return;
   if (all[0] == -INFINITY) {
-    memcpy(all, block, (size_t)(LANES + (size + LANES - 1) / LANES * LANES) * sizeof *all);
+    memcpy(all, block, (size_t)ds_summary_size(size) * sizeof *all);
     return;
   }
   float before = all[0], here = block[0];
-  int rises = here > before; /* as often as not: what follows does not branch on it */
+  int rises = here > before; /* as often as not: the compiler makes selections of it, and one exp is enough */
   vf less = f_exp(f_set(rises ? before - here : here - before));
   vf keep = rises ? less : f_set(1), take = rises ? f_set(1) : less;
   for (int32_t i = 0; i < LANES + size; i += LANES)
@@ -32,7 +32,7 @@ INLINE int32_t count_ranks(const query *q, int32_t first) {
   return q->n_slots - first < RANKS ? q->n_slots - first : RANKS;
 }
 
-/* Whether two queries see the same slots from rank `first` on, within the block, as far as both see any there. */
+/* Whether both see slots of the block from rank `first` on, and those of the one with fewer begin the other's. */
 static int share_slots(const query *a, const query *b, int32_t first) {
   int32_t n = a->n < b->n ? a->n : b->n;
   return n > 0 &&
@@ -58,17 +58,17 @@ static int32_t find_tile(const query *q, int32_t n_queries, int32_t first, const
 }
 
 /* Evaluates `call` with QUERIES the constant that it is to be compiled for. */
-#define TILE_CASE(count, call)                                                                               \
+#define QUERY_CASE(count, call)                                                                              \
   case count: {                                                                                              \
     enum { QUERIES = count };                                                                                \
     call;                                                                                                    \
     break;                                                                                                   \
   }
-#define TILE_CASES_1(call) TILE_CASE(1, call)
-#define TILE_CASES_2(call) TILE_CASES_1(call) TILE_CASE(2, call)
-#define TILE_CASES_4(call) TILE_CASES_2(call) TILE_CASE(3, call) TILE_CASE(4, call)
+#define QUERY_CASES_1(call) QUERY_CASE(1, call)
+#define QUERY_CASES_2(call) QUERY_CASES_1(call) QUERY_CASE(2, call)
+#define QUERY_CASES_4(call) QUERY_CASES_2(call) QUERY_CASE(3, call) QUERY_CASE(4, call)
 #define FOR_QUERIES(count, call)                                                                             \
-  switch (count) { JOIN(TILE_CASES, TILE_QUERIES)(call) }
+  switch (count) { JOIN(QUERY_CASES, TILE_QUERIES)(call) }
 
 INLINE void attend_block(const int type, const ds_heads *heads, const char *keys, const char *values,
                          query *q, int32_t n_queries, int32_t first) {

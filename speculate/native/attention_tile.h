@@ -6,6 +6,8 @@
 #include "dispatch.h"
 #include "vmath.h"
 
+#include <math.h>
+
 enum { RANKS = DS_ATTEND_RANKS, MAX_PARTS = DS_MAX_HEAD_DIM / LANES, FLOATS = DS_CACHE_FLOAT32 };
 
 /* What some slots of a query amount to: their largest score, the sum of e^(score - largest), zeros up to LANES; then the
@@ -15,7 +17,7 @@ typedef float summary[LANES + MAX_PARTS * LANES];
 typedef struct {
   const float *vector;          /* [head_dim] */
   const int32_t *slots;         /* those that its row may see */
-  int32_t n_slots, n;           /* n: in the present block */
+  int32_t n_slots, n;           /* n: in the present block; none where it is not positive */
   float weights[RANKS + LANES]; /* of its slots; what follows them means nothing */
   float *block;                 /* its summary: `own`, `all`, or its place in the job */
   /* Over a cache in bfloat16, the vector, and the weights with a zero behind an odd number of them. */
@@ -108,6 +110,11 @@ INLINE int32_t count_in_panel(const int32_t *slots, int32_t n) {
   return count;
 }
 
+/* Whether `count` slots are one after another from the first of a panel on. */
+INLINE int fill_panels(const int32_t *slots, int32_t count) {
+  return slots[0] % LANES == 0 && slots[count - 1] - slots[0] == count - 1;
+}
+
 /* The scores of `count` slots of a panel. */
 static void pick_lanes(vf scores, const int32_t *slots, int32_t count, float *to) {
   float sixteen[LANES];
@@ -115,7 +122,7 @@ static void pick_lanes(vf scores, const int32_t *slots, int32_t count, float *to
   for (int32_t j = 0; j < count; ++j) to[j] = sixteen[slots[j] % LANES];
 }
 
-/* weights = scale q . k for `n` slots of some queries. */
+/* weights = scale q . k for `n` slots, which are those of one of some queries; the others see the first of them. */
 INLINE void score_tile(const int type, const int queries, const ds_heads *heads, const char *keys, query *q,
                        const int32_t *slots, int32_t n, fetcher *ahead) {
   /* Products in flight: the more, the fewer keys and channels are read again, as long as registers last. */
@@ -126,7 +133,7 @@ INLINE void score_tile(const int type, const int queries, const ds_heads *heads,
   for (int32_t i = 0, count; i < n; i += count) {
     const char *panel = keys + (int64_t)(slots[i] / LANES * LANES) * size * ds_element_bytes(type);
     count = panels * LANES;
-    if (n - i >= count && slots[i] % LANES == 0 && slots[i + count - 1] - slots[i] == count - 1) {
+    if (n - i >= count && fill_panels(slots + i, count)) {
       score_panels(type, queries, panels, LANES, size, panel, q, ahead, scores);
       UNROLL for (int u = 0; u < queries; ++u) {
         UNROLL for (int p = 0; p < panels; ++p)
@@ -140,10 +147,10 @@ INLINE void score_tile(const int type, const int queries, const ds_heads *heads,
       score_panels(type, queries, 1, LANES, size, panel, q, ahead, scores);
     else
       score_panels(type, queries, 1, width, size, panel, q, ahead, scores);
-    int are_first = slots[i] % LANES == 0 && slots[i + count - 1] - slots[i] == count - 1;
+    int fills = fill_panels(slots + i, count);
     UNROLL for (int u = 0; u < queries; ++u) {
       vf sixteen = f_mul(scores[u][0], scale);
-      if (are_first)
+      if (fills)
         f_store(q[u].weights + i, sixteen);
       else
         pick_lanes(sixteen, slots + i, count, q[u].weights + i);
@@ -153,7 +160,7 @@ INLINE void score_tile(const int type, const int queries, const ds_heads *heads,
 
 /* ---- Weights ------------------------------------------------------------------------------------------- */
 
-/* The weights from `i` on of a query: e^(score - largest), in place, and as pairs. */
+/* The weights from `i` on of a query: e^(score - largest), in place or as pairs. */
 INLINE vf weigh(const int type, query *q, int32_t i, vf largest, int n) {
   vf weight = f_exp(f_sub(f_load(q->weights + i), largest));
   if (n < LANES) weight = f_keep_n(weight, n);
@@ -162,29 +169,32 @@ INLINE vf weigh(const int type, query *q, int32_t i, vf largest, int n) {
   return weight;
 }
 
-/* weights = e^(weight - largest), which begin the block's summary; behind the last of them zeros, to a whole vector. Step by
- * step for all queries, since one alone would wait for its own results. */
+/* From scores to weights, which begin the block's summary; behind the last of them zeros, to a whole vector. Step by step
+ * for all queries, since one alone would wait for its own results. Maxima pass over NaN: the sum has it. */
 INLINE void weigh_queries(const int type, query *q, int32_t n_queries) {
-  vf of[DS_MAX_QUERIES];
+  vf most[DS_MAX_QUERIES], sums[DS_MAX_QUERIES];
   for (int32_t u = 0; u < n_queries; ++u) {
     int32_t n = q[u].n, i = 0;
-    of[u] = f_set(-INFINITY);
-    for (; n - i >= LANES; i += LANES) of[u] = f_max(f_load(q[u].weights + i), of[u]);
-    if (n > i) of[u] = f_max(f_cut_n(f_load(q[u].weights + i), n - i), of[u]);
+    most[u] = f_set(-INFINITY);
+    for (; n - i >= LANES; i += LANES) most[u] = f_max(f_load(q[u].weights + i), most[u]);
+    if (n > i) most[u] = f_max(f_cut_n(f_load(q[u].weights + i), n - i), most[u]);
   }
   for (int32_t u = 0; u < n_queries; ++u) {
-    float largest = f_max_lanes(of[u]);
+    float largest = f_max_lanes(most[u]);
     f_store(q[u].block, f_zero());
     q[u].block[0] = largest;
+    most[u] = f_set(largest > -INFINITY ? largest : 0);
   }
   for (int32_t u = 0; u < n_queries; ++u) {
     int32_t n = q[u].n, i = 0;
-    vf largest = f_set(q[u].block[0]);
-    of[u] = f_zero();
-    for (; n - i >= LANES; i += LANES) of[u] = f_add(of[u], weigh(type, &q[u], i, largest, LANES));
-    if (n > i) of[u] = f_add(of[u], weigh(type, &q[u], i, largest, n - i));
+    sums[u] = f_zero();
+    for (; n - i >= LANES; i += LANES) sums[u] = f_add(sums[u], weigh(type, &q[u], i, most[u], LANES));
+    if (n > i) sums[u] = f_add(sums[u], weigh(type, &q[u], i, most[u], n - i));
   }
-  for (int32_t u = 0; u < n_queries; ++u) q[u].block[1] = f_sum(of[u]);
+  for (int32_t u = 0; u < n_queries; ++u) {
+    float sum = q[u].block[1] = f_sum(sums[u]);
+    if (isnan(sum)) q[u].block[0] = NAN;
+  }
 }
 
 /* ---- Values -------------------------------------------------------------------------------------------- */

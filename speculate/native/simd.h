@@ -14,7 +14,8 @@
  *   f_any_less      whether a < b in any lane
  *   i_shift_right   zeros come in
  *   i_store_halves  each of them, as 16 bits; they must fit
- *   f_store_halves  rounds to the nearest bfloat16, ties to even, which it returns; no subnormals, and no NaN but of bfloat16
+ *   f_store_halves  rounds to the nearest bfloat16, ties to even, and returns that; for no subnormals, and of NaN only
+ *                   for those that are bfloat16
  *   bf16_even, _odd the even, resp. odd bfloat16 of sixteen pairs, as floats
  *   f_dot_pairs     (sum, a, b): plus odd a times odd b, then plus even a times even b, of pairs of bfloat16
  *

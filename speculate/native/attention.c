@@ -64,11 +64,8 @@ static int32_t find_tile(const query *q, int32_t n_queries, int32_t first, const
     call;                                                                                                    \
     break;                                                                                                   \
   }
-#define QUERY_CASES_1(call) QUERY_CASE(1, call)
-#define QUERY_CASES_2(call) QUERY_CASES_1(call) QUERY_CASE(2, call)
-#define QUERY_CASES_4(call) QUERY_CASES_2(call) QUERY_CASE(3, call) QUERY_CASE(4, call)
 #define FOR_QUERIES(count, call)                                                                             \
-  switch (count) { JOIN(QUERY_CASES, TILE_QUERIES)(call) }
+  switch (count) { JOIN(CASES, TILE_QUERIES)(QUERY_CASE, call) }
 
 INLINE void attend_block(const int type, const ds_heads *heads, const char *keys, const char *values,
                          query *q, int32_t n_queries, int32_t first) {
@@ -152,12 +149,9 @@ void ISA(attend)(const void *argument, int32_t item, int32_t next, int32_t threa
   }
   for (int32_t block = first_block; block < end_block && block * RANKS < most_slots; ++block) {
     for (int32_t u = 0; u < n_queries; ++u)
-      queries[u].block = job->kept   ? find_kept(job, index[u], block)
-                         : block > 0 ? queries[u].own
-                                     : queries[u].all;
+      queries[u].block = job->kept ? find_kept(job, index[u], block) : queries[u].own;
     attend(heads, keys, values, queries, n_queries, block * RANKS);
-    for (int32_t u = 0; !job->kept && u < n_queries; ++u) /* whose item has all blocks, from 0 on */
-      if (block > 0 && queries[u].n > 0) fold(queries[u].all, queries[u].own, size);
+    for (int32_t u = 0; !job->kept && u < n_queries; ++u) fold(queries[u].all, queries[u].own, size);
   }
   for (int32_t u = 0; !job->kept && u < n_queries; ++u) finish_query(job, index[u], queries[u].all);
 }
@@ -167,11 +161,11 @@ void ISA(fold_kept)(const void *argument, int32_t item, int32_t next, int32_t th
   (void)item, (void)next, (void)thread;
   const ds_attend_job *job = argument;
   int32_t size = job->heads->head_dim, n_heads = job->heads->n_heads;
-  summary none = {-INFINITY};
   for (int64_t q = 0; q < (int64_t)job->n_rows * n_heads; ++q) {
-    int32_t n_slots = job->n_slots[q / n_heads];
-    float *all = n_slots > 0 ? find_kept(job, q, 0) : none;
-    for (int32_t block = 1; block * RANKS < n_slots; ++block) fold(all, find_kept(job, q, block), size);
+    summary all;
+    all[0] = -INFINITY;
+    for (int32_t block = 0; block * RANKS < job->n_slots[q / n_heads]; ++block)
+      fold(all, find_kept(job, q, block), size);
     finish_query(job, q, all);
   }
 }

@@ -19,7 +19,7 @@ typedef struct {
   const int32_t *slots;         /* those that its row may see */
   int32_t n_slots, n;           /* n: in the present block; none where it is not positive */
   float weights[RANKS + LANES]; /* of its slots; what follows them means nothing */
-  float *block;                 /* its summary: `own`, `all`, or its place in the job */
+  float *block;                 /* its summary: `own`, or its place in the job */
   /* Over a cache in bfloat16, the vector, and the weights with a zero behind an odd number of them. */
   uint16_t vector_pairs[DS_MAX_HEAD_DIM], weight_pairs[RANKS];
   summary own, all;

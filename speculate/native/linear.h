@@ -127,17 +127,12 @@ INLINE int32_t balance_tiles(int32_t n_rows) {
     tile;                                                                                                    \
     break;                                                                                                   \
   }
-#define TILE_CASES_2(tile) TILE_CASE(1, tile) TILE_CASE(2, tile)
-#define TILE_CASES_4(tile) TILE_CASES_2(tile) TILE_CASE(3, tile) TILE_CASE(4, tile)
-#define TILE_CASES_8(tile)                                                                                   \
-  TILE_CASES_4(tile) TILE_CASE(5, tile) TILE_CASE(6, tile) TILE_CASE(7, tile) TILE_CASE(8, tile)
-#define TILE_CASES(tile) JOIN(TILE_CASES, TILE_ROWS)(tile)
 #define FOR_TILES(range, n_rows, height, block, r, tile)                                                     \
   if (range.end - range.from >= TILE_BLOCKS) {                                                               \
     for (int32_t block = range.from; block < range.end; block += TILE_BLOCKS) {                              \
       if (block > range.end - TILE_BLOCKS) block = range.end - TILE_BLOCKS;                                  \
       for (int32_t r = 0; r < n_rows; r += height) {                                                         \
-        switch (n_rows - r < height ? n_rows - r : height) { TILE_CASES(tile) }                              \
+        switch (n_rows - r < height ? n_rows - r : height) { JOIN(CASES, TILE_ROWS)(TILE_CASE, tile) }       \
       }                                                                                                      \
     }                                                                                                        \
   } else {                                                                                                   \

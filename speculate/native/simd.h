@@ -49,6 +49,12 @@
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 
+/* The cases of a switch over a tile's size: CASE(n, code) for each n up to the largest. */
+#define CASES_1(CASE, code) CASE(1, code)
+#define CASES_2(CASE, code) CASES_1(CASE, code) CASE(2, code)
+#define CASES_4(CASE, code) CASES_2(CASE, code) CASE(3, code) CASE(4, code)
+#define CASES_8(CASE, code) CASES_4(CASE, code) CASE(5, code) CASE(6, code) CASE(7, code) CASE(8, code)
+
 /* Every function that is compiled once per instruction set is named with it. */
 #ifndef DS_ISA
 #define DS_ISA portable
